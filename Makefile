@@ -1,0 +1,36 @@
+# `make demo` and `make test` do all their own set-up; they need Python >= 3.11 and make, nothing else.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# A machine with no NVIDIA driver gets a pinned torch first, so that nothing pulls the CUDA packages.
+TORCH  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.6' || echo 'torch==2.13.0')
+
+.PHONY: demo test lint types tour clean
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet '$(TORCH)'
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.ready
+	test -d smollm2-awq || $(BIN)/optim quantize demo -m awq --num-samples 16 -o smollm2-awq
+	$(BIN)/optim run smollm2-awq "What is the capital of France?"
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/.ready
+	mkdir -p .typing/optim
+	for d in cli quant prune export runtime recipes; do ln -sfn ../../$$d .typing/optim/$$d; done
+	$(BIN)/mypy
+
+tour: $(VENV)/.ready
+	$(BIN)/python docs/run_tour.py
+
+clean:
+	rm -rf $(VENV) .typing build dist *.egg-info
