@@ -1,0 +1,223 @@
+"""Open a model, whatever it is: a local folder, a `.gguf` file, a hub id, or `demo`.
+
+Only configuration and headers are read at open; `read` then fetches one tensor at a time, so nothing
+here ever holds a model. Tensors are named as in transformers' modeling code (see names.py).
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.names import canonical_parts, published_name, text_config
+from optim.runtime.tensor_files import Part, Store, TensorInfo, load_json, open_files
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from optim.runtime.text import Tokenizer
+
+__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint", "require_plain"]
+
+SIDECARS = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model"),
+    *("chat_template.jinja", "chat_template.json", "generation_config.json"),
+)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+SAMPLES = 64  # places at which a weight file's bytes enter the fingerprint
+SOURCES = "a local folder, a .gguf file, a hub id like Qwen/Qwen3-0.6B, or `demo`"
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """A model's configuration and tensors; `read` is lazy, everything else is in memory."""
+
+    source: str
+    name: str
+    config: dict[str, Any]
+    folder: Path
+    """Where config, tokenizer and the other small files are."""
+    store: Store
+    trust_remote_code: bool = False
+    tensors: dict[str, TensorInfo] = field(init=False)
+    left_out: tuple[str, ...] = field(init=False)
+    """Stored tensors that are no part of the text model, such as a vision tower."""
+    _parts: dict[str, Part] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._parts, self.left_out = canonical_parts(self.store.infos, self.config)
+        self.tensors = {name: self._info(part) for name, part in self._parts.items()}
+
+    def _info(self, part: Part) -> TensorInfo:
+        stored = self.store.infos[part.stored]
+        count = part.span(stored.shape)[1]
+        return TensorInfo(part.shape(stored.shape), stored.dtype, count * stored.dtype.itemsize)
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """`quantization_config` of an already quantized model, else None."""
+        scheme = self.config.get("quantization_config")
+        scheme = scheme or text_config(self.config).get("quantization_config")
+        return scheme if isinstance(scheme, dict) and scheme else None
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The text model's own configuration (`config` itself unless it is a composed model)."""
+        return text_config(self.config)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor by canonical name, on the CPU, in its own dtype.
+
+        Raises OptimError (2) if there is no such tensor or its file is damaged.
+        """
+        if name not in self._parts:
+            raise OptimError(
+                f"{self.source} has no tensor {name}",
+                "the weights may be incomplete, or of another family than config.json says",
+                USAGE,
+            )
+        return self.store.read(self._parts[name])
+
+    def disk_name(self, canonical: str) -> str:
+        """Name of a tensor in the family's published checkpoints (mixtral: `...w1.weight`)."""
+        return published_name(canonical, str(self.text_config.get("model_type", "")))
+
+    def tokenizer(self) -> "Tokenizer":
+        """The model's tokenizer and chat template."""
+        from optim.runtime.text import load_tokenizer
+
+        return load_tokenizer(self.folder, self.config, trust_remote_code=self.trust_remote_code)
+
+    def hf_config(self) -> "PretrainedConfig":
+        """transformers' configuration object of the text model.
+
+        Raises OptimError (2) for a model type that transformers does not know.
+        """
+        return _hf_config(self)
+
+    def write_sidecars(self, folder: Path) -> None:
+        """Copy tokenizer, chat template and generation_config.json into `folder`."""
+        for name in SIDECARS:
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, folder / name)
+        if self.trust_remote_code:
+            for path in self.folder.glob("*.py"):
+                shutil.copyfile(path, folder / path.name)
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) over config, names, shapes, dtypes and samples of every weight file."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name, info in sorted(self.tensors.items()):
+            digest.update(f"{name} {info.shape} {info.dtype}\n".encode())
+        for path in self.store.files:
+            _sample(path, digest)
+        return digest.hexdigest()
+
+
+def _sample(path: Path, digest: "hashlib._Hash") -> None:
+    size = path.stat().st_size
+    digest.update(f"{path.name} {size}\n".encode())
+    with path.open("rb") as file:
+        for k in range(SAMPLES):
+            file.seek((size - min(size, 4096)) * k // (SAMPLES - 1))
+            digest.update(file.read(4096))
+
+
+def _needs_remote_code(config: dict[str, Any]) -> bool:
+    """Whether transformers itself does not know this model type, but the repository has code."""
+    if "auto_map" not in config:
+        return False
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return config.get("model_type") not in CONFIG_MAPPING_NAMES
+
+
+def _hf_config(checkpoint: Checkpoint) -> "PretrainedConfig":
+    from transformers import AutoConfig, PretrainedConfig
+
+    config = dict(checkpoint.config)
+    try:
+        if _needs_remote_code(config):
+            made: PretrainedConfig = AutoConfig.from_pretrained(
+                checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code
+            )
+        else:
+            config.pop("auto_map", None)
+            made = AutoConfig.for_model(str(config.pop("model_type", "")), **config)
+    except Exception as error:  # transformers raises nearly anything on a wrong configuration
+        raise OptimError(
+            f"transformers cannot use the configuration of {checkpoint.source}: {error}",
+            "check model_type in config.json, or install a newer transformers",
+            USAGE,
+        ) from None
+    text: PretrainedConfig = made.get_text_config(decoder=True)
+    return text
+
+
+def require_plain(checkpoint: Checkpoint) -> None:
+    """Refuse (OptimError 2) a model that is already quantized, naming its scheme."""
+    scheme = checkpoint.quantization
+    if scheme is None:
+        return
+    method = scheme.get("quant_method", "unknown")
+    parts = [str(method), str(scheme["format"]) if "format" in scheme else ""]
+    bits = scheme.get("bits", scheme.get("w_bit"))
+    parts.append(f"{bits} bits" if bits else "")
+    raise OptimError(
+        f"{checkpoint.source} is already quantized ({', '.join(part for part in parts if part)})",
+        "start from the original 16-bit model",
+        USAGE,
+    )
+
+
+def _open_folder(folder: Path, source: str, name: str, trust: bool) -> Checkpoint:
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        fix = "merge it into its base model first (peft: merge_and_unload)"
+        raise OptimError(f"{source} is a LoRA adapter, not a model", fix, USAGE)
+    if not (folder / "config.json").is_file():
+        raise OptimError(f"{source} has no config.json", f"give {SOURCES}", USAGE)
+    config = load_json(folder / "config.json")
+    if not isinstance(config.get("model_type"), str):
+        raise OptimError(f"{source}: config.json names no model_type", f"give {SOURCES}", USAGE)
+    if not trust and _needs_remote_code(config):
+        raise OptimError(
+            f"{source} (model type {config['model_type']}) brings its own code, which is not run",
+            "read that code; then pass --trust-remote-code if you trust it",
+            USAGE,
+        )
+    return Checkpoint(source, name, config, folder, open_files(folder), trust)
+
+
+def open_checkpoint(
+    source: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Checkpoint:
+    """Open `source`: `demo`, a folder, a `.gguf` file, or a hub id (fetched at `revision`).
+
+    Raises OptimError (2) if it is none of them or is damaged, (4) if the hub cannot be reached.
+    """
+    path = Path(source).expanduser()
+    if source == "demo":
+        from optim.runtime.demo import demo_file
+        from optim.runtime.gguf_source import open_gguf
+
+        return open_gguf(demo_file(), source, "SmolLM2-135M-Instruct")
+    if path.is_dir():
+        return _open_folder(path, source, path.resolve().name, trust_remote_code)
+    if path.is_file() and path.suffix == ".gguf":
+        from optim.runtime.gguf_source import open_gguf
+
+        return open_gguf(path, source, path.stem)
+    if path.is_file():
+        raise OptimError(f"{source} is not a model", f"give {SOURCES}", USAGE)
+    if path.suffix == ".gguf" or not HUB_ID.fullmatch(source):
+        raise OptimError(f"there is no folder or file {source}", f"give {SOURCES}", USAGE)
+    from optim.runtime.hub import fetch
+
+    return _open_folder(fetch(source, revision), source, source.split("/")[1], trust_remote_code)

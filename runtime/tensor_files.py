@@ -1,0 +1,276 @@
+"""Weight files, read one tensor at a time: safetensors and `pytorch_model.bin`, single or sharded.
+
+The safetensors header is 8 bytes of little-endian length, then JSON: name -> dtype, shape and byte
+range. It is read and checked against the file's size at open, so a damaged download fails before any
+work. Bytes are read into a fresh tensor and not mapped: a mapped page would stay in resident memory.
+Format: https://huggingface.co/docs/safetensors (format).
+"""
+
+import json
+import math
+import pickle
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import Tensor
+
+from optim.recipes.errors import USAGE, OptimError
+
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLES = ("model.safetensors", "pytorch_model.bin")
+SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
+MAX_HEADER = 100 * 2**20
+AGAIN = "copy or download the file again"
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a tensor will be when it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stored tensor, or one matrix of a stack [experts, out, in] of them, or some rows of that."""
+
+    stored: str
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the part, given that of the stored tensor."""
+        shape = stored if self.expert is None else stored[1:]
+        return shape if self.rows is None else (self.rows[1] - self.rows[0], *shape[1:])
+
+    def span(self, stored: tuple[int, ...]) -> tuple[int, int]:
+        """First element and number of elements: a part is always contiguous."""
+        shape = stored if self.expert is None else stored[1:]
+        first = (self.expert or 0) * math.prod(shape)
+        if self.rows is None:
+            return first, math.prod(shape)
+        row = math.prod(shape[1:])
+        return first + self.rows[0] * row, (self.rows[1] - self.rows[0]) * row
+
+
+class Store(Protocol):
+    """Where tensors come from: their infos by stored name, and a lazy `read`."""
+
+    files: list[Path]
+    infos: dict[str, TensorInfo]
+
+    def read(self, part: Part) -> Tensor: ...
+
+
+def damaged(path: Path, why: str) -> NoReturn:
+    """Say that the file at `path` cannot be what it should be."""
+    raise OptimError(f"{path} is damaged: {why}", AGAIN, USAGE)
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. OptimError if it is missing, not JSON, or not an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise OptimError(f"{path} is missing", AGAIN, USAGE) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise OptimError(f"{path} is not readable JSON: {error}", AGAIN, USAGE) from None
+    if not isinstance(value, dict):
+        raise OptimError(f"{path} must hold a JSON object", AGAIN, USAGE)
+    return value
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = dict(pairs)
+    if len(names) < len(pairs):
+        raise ValueError("a name is given twice")
+    return names
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """Entries of a safetensors header and the offset of its data."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            damaged(path, f"a header of {length} bytes in a file of {size}")
+        try:
+            entries = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
+        except (ValueError, RecursionError) as error:
+            damaged(path, f"its header is not valid JSON ({error})")
+    if not isinstance(entries, dict):
+        damaged(path, "its header is not a JSON object")
+    entries.pop("__metadata__", None)
+    return entries, 8 + length
+
+
+def _entry(path: Path, name: str, entry: Any, room: int) -> tuple[TensorInfo, int]:
+    """One checked header entry: its info, and where its bytes begin in the data."""
+    try:
+        kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        numbers_ok = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+    except (KeyError, TypeError, ValueError):
+        damaged(path, f"the entry of {name} is malformed")
+    if not isinstance(kind, str) or kind not in DTYPES:
+        raise OptimError(f"{path}: {name} has the unknown dtype {kind!r}", code=USAGE)
+    nbytes = math.prod(shape) * DTYPES[kind].itemsize if numbers_ok else -1
+    if not numbers_ok or end - begin != nbytes:
+        damaged(path, f"{name} has shape {list(shape)} but bytes {begin} to {end}")
+    if end > room:
+        damaged(path, f"{name} ends {end - room} bytes after the end: the file is truncated")
+    return TensorInfo(shape, DTYPES[kind], nbytes), begin
+
+
+class SafetensorsFiles:
+    """The tensors of some safetensors files; OptimError (2) at open if a header cannot be true."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self.files = list(files)
+        self.infos: dict[str, TensorInfo] = {}
+        self._where: dict[str, tuple[Path, int]] = {}
+        for path in self.files:
+            self._open(path)
+
+    def _open(self, path: Path) -> None:
+        entries, data = _header(path)
+        room, end = path.stat().st_size - data, 0
+        found = {name: _entry(path, name, entry, room) for name, entry in entries.items()}
+        for name, (info, begin) in sorted(found.items(), key=lambda item: item[1][1]):
+            if begin < end:
+                damaged(path, f"the bytes of {name} overlap another tensor's")
+            end = begin + info.nbytes
+            if name in self.infos:
+                damaged(path, f"{name} is also in {self._where[name][0].name}")
+            self.infos[name], self._where[name] = info, (path, data + begin)
+
+    def read(self, part: Part) -> Tensor:
+        """The tensor, on the CPU, in its stored dtype."""
+        info, (path, begin) = self.infos[part.stored], self._where[part.stored]
+        first, count = part.span(info.shape)
+        buffer = torch.empty(count * info.dtype.itemsize, dtype=torch.uint8)
+        try:
+            with path.open("rb") as file:
+                file.seek(begin + first * info.dtype.itemsize)
+                got = file.readinto(memoryview(buffer.numpy()))
+        except OSError as error:
+            raise OptimError(
+                f"cannot read {part.stored} from {path}: {error}", AGAIN, USAGE
+            ) from None
+        if got != buffer.numel():
+            damaged(path, f"the bytes of {part.stored} end too early")
+        return buffer.view(info.dtype).view(part.shape(info.shape))
+
+
+class TorchFiles:
+    """The tensors of `pytorch_model.bin` files: `weights_only`, so no pickle is ever executed."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self.files = list(files)
+        self.infos: dict[str, TensorInfo] = {}
+        self._where: dict[str, Path] = {}
+        self._open: tuple[Path, dict[str, Tensor]] | None = None
+        for path in self.files:
+            for name, tensor in self._load(path).items():
+                if name in self.infos:
+                    damaged(path, f"{name} is also in {self._where[name].name}")
+                size = tensor.numel() * tensor.element_size()
+                self.infos[name] = TensorInfo(tuple(tensor.shape), tensor.dtype, size)
+                self._where[name] = path
+
+    def _load(self, path: Path) -> dict[str, Tensor]:
+        """The mapped tensors of one file; only the last file stays open."""
+        if self._open and self._open[0] == path:
+            return self._open[1]
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError:
+            raise OptimError(
+                f"{path} holds more than tensors; its pickle is not executed",
+                "use the safetensors files of the model",
+                USAGE,
+            ) from None
+        except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+            damaged(path, str(error).splitlines()[0] if str(error) else "not a torch zip file")
+        if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+            damaged(path, "it does not hold a dictionary of tensors")
+        self._open = (path, state)
+        return state
+
+    def read(self, part: Part) -> Tensor:
+        """The tensor, copied out of the mapping."""
+        tensor = self._load(self._where[part.stored])[part.stored]
+        tensor = tensor if part.expert is None else tensor[part.expert]
+        return tensor[slice(*part.rows)].clone() if part.rows else tensor.contiguous().clone()
+
+
+def _indexed(folder: Path, index: Path) -> tuple[list[Path], set[str]]:
+    """Shards and tensor names of an index; a shard is a plain file name inside the folder."""
+    weight_map = load_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        damaged(index, "it has no weight_map")
+    names = sorted({str(shard) for shard in weight_map.values()})
+    for name in names:
+        if Path(name).name != name or "\\" in name or name in ("", ".", ".."):
+            damaged(index, f"it names the shard {name!r}, which is not a file of this folder")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise OptimError(f"{folder} lacks the shard {missing[0]}{more}", AGAIN, USAGE)
+    return [folder / name for name in names], set(weight_map)
+
+
+def _unindexed(folder: Path) -> list[Path]:
+    shards = sorted(path for path in folder.glob("model-*.safetensors") if SHARD.match(path.name))
+    for path in shards:
+        total = int(SHARD.match(path.name).group(1))  # type: ignore[union-attr]
+        if total != len(shards):
+            raise OptimError(f"{folder} has {len(shards)} of {total} shards", AGAIN, USAGE)
+    return shards
+
+
+def _open_files(files: list[Path]) -> Store:
+    return TorchFiles(files) if files[0].suffix == ".bin" else SafetensorsFiles(files)
+
+
+def open_files(folder: Path) -> Store:
+    """The weights of a Hugging Face folder; OptimError (2) if there are none or they are damaged."""
+    for index, single in zip(INDEXES, SINGLES, strict=True):
+        if (folder / index).is_file():
+            files, names = _indexed(folder, folder / index)
+            store = _open_files(files)
+            if lost := sorted(names - set(store.infos)):
+                damaged(folder / index, f"it names {lost[0]}, which no shard has")
+            return store
+        if (folder / single).is_file():
+            return _open_files([folder / single])
+        if single == SINGLES[0] and (shards := _unindexed(folder)):
+            return _open_files(shards)
+    raise OptimError(
+        f"{folder} holds no model.safetensors or pytorch_model.bin",
+        "give the folder of a Hugging Face model, a .gguf file, a hub id, or `demo`",
+        USAGE,
+    )
