@@ -8,6 +8,13 @@ TORCH  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.6' || 
 .PHONY: demo test lint types tour clean
 
 $(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "optim needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1)" >&2; \
+	    echo "  fix: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	    echo "$(PYTHON) cannot make virtual environments" >&2; \
+	    echo "  fix: install its venv package (on Debian: python3-venv)" >&2; exit 2; }
+	@echo "setting up $(VENV): a few minutes, once"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet '$(TORCH)'
 	$(BIN)/pip install --quiet --editable '.[dev]'
@@ -15,7 +22,7 @@ $(VENV)/.ready: pyproject.toml
 
 demo: $(VENV)/.ready
 	test -d smollm2-awq || $(BIN)/optim quantize demo -m awq --num-samples 16 -o smollm2-awq
-	$(BIN)/optim run smollm2-awq "What is the capital of France?"
+	$(BIN)/optim run smollm2-awq --greedy "What is the capital of France?"
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "not gpu"
@@ -30,7 +37,7 @@ types: $(VENV)/.ready
 	$(BIN)/mypy
 
 tour: $(VENV)/.ready
-	$(BIN)/python docs/run_tour.py
+	$(BIN)/python docs/run_tour.py docs/tour.md
 
 clean:
 	rm -rf $(VENV) .typing build dist *.egg-info
