@@ -1,0 +1,53 @@
+"""Dense little-endian bit packing, as compressed-tensors >= 0.19 stores it.
+
+Row after row, value i takes the bits [i*b, (i+1)*b) of a stream that is cut into int32 words; a
+value may straddle two words (b = 3) and the last word is padded with zeros. Eight values take
+exactly b bytes, so both directions work on uint8 columns and never make anything wider.
+"""
+
+import torch
+from torch import Tensor
+
+
+def words(count: int, bits: int) -> int:
+    """How many int32 words `count` values of `bits` bits take."""
+    return -(-count * bits // 32)
+
+
+def pack_rows(values: Tensor, bits: int) -> Tensor:
+    """uint8 [rows, n] with values below 2**bits -> int32 [rows, ceil(n*bits/32)]."""
+    rows, count = values.shape
+    padded = values if count % 8 == 0 else torch.nn.functional.pad(values, (0, -count % 8))
+    octets = padded.reshape(rows, -1, 8)
+    width = max(octets.shape[1] * bits, words(count, bits) * 4)
+    stream = torch.zeros(rows, width, dtype=torch.uint8, device=values.device)
+    grouped = stream[:, : octets.shape[1] * bits].view(rows, -1, bits)
+    for value, byte, shift in _pieces(bits):
+        piece = octets[:, :, value]
+        grouped[:, :, byte] |= piece << shift if shift >= 0 else piece >> -shift
+    kept = stream[:, : words(count, bits) * 4].reshape(-1)
+    return kept.view(torch.int32).view(rows, words(count, bits))
+
+
+def unpack_rows(packed: Tensor, bits: int, count: int) -> Tensor:
+    """int32 [rows, ceil(count*bits/32)] -> uint8 [rows, count]; the inverse of `pack_rows`."""
+    rows, octets = packed.shape[0], -(-count // 8)
+    stream = packed.contiguous().view(torch.uint8)
+    if stream.shape[1] < octets * bits:
+        stream = torch.nn.functional.pad(stream, (0, octets * bits - stream.shape[1]))
+    grouped = stream[:, : octets * bits].view(rows, octets, bits)
+    values = torch.zeros(rows, octets, 8, dtype=torch.uint8, device=packed.device)
+    for value, byte, shift in _pieces(bits):
+        piece = grouped[:, :, byte]
+        values[:, :, value] |= piece >> shift if shift >= 0 else piece << -shift
+    values &= (1 << bits) - 1
+    return values.view(rows, -1)[:, :count].contiguous()
+
+
+def _pieces(bits: int) -> list[tuple[int, int, int]]:
+    """(value, byte, left shift of the value in the byte) for the 8 values of `bits` bytes."""
+    return [
+        (value, byte, value * bits - 8 * byte)
+        for value in range(8)
+        for byte in range(value * bits // 8, (value * bits + bits - 1) // 8 + 1)
+    ]
