@@ -1,0 +1,159 @@
+"""The GGUF container: metadata and tensor table, and tensors de-quantized on demand.
+
+Layout (spec: ggml-org/ggml docs/gguf.md): magic, version, counts, key/value pairs, tensor table, then
+aligned data. Read here and not with `gguf.GGUFReader`, which maps the file and makes an array per
+token string (3 s for a 49k vocabulary). The quantized types themselves are the `gguf` package's.
+"""
+
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.tensor_files import AGAIN, damaged
+
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+STRING, ARRAY = 8, 9
+BLOCK = 1 << 24  # elements de-quantized at once: bounds the float32 copy of a large embedding
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """Where a tensor is and how it is stored; `shape` is torch's order, [out, in]."""
+
+    shape: tuple[int, ...]
+    kind: gguf.GGMLQuantizationType
+    begin: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row (of the last dimension)."""
+        block, size = gguf.GGML_QUANT_SIZES[self.kind]
+        return self.shape[-1] // block * size
+
+    @property
+    def rows(self) -> int:
+        """Rows of all leading dimensions together."""
+        return math.prod(self.shape[:-1])
+
+
+class _Reader:
+    """A bounds-checked cursor over the head of the file."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file, self.size = file, size
+
+    def take(self, count: int) -> bytes:
+        if count > self.size - self.file.tell():
+            raise ValueError("a length reaches beyond the end of the file")
+        return self.file.read(count)
+
+    def number(self, code: str) -> Any:
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def text(self) -> str:
+        return self.take(self.number("Q")).decode("utf-8", errors="replace")
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        if kind == STRING:
+            return self.text()
+        if kind in SCALARS:
+            return self.number(SCALARS[kind])
+        if kind != ARRAY or depth > 4:
+            raise ValueError(f"unknown metadata type {kind}")
+        inner, count = self.number("I"), self.number("Q")
+        if inner in SCALARS:
+            code = SCALARS[inner]
+            data = self.take(count * struct.calcsize("<" + code))
+            return list(struct.unpack(f"<{count}{code}", data))
+        if count > self.size:
+            raise ValueError("an array is longer than the file")
+        return [self.value(inner, depth + 1) for _ in range(count)]
+
+    def tensor(self) -> tuple[str, GgufTensor]:
+        name = self.text()
+        dims = [self.number("Q") for _ in range(min(self.number("I"), 9))]
+        kind = gguf.GGMLQuantizationType(self.number("I"))
+        if not 0 < len(dims) < 5 or dims[0] % gguf.GGML_QUANT_SIZES[kind][0]:
+            raise ValueError(f"{name} has dimensions {dims}")
+        return name, GgufTensor(tuple(reversed(dims)), kind, self.number("Q"))
+
+
+def _parse(file: BinaryIO, size: int) -> tuple[dict[str, Any], dict[str, GgufTensor], int]:
+    reader = _Reader(file, size)
+    if reader.take(4) != b"GGUF" or reader.number("I") not in (2, 3):
+        raise ValueError("it is not GGUF version 2 or 3, little-endian")
+    tensors, pairs = reader.number("Q"), reader.number("Q")
+    if tensors + pairs > size:
+        raise ValueError("it counts more entries than it has bytes")
+    metadata = {reader.text(): reader.value(reader.number("I")) for _ in range(pairs)}
+    table = [reader.tensor() for _ in range(tensors)]
+    if len(dict(table)) < len(table):
+        raise ValueError("a tensor is given twice")
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment <= 0:
+        raise ValueError(f"its alignment is {alignment!r}")
+    return metadata, dict(table), -(-file.tell() // alignment) * alignment
+
+
+def _check_kinds(path: Path, table: dict[str, GgufTensor]) -> None:
+    for kind in sorted({tensor.kind for tensor in table.values()}):
+        try:
+            empty = np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
+            gguf.quants.dequantize(empty, kind)
+        except NotImplementedError:
+            fix = "use a GGUF file of another type, or a newer gguf package"
+            raise OptimError(f"{path} has {kind.name} tensors, unknown here", fix, USAGE) from None
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor], int]:
+    """Metadata, tensor table and the offset of the data.
+
+    Raises OptimError (2) for a damaged or truncated file and for types that cannot be de-quantized.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            metadata, table, data = _parse(file, size)
+    except (ValueError, struct.error, MemoryError, OverflowError) as error:
+        damaged(path, str(error))
+    for name, tensor in table.items():
+        if data + tensor.begin + tensor.rows * tensor.row_bytes > size:
+            damaged(path, f"{name} reaches beyond the end of the file: it is truncated")
+    _check_kinds(path, table)
+    return metadata, table, data
+
+
+def read_rows(path: Path, data: int, tensor: GgufTensor, first: int, count: int) -> Tensor:
+    """`count` rows from row `first`, de-quantized: float32 [count, in]. OptimError (2) if cut off."""
+    out = torch.empty(count, tensor.shape[-1])
+    step = max(1, BLOCK // tensor.shape[-1])
+    with path.open("rb") as file:
+        for start in range(0, count, step):
+            rows = min(step, count - start)
+            file.seek(data + tensor.begin + (first + start) * tensor.row_bytes)
+            raw = np.frombuffer(file.read(rows * tensor.row_bytes), dtype=np.uint8)
+            if raw.size != rows * tensor.row_bytes:
+                raise OptimError(f"{path} was cut off while it was read", AGAIN, USAGE)
+            values = gguf.quants.dequantize(raw.reshape(rows, -1), tensor.kind)
+            out[start : start + rows] = torch.from_numpy(np.ascontiguousarray(values))
+    return out

@@ -1,0 +1,173 @@
+"""A `.gguf` file as a checkpoint: llama.cpp's names and layouts turned back into Hugging Face's.
+
+What llama.cpp's converter changed is undone: q and k rows of the llama family are stored interleaved
+for its rotary embedding, Gemma's norms are stored as 1 + w, experts are stacked, and Llama 3's rope
+scaling is baked into a tensor. Tensors read as bfloat16 (float32 or float16 if the whole file is).
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGMLQuantizationType as Kind
+from torch import Tensor
+
+from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.checkpoint import Checkpoint
+from optim.runtime.demo import cache_folder
+from optim.runtime.gguf_config import gguf_config
+from optim.runtime.gguf_file import GgufTensor, read_header, read_rows
+from optim.runtime.tensor_files import Part, TensorInfo
+
+INTERLEAVED = {"llama", "granite", "smollm3"}  # q and k rows permuted by the converter
+NORM_PLUS_ONE = {"gemma2", "gemma3"}
+
+TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+}
+# Where an architecture differs from BLOCK.
+GEMMA = {"ffn_norm": "pre_feedforward_layernorm"}
+OWN = {"gemma2": GEMMA, "gemma3": GEMMA, "phi3": {"ffn_up": "mlp.gate_up_proj"}}
+
+Header = tuple[dict[str, Any], dict[str, GgufTensor], int]
+
+
+def hf_name(name: str, arch: str) -> str | None:
+    """Hugging Face name of a GGUF tensor; None for one that is derived (rope tables) or unknown."""
+    stem, _, suffix = name.rpartition(".")
+    if not stem.startswith("blk."):
+        return f"{TOP[stem]}.{suffix}" if stem in TOP else None
+    _, layer, kind = stem.split(".", 2)
+    own = OWN.get(arch, {}).get(kind, BLOCK.get(kind))
+    return f"model.layers.{layer}.{own}.{suffix}" if own else None
+
+
+def deinterleave(w: Tensor, heads: int) -> Tensor:
+    """Rows [heads * dim, ...] from llama.cpp's rotary order (pairs) to Hugging Face's (halves)."""
+    dim = w.shape[0] // heads
+    return w.view(heads, dim // 2, 2, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
+
+
+def stored_dtype(table: dict[str, GgufTensor]) -> torch.dtype:
+    """float32 or float16 if every matrix of the file is; bfloat16 for anything quantized."""
+    kinds = {tensor.kind for tensor in table.values() if len(tensor.shape) > 1}
+    if kinds <= {Kind.F32}:
+        return torch.float32
+    return torch.float16 if kinds <= {Kind.F16, Kind.F32} else torch.bfloat16
+
+
+class GgufStore:
+    """The tensors of a GGUF file under Hugging Face names, de-quantized when read."""
+
+    def __init__(self, path: Path, arch: str, heads: tuple[int, int], head: Header) -> None:
+        self.files, self._path, self._arch, self._heads = [path], path, arch, heads
+        _, table, self._data = head
+        self.dtype = stored_dtype(table)
+        self.infos: dict[str, TensorInfo] = {}
+        self._table: dict[str, GgufTensor] = {}
+        for name, tensor in table.items():
+            if (ours := hf_name(name, arch)) is not None:
+                nbytes = math.prod(tensor.shape) * self.dtype.itemsize
+                self.infos[ours] = TensorInfo(tensor.shape, self.dtype, nbytes)
+                self._table[ours] = tensor
+
+    def read(self, part: Part) -> Tensor:
+        """The tensor or part, de-quantized, in Hugging Face's layout."""
+        tensor = self._table[part.stored]
+        first, count = part.span(tensor.shape)
+        width = tensor.shape[-1]
+        w = read_rows(self._path, self._data, tensor, first // width, count // width)
+        w = w.view(part.shape(tensor.shape))
+        if self._arch in INTERLEAVED and "self_attn.q_proj" in part.stored:
+            w = deinterleave(w, self._heads[0])
+        elif self._arch in INTERLEAVED and "self_attn.k_proj" in part.stored:
+            w = deinterleave(w, self._heads[1])
+        elif self._arch in NORM_PLUS_ONE and part.stored.endswith("norm.weight"):
+            w = w - 1
+        return w.to(self.dtype)
+
+
+def _generation_config(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Begin and end tokens; a chat model's end of turn (`eot`) counts as an end too."""
+    ids = {key: metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "eot")}
+    ends = sorted({ids[key] for key in ("eos", "eot") if isinstance(ids[key], int)})
+    made: dict[str, Any] = {"eos_token_id": ends[0] if len(ends) == 1 else ends}
+    return made if ids["bos"] is None else {"bos_token_id": ids["bos"], **made}
+
+
+def _convert_tokenizer(path: Path, folder: Path) -> None:
+    """Write tokenizer.json and its companions for the vocabulary inside the GGUF file."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # transformers raises nearly anything on an unusual vocabulary
+        raise OptimError(
+            f"transformers cannot use the tokenizer inside {path}: {error}",
+            "put the model's own tokenizer.json and tokenizer_config.json beside the .gguf file",
+            USAGE,
+        ) from None
+
+
+def sidecar_folder(path: Path, metadata: dict[str, Any], data: int) -> Path:
+    """Folder with the tokenizer of a GGUF file: beside it if there is one, else made once and kept.
+
+    The conversion takes seconds, so the result stays in the cache under the hash of the file's head.
+    """
+    if (path.parent / "tokenizer.json").is_file():
+        return path.parent
+    with path.open("rb") as file:
+        key = hashlib.sha256(file.read(data)).hexdigest()[:32]
+    folder = cache_folder() / "tokenizers" / key
+    if (folder / "tokenizer.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
+    _convert_tokenizer(path, made)
+    (made / "generation_config.json").write_text(json.dumps(_generation_config(metadata), indent=2))
+    try:
+        os.replace(made, folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(made)
+    return folder
+
+
+def open_gguf(path: Path, source: str, name: str) -> Checkpoint:
+    """The GGUF file at `path` as a checkpoint.
+
+    Raises OptimError (2) for a damaged file, an architecture or a tensor type not known here.
+    """
+    head = read_header(path)
+    metadata, table, data = head
+    config = gguf_config(path, metadata, table, data)
+    heads = (config["num_attention_heads"], config["num_key_value_heads"])
+    store = GgufStore(path, metadata["general.architecture"], heads, head)
+    config["dtype"] = str(store.dtype).removeprefix("torch.")
+    return Checkpoint(source, name, config, sidecar_folder(path, metadata, data), store)
