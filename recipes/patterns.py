@@ -1,0 +1,48 @@
+"""Which linears a recipe speaks of: exact names, `Linear` (all of them), or `re:` expressions.
+
+The spelling and the meaning are those of compressed-tensors: a `re:` expression is matched from the
+start of the module's name and need not reach its end.
+"""
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+MAX_LENGTH = 200
+MAX_REPEATS = 6
+
+_REPEAT = re.compile(r"(?<!\\)(?:\\\\)*[*+{]")
+_NESTED_REPEAT = re.compile(r"[*+}]\??\)+[*+{]")
+
+
+def check_pattern(text: str) -> str:
+    """Return `text` if it is a usable pattern, else raise ValueError with the reason.
+
+    A recipe may come from a stranger, so an expression whose match can take forever is refused:
+    a repeat of a repeat, or many open repeats one after another.
+    """
+    if not text:
+        raise ValueError("a pattern must not be empty")
+    if len(text) > MAX_LENGTH:
+        raise ValueError(f"a pattern must be at most {MAX_LENGTH} characters (got {len(text)})")
+    if not text.startswith("re:"):
+        return text
+    expression = text.removeprefix("re:")
+    try:
+        re.compile(expression)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{text!r} is not a valid regular expression: {error}") from None
+    if _NESTED_REPEAT.search(expression) or len(_REPEAT.findall(expression)) > MAX_REPEATS:
+        raise ValueError(f"{text!r} repeats too much: it could take forever to match")
+    return text
+
+
+def matches(pattern: str, name: str, kind: str = "Linear") -> bool:
+    """Whether `pattern` speaks of the module `name` whose class is `kind`."""
+    if pattern.startswith("re:"):
+        return re.match(pattern.removeprefix("re:"), name) is not None
+    return pattern in (name, kind)
+
+
+Pattern = Annotated[str, AfterValidator(check_pattern)]
