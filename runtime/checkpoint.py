@@ -1,7 +1,7 @@
 """Open a model, whatever it is: a local folder, a `.gguf` file, a hub id, or `demo`.
 
-Only configuration and headers are read at open; `read` then fetches one tensor at a time, so nothing
-here ever holds a model. Tensors are named as in transformers' modeling code (see names.py).
+Only configuration and headers are read at open; `read` then fetches one tensor at a time, so
+nothing here ever holds a model. Tensors are named as in transformers' modeling code (names.py).
 """
 
 import hashlib
@@ -134,9 +134,9 @@ def _needs_remote_code(config: dict[str, Any]) -> bool:
     """Whether transformers itself does not know this model type, but the repository has code."""
     if "auto_map" not in config:
         return False
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING
 
-    return config.get("model_type") not in CONFIG_MAPPING_NAMES
+    return config.get("model_type") not in CONFIG_MAPPING
 
 
 def _hf_config(checkpoint: Checkpoint) -> "PretrainedConfig":

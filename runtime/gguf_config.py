@@ -155,7 +155,7 @@ def gguf_config(
 ) -> dict[str, Any]:
     """config.json's contents for a GGUF file.
 
-    Raises OptimError (2) for an unknown architecture, missing keys or a rope scaling not understood.
+    Raises OptimError (2) for an unknown architecture, missing keys, an unknown rope scaling.
     """
     arch = metadata.get("general.architecture")
     config: dict[str, Any] = {"model_type": _model_type(path, arch, metadata)}

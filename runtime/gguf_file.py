@@ -1,8 +1,8 @@
 """The GGUF container: metadata and tensor table, and tensors de-quantized on demand.
 
-Layout (spec: ggml-org/ggml docs/gguf.md): magic, version, counts, key/value pairs, tensor table, then
-aligned data. Read here and not with `gguf.GGUFReader`, which maps the file and makes an array per
-token string (3 s for a 49k vocabulary). The quantized types themselves are the `gguf` package's.
+Layout (spec: ggml-org/ggml docs/gguf.md): magic, version, counts, key/value pairs, tensor table,
+then aligned data. Read here and not with `gguf.GGUFReader`, which maps the file and makes an array
+per token string (3 s for a 49k vocabulary). The quantized types are left to the `gguf` package.
 """
 
 import math
@@ -32,7 +32,7 @@ SCALARS = {
     11: "q",
     12: "d",
 }
-STRING, ARRAY = 8, 9
+FLOAT32, STRING, ARRAY = 6, 8, 9
 BLOCK = 1 << 24  # elements de-quantized at once: bounds the float32 copy of a large embedding
 
 
@@ -77,7 +77,8 @@ class _Reader:
         if kind == STRING:
             return self.text()
         if kind in SCALARS:
-            return self.number(SCALARS[kind])
+            number = self.number(SCALARS[kind])
+            return float(str(np.float32(number))) if kind == FLOAT32 else number  # 1e-05, as typed
         if kind != ARRAY or depth > 4:
             raise ValueError(f"unknown metadata type {kind}")
         inner, count = self.number("I"), self.number("Q")
@@ -144,7 +145,10 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor], int]
 
 
 def read_rows(path: Path, data: int, tensor: GgufTensor, first: int, count: int) -> Tensor:
-    """`count` rows from row `first`, de-quantized: float32 [count, in]. OptimError (2) if cut off."""
+    """`count` rows from row `first`, de-quantized: float32 [count, in].
+
+    Raises OptimError (2) if the file got shorter meanwhile.
+    """
     out = torch.empty(count, tensor.shape[-1])
     step = max(1, BLOCK // tensor.shape[-1])
     with path.open("rb") as file:

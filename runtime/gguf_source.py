@@ -1,8 +1,8 @@
 """A `.gguf` file as a checkpoint: llama.cpp's names and layouts turned back into Hugging Face's.
 
-What llama.cpp's converter changed is undone: q and k rows of the llama family are stored interleaved
-for its rotary embedding, Gemma's norms are stored as 1 + w, experts are stacked, and Llama 3's rope
-scaling is baked into a tensor. Tensors read as bfloat16 (float32 or float16 if the whole file is).
+What llama.cpp's converter changed is undone: q and k rows of the llama family are interleaved for
+its rotary embedding, Gemma's norms are stored as 1 + w, experts are stacked. Tensors read as
+bfloat16 (float32 or float16 if the whole file is).
 """
 
 import hashlib
@@ -114,7 +114,7 @@ class GgufStore:
 def _generation_config(metadata: dict[str, Any]) -> dict[str, Any]:
     """Begin and end tokens; a chat model's end of turn (`eot`) counts as an end too."""
     ids = {key: metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "eot")}
-    ends = sorted({ids[key] for key in ("eos", "eot") if isinstance(ids[key], int)})
+    ends = sorted({end for end in (ids["eos"], ids["eot"]) if isinstance(end, int)})
     made: dict[str, Any] = {"eos_token_id": ends[0] if len(ends) == 1 else ends}
     return made if ids["bos"] is None else {"bos_token_id": ids["bos"], **made}
 
@@ -124,7 +124,7 @@ def _convert_tokenizer(path: Path, folder: Path) -> None:
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         tokenizer.save_pretrained(folder)
@@ -137,9 +137,9 @@ def _convert_tokenizer(path: Path, folder: Path) -> None:
 
 
 def sidecar_folder(path: Path, metadata: dict[str, Any], data: int) -> Path:
-    """Folder with the tokenizer of a GGUF file: beside it if there is one, else made once and kept.
+    """Folder with the tokenizer of a GGUF file: beside it if it is there, else made once and kept.
 
-    The conversion takes seconds, so the result stays in the cache under the hash of the file's head.
+    The conversion takes seconds; its result stays in the cache under the hash of the file's head.
     """
     if (path.parent / "tokenizer.json").is_file():
         return path.parent

@@ -1,4 +1,4 @@
-"""Fetch a model from the Hugging Face hub into its own cache: weights, config and tokenizer alone."""
+"""Fetch a model from the Hugging Face hub into its cache: weights, config and tokenizer alone."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
 def fetch(repo: str, revision: str | None = None) -> Path:
     """Folder with the files of the hub repository `repo`.
 
-    Raises OptimError: 2 if there is no such repository or it is gated, 4 if the hub does not answer.
+    Raises OptimError: 2 if there is no such repository or it is gated, 4 if no hub answers.
     """
     from huggingface_hub import errors
 

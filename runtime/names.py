@@ -1,10 +1,10 @@
 """Stored tensor names <-> canonical names.
 
-A canonical name is the module path in transformers' modeling code of the *text* model, and an expert
-is always one linear each: `model.layers.3.mlp.experts.7.gate_proj.weight`. Three things differ on disk:
+A canonical name is the module path in transformers' modeling code of the *text* model, and an
+expert is always one linear each: `model.layers.3.mlp.experts.7.gate_proj.weight`. On disk:
 
 - mixtral and phimoe publish `block_sparse_moe.experts.7.w1.weight` (w1 gate, w3 up, w2 down);
-- transformers 5 holds experts as stacks, `experts.gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I];
+- transformers 5 holds experts as stacks: `experts.gate_up_proj` [E, 2I, H], `down_proj` [E, H, I];
 - composed models (text + vision) put the text model under a prefix; the rest of them is left out.
 """
 
@@ -34,7 +34,7 @@ def is_stack(name: str, info: TensorInfo, hidden: Any) -> bool:
     match = STACK.fullmatch(name)
     if match is None or len(info.shape) != 3:
         return False
-    return info.shape[1 if match[2] == "down_proj" else 2] == hidden
+    return bool(info.shape[1 if match[2] == "down_proj" else 2] == hidden)
 
 
 def split_stack(name: str, info: TensorInfo) -> dict[str, Part]:

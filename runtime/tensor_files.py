@@ -1,8 +1,8 @@
 """Weight files, read one tensor at a time: safetensors and `pytorch_model.bin`, single or sharded.
 
 The safetensors header is 8 bytes of little-endian length, then JSON: name -> dtype, shape and byte
-range. It is read and checked against the file's size at open, so a damaged download fails before any
-work. Bytes are read into a fresh tensor and not mapped: a mapped page would stay in resident memory.
+range. It is read and checked against the file's size at open, so a damaged download fails before
+any work. Bytes are read into a fresh tensor, not mapped: a mapped page stays in resident memory.
 Format: https://huggingface.co/docs/safetensors (format).
 """
 
@@ -56,7 +56,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A stored tensor, or one matrix of a stack [experts, out, in] of them, or some rows of that."""
+    """A stored tensor, or one matrix of a stack [experts, out, in], or some rows of that."""
 
     stored: str
     expert: int | None = None
@@ -175,7 +175,7 @@ class SafetensorsFiles:
         try:
             with path.open("rb") as file:
                 file.seek(begin + first * info.dtype.itemsize)
-                got = file.readinto(memoryview(buffer.numpy()))
+                got = file.readinto(buffer.numpy().data)
         except OSError as error:
             raise OptimError(
                 f"cannot read {part.stored} from {path}: {error}", AGAIN, USAGE
@@ -257,7 +257,7 @@ def _open_files(files: list[Path]) -> Store:
 
 
 def open_files(folder: Path) -> Store:
-    """The weights of a Hugging Face folder; OptimError (2) if there are none or they are damaged."""
+    """The weights of a Hugging Face folder; OptimError (2) if they are missing or damaged."""
     for index, single in zip(INDEXES, SINGLES, strict=True):
         if (folder / index).is_file():
             files, names = _indexed(folder, folder / index)
