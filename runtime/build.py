@@ -1,0 +1,210 @@
+"""From a checkpoint to a decoder: tensors are read one at a time and go straight to their place.
+
+Packed linears stay packed. Linears that read the same tensor (q, k, v; gate, up) become one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.architectures import FAMILIES, Family
+from optim.runtime.architectures import Decoder as Facts
+from optim.runtime.attention import Rule
+from optim.runtime.checkpoint import Checkpoint
+from optim.runtime.decoder import Attention, Block, Decoder
+from optim.runtime.layers import ACTIVATIONS, MLP, HeadNorm, LayerNorm, Mixture, Norm, RMSNorm
+from optim.runtime.linear import DenseLinear, Joined
+from optim.runtime.rope import Rope, ropes
+from optim.runtime.shape import Shape, resolve
+
+
+@dataclass(slots=True)
+class Loader:
+    """Reads tensors and linears of one checkpoint onto `device`; dense linears get `dtype`."""
+
+    checkpoint: Checkpoint
+    device: torch.device
+    dtype: torch.dtype
+    weight_bytes: int = field(default=0)
+
+    def has(self, name: str) -> bool:
+        return name in self.checkpoint.tensors
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return self.checkpoint.read(name).to(self.device, dtype)
+
+    def linear(self, *names: str) -> nn.Module:
+        """One module that computes the linears `names` side by side."""
+        weights = [self.tensor(f"{name}.weight", self.dtype) for name in names]
+        biased = [name for name in names if self.has(f"{name}.bias")]
+        if biased and len(biased) < len(names):
+            return Joined([self.linear(name) for name in names])
+        bias = torch.cat([self.tensor(f"{n}.bias", self.dtype) for n in biased]) if biased else None
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        return self.counted(DenseLinear(weight, bias))
+
+    def counted(self, module: nn.Module) -> nn.Module:
+        """`module`, its bytes added to those a token reads."""
+        self.weight_bytes += sum(t.nbytes for t in module.buffers())
+        return module
+
+    def norm(self, name: str, facts: Facts, eps: float, offset: int) -> Norm:
+        """The norm module `name`; a LayerNorm without affine parameters has no tensors."""
+
+        def read(part: str) -> Tensor | None:
+            key = f"{name}.{part}"
+            return self.tensor(key, torch.float32) if self.has(key) else None
+
+        weight = read("weight")
+        if facts.layer_norm:
+            return LayerNorm(weight, read("bias"), eps)
+        if weight is None:
+            weight = self.tensor(f"{name}.weight")  # says what is missing
+        return RMSNorm(weight + offset if offset else weight, eps)
+
+
+def build(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[Decoder, int]:
+    """The decoder of `checkpoint` and the bytes of weights that one token reads.
+
+    Raises OptimError (2) for a tensor that is missing or does not fit the configuration.
+    """
+    config = checkpoint.text_config
+    family = FAMILIES[config["model_type"]]
+    facts = family.decoder
+    shape = resolve(config, facts)
+    loader = Loader(checkpoint, device, dtype)
+    blocks = [_block(loader, family, shape, i) for i in range(len(shape.layers))]
+    embed, head = _ends(loader, facts, shape)
+    stem = facts.embed.rpartition(".")[0]
+    decoder = Decoder(
+        shape=_rounded(shape, facts, checkpoint.tensors[f"{facts.embed}.weight"].dtype),
+        embed=embed,
+        positions=loader.tensor(f"{facts.positions}.weight") if facts.positions else None,
+        project_in=_optional(loader, f"{stem}.project_in"),
+        ropes=_ropes(checkpoint, facts, shape),
+        blocks=blocks,
+        norm=_final_norm(loader, family, shape),
+        project_out=_optional(loader, f"{stem}.project_out"),
+        head=head,
+        dtype=dtype,
+    )
+    return decoder, loader.weight_bytes
+
+
+def _ropes(checkpoint: Checkpoint, facts: Facts, shape: Shape) -> dict[str, Rope]:
+    if facts.positions:
+        return {}
+    config = checkpoint.text_config
+    return ropes(config, facts.defaults, shape.head_dim, checkpoint.hf_config)
+
+
+def _rounded(shape: Shape, facts: Facts, stored: torch.dtype) -> Shape:
+    """Gemma multiplies by sqrt(hidden) as its own dtype holds it: 55.5, not 55.43, in bf16."""
+    if not facts.scaled_embedding:
+        return shape
+    return replace(shape, embed_scale=float(torch.tensor(shape.embed_scale, dtype=stored)))
+
+
+def _ends(loader: Loader, facts: Facts, shape: Shape) -> tuple[Tensor, nn.Module]:
+    """The embedding table and the head; a tied pair shares one tensor."""
+    stored = {name.partition(".")[0] for name in loader.checkpoint.tensors}
+    name = "embed_out" if "embed_out" in stored else "lm_head"  # gpt-neox publishes embed_out
+    packed = name in stored and not loader.has(f"{name}.weight")
+    if packed or not shape.tied:
+        return loader.tensor(f"{facts.embed}.weight"), loader.linear(name)
+    table = loader.tensor(f"{facts.embed}.weight", loader.dtype)
+    return table, loader.counted(DenseLinear(table))
+
+
+def _optional(loader: Loader, name: str) -> nn.Module | None:
+    return loader.linear(name) if loader.has(f"{name}.weight") else None
+
+
+def _final_norm(loader: Loader, family: Family, shape: Shape) -> Norm | None:
+    facts = family.decoder
+    if facts.layer_norm and not loader.has(f"{facts.norm}.weight"):
+        return None  # OPT-350m normalizes inside its blocks only
+    return loader.norm(facts.norm, facts, shape.eps, family.norm_offset)
+
+
+def _block(loader: Loader, family: Family, shape: Shape, index: int) -> Block:
+    facts, path = family.decoder, f"{family.decoder.layers}.{index}"
+
+    def norm(name: str | None) -> Norm | None:
+        if name is None:
+            return None
+        return loader.norm(f"{path}.{name}", facts, shape.eps, family.norm_offset)
+
+    return Block(
+        attention=_attention(loader, family, shape, index),
+        mlp=_feed_forward(loader, facts, shape, path),
+        before_attention=norm(facts.attention_norms[0]),
+        after_attention=norm(facts.attention_norms[1]),
+        before_mlp=norm(facts.mlp_norms[0]),
+        after_mlp=norm(facts.mlp_norms[1]),
+        parallel=shape.parallel,
+        residual_scale=shape.residual_scale,
+        norm_after_add=shape.norm_after_add,
+    )
+
+
+def _attention(loader: Loader, family: Family, shape: Shape, index: int) -> Attention:
+    facts, layer = family.decoder, shape.layers[index]
+    path = f"{facts.layers}.{index}"
+    return Attention(
+        qkv=loader.linear(*(f"{path}.{name}" for name in facts.qkv)),
+        out=loader.linear(f"{path}.{facts.out}"),
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        interleaved=facts.interleaved,
+        norm=_head_norm(loader, f"{path}.self_attn", shape, family.norm_offset),
+        rope=layer.rope,
+        rule=Rule(shape.attention_scale, layer.window, shape.attention_cap),
+    )
+
+
+def _head_norm(loader: Loader, path: str, shape: Shape, offset: int) -> HeadNorm | None:
+    if not loader.has(f"{path}.q_norm.weight"):
+        return None
+    query = loader.tensor(f"{path}.q_norm.weight", torch.float32) + offset
+    key = loader.tensor(f"{path}.k_norm.weight", torch.float32) + offset
+    return HeadNorm(query, key, shape.eps, full=query.numel() != shape.head_dim)
+
+
+def _feed_forward(loader: Loader, facts: Facts, shape: Shape, path: str) -> MLP | Mixture:
+    mixed = loader.has(f"{path}.mlp.gate.weight")
+    if not mixed:
+        return _mlp(loader, facts, shape, path)
+    router = loader.linear(f"{path}.mlp.gate")
+    before = loader.weight_bytes
+    experts = [
+        _mlp(loader, facts, shape, f"{path}.mlp.experts.{i}", inside=True)
+        for i in range(shape.experts)
+    ]
+    read = (loader.weight_bytes - before) * shape.experts_per_token // shape.experts
+    loader.weight_bytes = before + read
+    return Mixture(router, experts, shape.experts_per_token, shape.normalize_experts)
+
+
+def _mlp(loader: Loader, facts: Facts, shape: Shape, path: str, inside: bool = False) -> MLP:
+    """The feed-forward of a block, or (`inside`) of one expert, whose paths lack the `mlp.`"""
+    up, down = facts.up, facts.down
+    if inside:
+        up, down = tuple(n.removeprefix("mlp.") for n in up), down.removeprefix("mlp.")
+    return MLP(
+        up=loader.linear(*(f"{path}.{name}" for name in up)),
+        down=loader.linear(f"{path}.{down}"),
+        act=_activation(shape.activation),
+        gated=facts.gated,
+    )
+
+
+def _activation(name: str) -> Callable[[Tensor], Tensor]:
+    if name not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise OptimError(f"activation {name!r} is not known", f"known are: {known}", USAGE)
+    return ACTIVATIONS[name]

@@ -1,0 +1,156 @@
+"""The decoder: embeddings, blocks, head. One definition; a family is a row of architectures.py.
+
+    h = embed(ids)
+    for each block:  h += attention(norm(h));  h += mlp(norm(h))
+    logits = head(norm(h))
+
+with norms before, after or around, in sequence or in parallel, as the family says.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from optim.runtime.attention import Rule, attend
+from optim.runtime.cache import LayerCache, StaticCache
+from optim.runtime.layers import MLP, HeadNorm, Mixture, Norm
+from optim.runtime.rope import Rope, rotate
+from optim.runtime.shape import Shape
+
+POSITION_OFFSET = 2  # OPT's learned positions start at row 2
+CHUNK = 512  # tokens of a prompt computed at a time; bounds the scratch
+
+
+@dataclass(slots=True)
+class Step:
+    """What all blocks share in one forward: where it starts, the rotary angles, the padding."""
+
+    start: int
+    angles: dict[str, tuple[Tensor, Tensor]]
+    padding: Tensor | None
+
+
+@dataclass(slots=True)
+class Attention:
+    """Self-attention with a fused `qkv` linear; `rope` None leaves positions out."""
+
+    qkv: nn.Module
+    out: nn.Module
+    heads: int
+    kv_heads: int
+    head_dim: int
+    interleaved: bool
+    norm: HeadNorm | None
+    rope: str | None
+    rule: Rule
+
+    def __call__(self, x: Tensor, cache: LayerCache, step: Step) -> Tensor:
+        b, t, _ = x.shape
+        y: Tensor = self.qkv(x)
+        if self.interleaved:
+            y = y.view(b, t, self.heads, 3, self.head_dim).transpose(2, 3)
+        y = y.reshape(b, t, -1, self.head_dim)
+        keyed = self.heads + self.kv_heads
+        qk, v = y[:, :, :keyed], y[:, :, keyed:]
+        if self.norm is not None:
+            qk = torch.cat(self.norm(qk[:, :, : self.heads], qk[:, :, self.heads :]), 2)
+        if self.rope is not None:
+            qk = rotate(qk, *step.angles[self.rope])
+        cache.write(qk[:, :, self.heads :], v, step.start)
+        seen = attend(qk[:, :, : self.heads], cache, step.start, self.rule, step.padding)
+        out: Tensor = self.out(seen)
+        return out
+
+
+@dataclass(slots=True)
+class Block:
+    """One decoder block; a norm that the family lacks is None."""
+
+    attention: Attention
+    mlp: MLP | Mixture
+    before_attention: Norm | None
+    after_attention: Norm | None
+    before_mlp: Norm | None
+    after_mlp: Norm | None
+    parallel: bool
+    residual_scale: float
+    norm_after_add: bool
+
+    def __call__(self, h: Tensor, cache: LayerCache, step: Step) -> Tensor:
+        """`h` `[B, T, hidden]` -> the same shape."""
+        a = _norm(self.after_attention, self.attention(self._before(h), cache, step))
+        if self.parallel:
+            return h + a + self.mlp(_norm(self.before_mlp, h))
+        if self.norm_after_add:
+            h = _norm(self.before_attention, h + a)
+            return _norm(self.before_mlp, h + self.mlp(h))
+        h = torch.add(h, a, alpha=self.residual_scale)
+        m = _norm(self.after_mlp, self.mlp(_norm(self.before_mlp, h)))
+        return torch.add(h, m, alpha=self.residual_scale)
+
+    def _before(self, h: Tensor) -> Tensor:
+        return h if self.norm_after_add else _norm(self.before_attention, h)
+
+
+def _norm(norm: Norm | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
+
+
+@dataclass(slots=True)
+class Decoder:
+    """The whole model; tensors are made by build.py."""
+
+    shape: Shape
+    embed: Tensor
+    positions: Tensor | None
+    project_in: nn.Module | None
+    ropes: dict[str, Rope]
+    blocks: list[Block]
+    norm: Norm | None
+    project_out: nn.Module | None
+    head: nn.Module
+    dtype: torch.dtype
+
+    def __call__(self, ids: Tensor, cache: StaticCache, all_logits: bool) -> Tensor:
+        """fp32 logits after `ids` `[B, T]`, which follow what is in `cache`: the last, or all T."""
+        end = cache.length + ids.shape[1]
+        cache.reserve(end)
+        logits = []
+        for chunk in torch.split(ids, CHUNK, 1):
+            h = self._hidden(chunk, cache, end)
+            if all_logits:
+                logits.append(self._logits(h))
+        return torch.cat(logits, 1) if all_logits else self._logits(h[:, -1:])[:, 0]
+
+    def _hidden(self, ids: Tensor, cache: StaticCache, end: int) -> Tensor:
+        start, t = cache.length, ids.shape[1]
+        h, step = self._begin(ids, cache, end)
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            h = block(h, layer, step)
+        cache.length = start + t
+        return h
+
+    def _begin(self, ids: Tensor, cache: StaticCache, end: int) -> tuple[Tensor, Step]:
+        places = torch.arange(cache.length, cache.length + ids.shape[1], device=ids.device)[None]
+        if cache.padding is not None:
+            places = (places - cache.padding[:, None]).clamp_(min=0)
+        h = self.embed[ids].to(self.dtype)
+        if self.shape.embed_scale != 1:
+            h = h * self.shape.embed_scale
+        if self.project_in is not None:
+            h = self.project_in(h)
+        if self.positions is not None:
+            h = h + self.positions[places + POSITION_OFFSET].to(h.dtype)
+        angles = {kind: rope.angles(places, end) for kind, rope in self.ropes.items()}
+        return h, Step(cache.length, angles, cache.padding)
+
+    def _logits(self, h: Tensor) -> Tensor:
+        h = _norm(self.norm, h)
+        if self.project_out is not None:
+            h = self.project_out(h)
+        logits: Tensor = self.head(h).float()
+        if self.shape.logit_scale != 1:
+            logits = logits * self.shape.logit_scale
+        cap = self.shape.logit_cap
+        return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -1,0 +1,122 @@
+"""The pieces of a block beside attention: norms, activations, feed-forward, mixtures."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_fast": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (arXiv 1910.07467), in fp32.
+
+    On a CPU torch has no fused kernel; LayerNorm over [x, -x], whose mean is zero and whose
+    variance is mean(x^2), gives the same in half the time.
+    """
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        n = x.shape[-1]
+        return F.layer_norm(torch.cat((x, -x), -1), (2 * n,), eps=eps)[..., :n] * weight
+    return (F.rms_norm(x.float(), x.shape[-1:], eps=eps) * weight).to(x.dtype)
+
+
+@dataclass(slots=True)
+class RMSNorm:
+    """`weight` `[n]` fp32; families that store w - 1 have the 1 added at load."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+@dataclass(slots=True)
+class LayerNorm:
+    """`weight`, `bias` `[n]`, either may be absent."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        shape = x.shape[-1:]
+        return F.layer_norm(x.float(), shape, self.weight, self.bias, self.eps).to(x.dtype)
+
+
+Norm = RMSNorm | LayerNorm
+
+
+@dataclass(slots=True)
+class HeadNorm:
+    """Norms of queries and keys: per head, or (`full`) over the whole projection."""
+
+    query: Tensor
+    key: Tensor
+    eps: float
+    full: bool
+
+    def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """`q`, `k` `[B, T, heads, D]`."""
+        return self._one(q, self.query), self._one(k, self.key)
+
+    def _one(self, x: Tensor, weight: Tensor) -> Tensor:
+        flat = x.flatten(2) if self.full else x
+        return rms_norm(flat, weight, self.eps).view(x.shape)
+
+
+@dataclass(slots=True)
+class MLP:
+    """down(act(gate(x)) * up(x)), gate and up in one linear; down(act(up(x))) where not `gated`."""
+
+    up: nn.Module
+    down: nn.Module
+    act: Callable[[Tensor], Tensor]
+    gated: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        h: Tensor = self.up(x)
+        if self.gated:
+            gate, up = h.chunk(2, -1)
+            h = self.act(gate).mul_(up)
+        else:
+            h = self.act(h)
+        y: Tensor = self.down(h)
+        return y
+
+
+@dataclass(slots=True)
+class Mixture:
+    """Each token goes through its `top` experts, weighted by the router's softmax.
+
+    `normalize`: the kept weights are made to sum to one.
+    """
+
+    router: nn.Module
+    experts: list[MLP]
+    top: int
+    normalize: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        chances = torch.softmax(self.router(flat).float(), -1)
+        weights, chosen = chances.topk(self.top, -1)
+        if self.normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        out = torch.zeros_like(flat)
+        for expert in chosen.unique().tolist():
+            tokens, slot = (chosen == expert).nonzero(as_tuple=True)
+            y = self.experts[expert](flat[tokens]) * weights[tokens, slot, None].to(x.dtype)
+            out.index_add_(0, tokens, y)
+        return out.view(x.shape)

@@ -1,0 +1,36 @@
+"""What this machine computes fastest in, and on which device."""
+
+from pathlib import Path
+
+import torch
+
+from optim.recipes.errors import MACHINE, USAGE, OptimError
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda`, `cuda:1`, ... Raises OptimError (2, or 4 if the machine lacks it)."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise OptimError(f"there is no device {name!r}", "use auto, cpu or cuda", USAGE) from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise OptimError(f"this machine has no {name}", "use --device cpu", MACHINE)
+    return device
+
+
+def has_bf16_units() -> bool:
+    """Whether the CPU multiplies bf16 in hardware; without, torch is ten times slower in it."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of activations and of dense weights."""
+    if device.type == "cuda":
+        return torch.bfloat16
+    return torch.bfloat16 if has_bf16_units() else torch.float32
