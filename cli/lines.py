@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
+from optim.cli import ui
 from optim.recipes.errors import USAGE, OptimError
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def _next(lines: Iterator[bytes]) -> str:
     raise EOFError
 
 
-def editor(complete: Callable[[str], list[str]], err: TextIO) -> Reader:
+def editor(complete: Callable[[str], list[str]]) -> Reader:
     """An editing prompt with history; `complete` gives the endings of the line typed so far."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import Completer, Completion
@@ -89,7 +90,7 @@ def editor(complete: Callable[[str], list[str]], err: TextIO) -> Reader:
         PROMPT,
         multiline=True,
         prompt_continuation="... ",
-        history=_history(err),
+        history=_history(),
         completer=Endings(),
         complete_while_typing=False,
         key_bindings=_keys(),
@@ -118,7 +119,7 @@ def _keys() -> KeyBindings:
     return keys
 
 
-def _history(err: TextIO) -> History:
+def _history() -> History:
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     path = state_folder() / "history"
@@ -127,7 +128,7 @@ def _history(err: TextIO) -> History:
         path.touch(mode=0o600)
         return FileHistory(path)
     except OSError as error:
-        print(f"no history is kept: {path}: {error.strerror}", file=err)
+        ui.note(f"no history is kept: {path}: {error.strerror}")
         return InMemoryHistory()
 
 

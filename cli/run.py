@@ -1,0 +1,142 @@
+"""`optim run`: answer once, or talk.
+
+A prompt on the command line or on standard input is answered once; both together are joined, the
+piped text first. With neither, at a terminal, a conversation begins. The answer is all that goes to
+standard output.
+"""
+
+from __future__ import annotations
+
+import io
+import select
+import sys
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from optim.cli import chat as chats
+from optim.cli import ui
+from optim.cli.lines import decode, editor, plain
+from optim.recipes.errors import USAGE, OptimError
+
+if TYPE_CHECKING:
+    from optim.runtime.engine import Session
+    from optim.runtime.model import Model
+
+INTERRUPTED = 130
+SILENCE = 10  # seconds to wait for the first byte of a pipe when there is a prompt too
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How to run: everything that is not the model, the prompt or a sampling parameter."""
+
+    system: str = ""
+    raw: bool = False
+    chat: bool = False
+    stats: bool = False
+    as_json: bool = False
+    context: int | None = None
+    threads: int | None = None
+    device: str = "auto"
+    sampling: dict[str, Any] = field(default_factory=dict)  # as Sampling names them; no None
+
+
+def run(source: str, prompt: str | None, options: RunOptions) -> int:
+    """Run the model at `source`; returns the exit code (130 if Ctrl-C stopped the one answer).
+
+    Raises OptimError: code 2 for an empty prompt, one that is not UTF-8 or longer than the context.
+    """
+    talking = options.chat or (prompt is None and _at_terminal())
+    text = "" if talking else _question(prompt)
+    if talking and (options.as_json or options.raw):
+        flag = "--json" if options.as_json else "--raw"
+        raise OptimError(f"{flag} needs a prompt", fix='optim run MODEL "PROMPT"', code=USAGE)
+    session = _open(source, options)
+    if talking:
+        return _talk(session, options)
+    return _once(session, text, options)
+
+
+def _at_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def _question(prompt: str | None) -> str:
+    """The one question: piped text, then the prompt of the command line."""
+    own = None if prompt == "-" else prompt
+    parts = [decode(_piped(wait=own is None), "standard input").strip("\r\n")]
+    if own is not None:
+        parts.append(_utf8(own, "the prompt"))
+    text = "\n\n".join(part for part in parts if part.strip())
+    if not text:
+        raise OptimError("the prompt is empty", fix='optim run MODEL "PROMPT"', code=USAGE)
+    return text
+
+
+def _piped(wait: bool) -> bytes:
+    """All of standard input. Beside a prompt, an open pipe that stays silent does not block."""
+    if sys.stdin is None or _at_terminal():
+        return b""
+    if not wait and not select.select([sys.stdin], [], [], SILENCE)[0]:
+        ui.note(f"nothing came on standard input in {SILENCE} s: answering the prompt alone")
+        return b""
+    return sys.stdin.buffer.read()
+
+
+def _utf8(text: str, name: str) -> str:
+    return decode(text.encode(errors="surrogateescape"), name)
+
+
+def _open(source: str, options: RunOptions) -> Session:
+    from optim.runtime.engine import Sampling, Session
+    from optim.runtime.model import load_model
+
+    sampling = Sampling(**options.sampling)
+    model: Model = load_model(source, device=options.device, threads=options.threads)
+    return Session(
+        model,
+        system=_utf8(options.system, "the system prompt"),
+        sampling=sampling,
+        context=options.context,
+    )
+
+
+def _once(session: Session, text: str, options: RunOptions) -> int:
+    pieces = session.complete(text) if options.raw else session.reply(text)
+    if options.as_json:
+        return _once_json(session, pieces)
+    stopped = chats.stream(pieces, sys.stdout)
+    ui.say("")
+    if options.stats or stopped:
+        ui.note(chats.describe(session.stats, stopped))
+    return INTERRUPTED if stopped else 0
+
+
+def _once_json(session: Session, pieces: Generator[str, None, None]) -> int:
+    text = io.StringIO()
+    stopped = chats.stream(pieces, text)
+    stats = session.stats
+    answer = {
+        "text": text.getvalue(),
+        "tokens": stats.new_tokens,
+        "tokens_per_second": round(stats.decode_rate, 2),
+        "stop_reason": "interrupted" if stopped else stats.stop_reason,
+        "prompt_tokens": stats.prompt_tokens,
+        "prefill_seconds": round(stats.prefill_seconds, 4),
+        "decode_seconds": round(stats.decode_seconds, 4),
+        "model": session.model.checkpoint.source,
+    }
+    ui.emit(answer)
+    return INTERRUPTED if stopped else 0
+
+
+def _talk(session: Session, options: RunOptions) -> int:
+    from optim.cli.commands import endings
+
+    chat = chats.Chat(session, show_stats=options.stats)
+    title = [session.model.checkpoint.name, *list(session.info().values())[:2]]
+    ui.note(" · ".join([*title, "/help, Ctrl-C stops a reply, Ctrl-D leaves"]))
+    at_terminal = _at_terminal()
+    chats.talk(chat, editor(endings) if at_terminal else plain(sys.stdin.buffer))
+    return 0
