@@ -1,0 +1,67 @@
+"""The command line: `main` is the boundary that every error passes.
+
+Exit codes: 0 done, 1 explained failure, 2 bad usage, recipe or input, 3 a check did not hold,
+4 this machine lacks something, 130 Ctrl-C. `OPTIM_DEBUG=1` shows the traceback of any error.
+"""
+
+import errno
+import os
+import sys
+
+from optim.recipes.errors import MACHINE, OptimError
+
+INTERRUPTED = 130
+
+
+def main() -> int:
+    """Run the command of `sys.argv`; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
+    from optim.cli.app import app
+
+    try:
+        app(prog_name="optim")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        return _reader_left()
+    except Exception as problem:
+        return _explain(problem)
+    return 0
+
+
+def _explain(problem: Exception) -> int:
+    """Show any exception as an error with its fix; the traceback only where it was asked for."""
+    from optim.cli import ui
+
+    if os.environ.get("OPTIM_DEBUG", "") not in ("", "0"):
+        import traceback
+
+        traceback.print_exception(problem)
+    known = problem if isinstance(problem, OptimError) else _translate(problem)
+    ui.error(known)
+    return known.code
+
+
+def _translate(problem: Exception) -> OptimError:
+    """Say in plain words what Python or torch raised; torch is not imported for it."""
+    if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" ({problem.filename})" if problem.filename else ""
+        return OptimError(f"the disk is full{where}", "free some space, or use -o", MACHINE)
+    if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":
+        fix = "close other programs, or use a smaller model or `--device cpu`"
+        return OptimError("there is not enough memory", fix, MACHINE)
+    text = " ".join(str(problem).split()) or "no message"
+    short = text if len(text) <= 300 else text[:300] + "..."
+    return OptimError(
+        f"unexpected {type(problem).__name__}: {short}",
+        fix="this is a bug in optim; OPTIM_DEBUG=1 shows where",
+    )
+
+
+def _reader_left() -> int:
+    """`optim ... | head`: leave without a word, also when Python flushes at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-MAX_LENGTH = 200
+MAX_LENGTH = 256
 MAX_REPEATS = 6
 
 _REPEAT = re.compile(r"(?<!\\)(?:\\\\)*[*+{]")

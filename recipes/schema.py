@@ -54,6 +54,7 @@ class Override(Section):
 class Rounding(Section):
     """What every weight-only method has: the grid, and which linears get it."""
 
+    method: str
     bits: Bits = 4
     group_size: GroupSize = "auto"
     sym: bool = False

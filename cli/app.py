@@ -1,0 +1,217 @@
+"""The commands: each reads its flags and calls one function of `cli/<command>.py`.
+
+Nothing heavy is imported here, so that `optim --help` answers at once.
+"""
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from optim.cli import flags
+
+app = typer.Typer(
+    name="optim",
+    help="Make a language model smaller, prove what it cost, and run it.",
+    epilog="Example: optim quantize demo -o smollm2-awq && optim run smollm2-awq",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes = typer.Typer(
+    help="List, show and check recipes.",
+    epilog="Example: optim recipe show awq-w4 > my.yaml",
+    no_args_is_help=True,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"optim {version('optim-llm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _show: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    rich_help_panel="Compress",
+    epilog="Example: optim quantize demo -m awq --bits 4 --group-size 64 -o smollm2-awq",
+)
+def quantize(
+    model: flags.RecipeModel = None,
+    method: flags.Method = None,
+    bits: flags.Bits = None,
+    group_size: flags.GroupSize = None,
+    sym: flags.Sym = None,
+    ignore: flags.Ignore = None,
+    lm_head_bits: flags.LmHeadBits = None,
+    output: flags.Output = None,
+    recipe: flags.Recipe = None,
+    sets: flags.Sets = None,
+    print_recipe: flags.PrintRecipe = False,
+    dry_run: flags.DryRun = False,
+    force: flags.Force = False,
+    device: flags.Device = "auto",
+    threads: flags.Threads = None,
+    trust_remote_code: flags.TrustCode = False,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    calibration: flags.Dataset = None,
+    num_samples: flags.NumSamples = None,
+    seq_len: flags.SeqLen = None,
+    seed: flags.Seed = None,
+    n_grid: flags.NGrid = None,
+    duo: flags.Duo = None,
+    clip: flags.Clip = None,
+    compensate: flags.Compensate = None,
+    damping: flags.Damping = None,
+) -> None:
+    """Store weights in 2, 3, 4 or 8 bits, guided by text (AWQ, GPTQ) or not (rounding)."""
+    from optim.cli import quantize as command
+
+    keys = {
+        "model": model,
+        "output": output,
+        "calibration.dataset": calibration,
+        "calibration.num_samples": num_samples,
+        "calibration.seq_len": seq_len,
+        "calibration.seed": seed,
+        "quantize.method": method if method or recipe else "awq",
+        "quantize.bits": bits,
+        "quantize.group_size": command.word(group_size),
+        "quantize.sym": sym,
+        "quantize.ignore": ignore,
+        "quantize.lm_head_bits": lm_head_bits,
+        "quantize.n_grid": n_grid,
+        "quantize.duo": command.word(duo),
+        "quantize.clip": clip,
+        "quantize.compensate": compensate,
+        "quantize.damping": damping,
+    }
+    how = command.How(device, threads, trust_remote_code, force, json, quiet)
+    command.quantize(recipe, keys, sets or [], how, print_recipe=print_recipe, dry_run=dry_run)
+
+
+@app.command(
+    rich_help_panel="Run", epilog='Example: optim run smollm2-awq "What is the capital of France?"'
+)
+def run(
+    model: flags.Model,
+    prompt: flags.Prompt = None,
+    system: flags.System = "",
+    raw: flags.Raw = False,
+    chat: flags.Chat = False,
+    stats: flags.Stats = False,
+    context: flags.Context = None,
+    device: flags.Device = "auto",
+    threads: flags.Threads = None,
+    json: flags.Json = False,
+    temperature: flags.Temperature = None,
+    top_k: flags.TopK = None,
+    top_p: flags.TopP = None,
+    min_p: flags.MinP = None,
+    repetition_penalty: flags.RepetitionPenalty = None,
+    seed: flags.SampleSeed = None,
+    max_tokens: flags.MaxTokens = None,
+    stop: flags.Stop = None,
+) -> None:
+    """Chat with a model, or answer one prompt."""
+    from optim.cli import run as command
+
+    sampling = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "max_tokens": max_tokens,
+        "stop": tuple(stop) if stop else None,
+    }
+    given = {key: value for key, value in sampling.items() if value is not None}
+    options = command.RunOptions(system, raw, chat, stats, json, context, threads, device, given)
+    raise typer.Exit(command.run(model, prompt, options))
+
+
+@app.command(rich_help_panel="Look", epilog="Example: optim inspect smollm2-awq --verify")
+def inspect(model: flags.Model, verify: flags.Verify = False, json: flags.Json = False) -> None:
+    """Show where the bytes are, and how an artifact was made, without loading it."""
+    from optim.cli import inspect as command
+
+    command.inspect(model, verify=verify, as_json=json)
+
+
+@app.command(
+    "eval", rich_help_panel="Look", epilog="Example: optim eval smollm2-awq --against demo"
+)
+def evaluate(
+    model: flags.Model,
+    against: flags.Against = None,
+    text: flags.Text = "builtin:eval",
+    window: flags.Window = 1024,
+    max_windows: flags.MaxWindows = None,
+    max_ppl_increase: flags.MaxIncrease = None,
+    device: flags.Device = "auto",
+    threads: flags.Threads = None,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+) -> None:
+    """Measure perplexity, and the divergence from the original model."""
+    from optim.cli import evaluate as command
+
+    asked = command.Asked(against, text, window, max_windows, device, threads)
+    command.evaluate(model, asked, max_ppl_increase=max_ppl_increase, as_json=json, quiet=quiet)
+
+
+@app.command(rich_help_panel="Look", epilog="Example: optim doctor --json")
+def doctor(json: flags.Json = False) -> None:
+    """Show what this machine can run, and test each kernel on it."""
+    from optim.cli import doctor as command
+
+    command.doctor(as_json=json)
+
+
+app.add_typer(recipes, name="recipe", rich_help_panel="Recipes")
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A file or a built-in name.")]
+
+
+@recipes.command("list", epilog="Example: optim recipe list")
+def recipe_list(json: flags.Json = False) -> None:
+    """List the built-in recipes."""
+    from optim.cli import recipe as command
+
+    command.list_recipes(as_json=json)
+
+
+@recipes.command("show", epilog="Example: optim recipe show awq-w4 > my.yaml")
+def recipe_show(recipe: RecipeName, json: flags.Json = False) -> None:
+    """Print a recipe's file; with --json all of its values, the defaults included."""
+    from optim.cli import recipe as command
+
+    command.show_recipe(recipe, as_json=json)
+
+
+@recipes.command("check", epilog="Example: optim recipe check my.yaml")
+def recipe_check(recipe: RecipeName, json: flags.Json = False) -> None:
+    """Check a recipe: all its problems at once, each with its line."""
+    from optim.cli import recipe as command
+
+    command.check_recipe(recipe, as_json=json)
+
+
+@recipes.command("schema", epilog="Example: optim recipe schema > optim-recipe.schema.json")
+def recipe_schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from optim.cli import recipe as command
+
+    command.print_schema()

@@ -1,0 +1,56 @@
+"""`optim eval`: perplexity, and the divergence from the original."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from optim.cli import ui
+from optim.recipes.errors import CHECK_FAILED, USAGE, OptimError
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What to measure, on what."""
+
+    against: str | None
+    text: str
+    window: int
+    max_windows: int | None
+    device: str
+    threads: int | None
+
+
+def evaluate(
+    source: str, asked: Asked, *, max_ppl_increase: float | None, as_json: bool, quiet: bool
+) -> None:
+    """Measure, print, and raise OptimError (3) if perplexity rose by more than was allowed."""
+    if max_ppl_increase is not None and asked.against is None:
+        fix = "add --against BASE, the model it was made from"
+        raise OptimError("--max-ppl-increase needs a model to compare with", fix, USAGE)
+    ui.notes.quiet = quiet
+    from optim.runtime.evaluate import evaluate as measure
+
+    with ui.progress("eval") as step:
+        found = measure(source, **asdict(asked), progress=step).as_dict()
+    if as_json:
+        ui.emit(found)
+    else:
+        _show(source, asked, found)
+    if max_ppl_increase is not None:
+        _hold(found["ppl_ratio"] - 1, max_ppl_increase)
+
+
+def _hold(increase: float, allowed: float) -> None:
+    # Written so that an increase that is not a number fails too.
+    if not increase <= allowed:
+        message = f"perplexity rose by {increase:.2%}, more than the {allowed:.2%} allowed"
+        raise OptimError(message, "try more bits or a smaller group", CHECK_FAILED)
+
+
+def _show(source: str, asked: Asked, found: dict[str, Any]) -> None:
+    rows = [(source, f"{found['perplexity']:.3f}", "", "")]
+    if asked.against is not None:
+        change = f"{found['ppl_ratio'] - 1:+.2%}"
+        rows[0] = (source, f"{found['perplexity']:.3f}", change, f"{found['kl']:.4f}")
+        rows.insert(0, (f"{asked.against} (base)", f"{found['base_perplexity']:.3f}", "", ""))
+    ui.table(("model", "perplexity", "change", "KL"), rows)
+    ui.say(f"{found['windows']} windows of {asked.window} tokens from {asked.text}")

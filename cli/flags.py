@@ -1,0 +1,130 @@
+"""The flags of the commands, each spelled once; a flag that is not given is None."""
+
+from typing import Annotated
+
+from typer import Argument, Option
+
+CALIBRATION, METHOD = "Calibration", "Method"
+
+# What every command shares.
+Model = Annotated[
+    str, Argument(metavar="MODEL", help="A folder, a .gguf file, a hub id, or `demo`.")
+]
+Json = Annotated[bool, Option("--json", help="Print one JSON document instead of tables.")]
+Quiet = Annotated[bool, Option("--quiet", help="No progress and no notes; errors still show.")]
+Device = Annotated[str, Option("--device", help="auto, cpu or cuda.")]
+Threads = Annotated[int | None, Option("--threads", min=1, help="CPU threads.")]
+TrustCode = Annotated[
+    bool, Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
+
+# quantize: each is a key of the recipe.
+RecipeModel = Annotated[
+    str | None,
+    Argument(metavar="MODEL", help="A folder, a .gguf file, a hub id, `demo`; or the recipe's."),
+]
+Method = Annotated[
+    str | None, Option("-m", "--method", help="awq, gptq or rtn. Default: awq.", show_default=False)
+]
+Output = Annotated[
+    str | None, Option("-o", "--output", help="Folder to write. Default: ./MODEL-METHOD-FORMAT.")
+]
+Bits = Annotated[int | None, Option("-b", "--bits", help="2, 3, 4 or 8. Default: 4.")]
+GroupSize = Annotated[
+    str | None,
+    Option("-g", "--group-size", help="Inputs that share a scale: auto, -1 (a row), 16 to 256."),
+]
+Sym = Annotated[bool | None, Option("--sym/--asym", help="Without or with zero points.")]
+LmHeadBits = Annotated[int | None, Option("--lm-head-bits", help="8 quantizes the head too.")]
+Ignore = Annotated[
+    list[str] | None, Option("--ignore", help="Linear that stays as it is: name or re:PATTERN.")
+]
+Dataset = Annotated[
+    str | None,
+    Option(
+        "--calibration",
+        help="builtin:NAME, self, a file or folder, or a hub id.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+NumSamples = Annotated[
+    int | None, Option("--num-samples", help="Windows. Default: 64.", rich_help_panel=CALIBRATION)
+]
+SeqLen = Annotated[
+    int | None,
+    Option("--seq-len", help="Tokens a window. Default: 512.", rich_help_panel=CALIBRATION),
+]
+Seed = Annotated[
+    int | None, Option("--seed", help="Chooses the windows.", rich_help_panel=CALIBRATION)
+]
+NGrid = Annotated[
+    int | None, Option("--n-grid", help="awq: scales tried a group.", rich_help_panel=METHOD)
+]
+Duo = Annotated[
+    str | None,
+    Option("--duo", help="awq: scales see weights too: both, true, false.", rich_help_panel=METHOD),
+]
+Clip = Annotated[
+    bool | None,
+    Option("--clip/--no-clip", help="awq: search for the best range.", rich_help_panel=METHOD),
+]
+Compensate = Annotated[
+    bool | None,
+    Option(
+        "--compensate/--no-compensate", help="awq: GPTQ's error feedback.", rich_help_panel=METHOD
+    ),
+]
+Damping = Annotated[
+    float | None, Option("--damping", help="awq, gptq: 0 to 1.", rich_help_panel=METHOD)
+]
+Recipe = Annotated[
+    str | None, Option("--recipe", help="A file or a built-in name; flags go over it.")
+]
+Sets = Annotated[
+    list[str] | None, Option("--set", metavar="KEY=VALUE", help="Any recipe key, as the last word.")
+]
+PrintRecipe = Annotated[bool, Option("--print-recipe", help="Print the whole recipe and stop.")]
+DryRun = Annotated[bool, Option("--dry-run", help="Check everything, print the plan and stop.")]
+Force = Annotated[bool, Option("--force", help="Replace an existing output folder.")]
+
+# run: sampling.
+SAMPLING = "Sampling"
+Prompt = Annotated[
+    str | None, Argument(metavar="PROMPT", help="Answer this once; `-` reads standard input.")
+]
+System = Annotated[str, Option("--system", help="System prompt.")]
+Raw = Annotated[bool, Option("--raw", help="Continue the prompt; no chat template.")]
+Chat = Annotated[bool, Option("--chat", help="A conversation even if input is piped.")]
+Stats = Annotated[bool, Option("--stats", help="Show speed after each reply.")]
+Context = Annotated[int | None, Option("--context", min=1, help="Tokens kept. Default: model's.")]
+Temperature = Annotated[
+    float | None, Option("--temperature", help="0 is greedy.", rich_help_panel=SAMPLING)
+]
+TopK = Annotated[int | None, Option("--top-k", help="0 is off.", rich_help_panel=SAMPLING)]
+TopP = Annotated[float | None, Option("--top-p", help="1 is off.", rich_help_panel=SAMPLING)]
+MinP = Annotated[float | None, Option("--min-p", help="0 is off.", rich_help_panel=SAMPLING)]
+RepetitionPenalty = Annotated[
+    float | None, Option("--repetition-penalty", help="1 is off.", rich_help_panel=SAMPLING)
+]
+SampleSeed = Annotated[
+    int | None, Option("--seed", help="Same seed, same reply.", rich_help_panel=SAMPLING)
+]
+MaxTokens = Annotated[
+    int | None, Option("--max-tokens", min=1, help="Longest reply.", rich_help_panel=SAMPLING)
+]
+Stop = Annotated[
+    list[str] | None, Option("--stop", help="Text that ends a reply.", rich_help_panel=SAMPLING)
+]
+
+# inspect, eval, bench.
+Verify = Annotated[bool, Option("--verify", help="Hash the files; exit 3 if one has changed.")]
+Against = Annotated[str | None, Option("--against", metavar="BASE", help="The original model.")]
+Text = Annotated[
+    str, Option("--text", metavar="SPEC", help="builtin:NAME, a file or folder, or a hub id.")
+]
+Window = Annotated[int, Option("--window", min=2, help="Tokens a window.")]
+MaxWindows = Annotated[int | None, Option("--max-windows", min=1, help="Default: all.")]
+MaxIncrease = Annotated[
+    float | None,
+    Option("--max-ppl-increase", min=0, help="Exit 3 beyond it; 0.02 is 2 % over --against."),
+]

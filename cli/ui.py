@@ -1,0 +1,159 @@
+"""The terminal: results to standard output, everything else to standard error.
+
+No other module of `optim` prints tables, progress or errors; algorithms report through a callback.
+"""
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from optim.recipes.errors import OptimError
+
+Step = Callable[[int, int, str], None]
+"""What algorithms call: steps done, steps in all, and a few words on the step."""
+
+ETA_STEPS = 8
+WIDE = 160  # columns where there is no terminal, so that no name is cut
+
+# Names and messages may come from a stranger's file: no control but tab and newline passes.
+CONTROLS = dict.fromkeys([*range(0x20), *range(0x7F, 0xA0)])
+del CONTROLS[ord("\n")], CONTROLS[ord("\t")]
+
+notes = Console(stderr=True, markup=False, highlight=False, soft_wrap=True, emoji=False)
+"""Notes and progress; `notes.quiet = True` is `--quiet`. Errors are shown all the same."""
+
+
+def plain(text: str) -> str:
+    """`text` without characters that steer a terminal."""
+    return text.translate(CONTROLS)
+
+
+def emit(data: Any) -> None:
+    """Print one JSON document, the whole result of a command."""
+    print(json.dumps(_finite(data), indent=2, ensure_ascii=False), flush=True)
+
+
+def say(text: str) -> None:
+    """Print a line of the result."""
+    print(plain(text), flush=True)
+
+
+def note(text: str, style: str = "") -> None:
+    """A line for the person at the terminal, on standard error."""
+    notes.print(Text(plain(text), style=style))
+
+
+def done(text: str, following: str | None = None) -> None:
+    """Say that the work is done, and what to type next."""
+    note(f"✓ {text}", style="green")
+    if following:
+        note(f"  next: {following}", style="dim")
+
+
+def error(problem: OptimError) -> None:
+    """Show an explained failure and its fix."""
+    console = Console(stderr=True, soft_wrap=True, emoji=False)
+    head, _, rest = plain(problem.message).partition("\n")
+    console.print(Text.assemble(("error: ", "bold red"), head))
+    if rest:
+        console.print(Text(rest))
+    if problem.fix:
+        console.print(Text.assemble(("  fix: ", "bold"), plain(problem.fix)))
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
+    """Print a table; the first `left` columns are words, the others numbers."""
+    console = Console(highlight=False, emoji=False)
+    if not console.is_terminal:
+        console.width = WIDE
+    made = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column, head in enumerate(heads):
+        made.add_column(head, justify="left" if column < left else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(plain(cell)) for cell in row))
+    console.print(made)
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Step]:
+    """A bar with the time left; one line a step where standard error is no terminal."""
+    eta = Eta()
+    if notes.quiet or not notes.is_terminal:
+        yield lambda at, total, text: note(_line(title, at, total, text, eta))
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
+    with Progress(*columns, console=notes, transient=True) as bar:
+        task = bar.add_task(title, total=None, text="")
+
+        def step(at: int, total: int, text: str) -> None:
+            bar.update(task, completed=at, total=total, text=_line("", at, total, text, eta))
+
+        yield step
+
+
+def _line(title: str, at: int, total: int, text: str, eta: "Eta") -> str:
+    left = eta.left(at, total)
+    parts = [f"{title} {at}/{total}".strip(), plain(text), f"{seconds(left)} left" if left else ""]
+    return " · ".join(part for part in parts if part)
+
+
+class Eta:
+    """Time left, from the pace of the last few steps."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.marks: deque[tuple[float, int]] = deque([(clock(), 0)], maxlen=ETA_STEPS + 1)
+
+    def left(self, at: int, total: int) -> float | None:
+        """Seconds until `total`, now that `at` steps are done; None while there is no pace."""
+        if at != self.marks[-1][1]:
+            self.marks.append((self.clock(), at))
+        (begin, first), (end, last) = self.marks[0], self.marks[-1]
+        return (end - begin) / (last - first) * (total - last) if last > first else None
+
+
+def size(nbytes: float) -> str:
+    """Bytes in three figures: 490 MB, 1.40 GB."""
+    return _scaled(nbytes, ("B", "kB", "MB", "GB", "TB"))
+
+
+def count(number: float) -> str:
+    """A number of weights in three figures: 944 M, 2.69 B."""
+    return _scaled(number, ("", "k", "M", "B", "T"))
+
+
+def _scaled(value: float, units: Sequence[str]) -> str:
+    power = 0
+    while value >= 999.5 and power < len(units) - 1:
+        value, power = value / 1000, power + 1
+    digits = 0 if power == 0 or value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{value:.{digits}f} {units[power]}".strip()
+
+
+def seconds(value: float) -> str:
+    """A duration: 48s, 2m58s, 1h04m."""
+    whole = round(value)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def _finite(data: Any) -> Any:
+    """JSON has no infinity and no NaN: they become null."""
+    if isinstance(data, dict):
+        return {str(key): _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(item) for item in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
