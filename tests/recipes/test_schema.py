@@ -1,0 +1,102 @@
+"""What a recipe may say."""
+
+import pytest
+from pydantic import ValidationError
+
+from optim.recipes.build import build_recipe
+from optim.recipes.patterns import check_pattern, matches
+from optim.recipes.schema import METHODS, Awq, Recipe, json_schema
+
+
+def test_the_defaults_are_the_documented_ones() -> None:
+    recipe = build_recipe(None, {"quantize.method": "awq"})
+    assert recipe.calibration.model_dump() == {
+        "dataset": "builtin:mixed",
+        "split": None,
+        "text_column": "text",
+        "num_samples": 64,
+        "seq_len": 512,
+        "seed": 0,
+    }
+    assert recipe.quantize.model_dump() == {
+        "method": "awq",
+        "bits": 4,
+        "group_size": "auto",
+        "sym": False,
+        "targets": ("Linear",),
+        "ignore": ("lm_head",),
+        "lm_head_bits": None,
+        "overrides": (),
+        "n_grid": 20,
+        "duo": "both",
+        "clip": True,
+        "compensate": True,
+        "damping": 0.01,
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_builds_its_own_class(method: str) -> None:
+    assert type(build_recipe(None, {"quantize.method": method}).quantize) is METHODS[method]
+
+
+def test_a_recipe_is_frozen() -> None:
+    recipe = build_recipe("awq-w4")
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.quantize.bits = 8  # type: ignore[misc]
+    assert hash(recipe) == hash(build_recipe("awq-w4"))
+
+
+def test_an_override_keeps_what_it_says_apart_from_what_it_leaves_out() -> None:
+    override = {"targets": ["re:.*down_proj"], "bits": 8}
+    recipe = Recipe.model_validate(
+        {"version": 1, "quantize": {"method": "awq", "overrides": [override]}}
+    )
+    assert isinstance(recipe.quantize, Awq)
+    (made,) = recipe.quantize.overrides
+    assert (made.targets, made.bits, made.group_size, made.sym) == (
+        ("re:.*down_proj",),
+        8,
+        None,
+        None,
+    )
+
+
+def test_patterns_match_as_in_compressed_tensors() -> None:
+    name = "model.layers.0.mlp.down_proj"
+    assert matches("Linear", name)
+    assert matches(name, name)
+    assert matches("re:.*down", name)
+    assert not matches("re:down", name)
+    assert not matches("down_proj", name)
+    assert not matches("Linear", name, kind="Embedding")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [
+        ("", "must not be empty"),
+        ("x" * 257, "at most 256 characters"),
+        ("re:(", "not a valid regular expression"),
+        ("re:(a+)+b", "take forever"),
+        ("re:((a*b))*", "take forever"),
+        ("re:(a|a)*b", "take forever"),
+        ("re:(?:a?){50}", "take forever"),
+        ("re:" + "a?" * 30 + "a" * 30, "take forever"),
+        ("re:(a{1,9})+?", "take forever"),
+        ("re:" + ".*x" * 7, "take forever"),
+    ],
+)
+def test_unusable_patterns_are_refused(pattern: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        check_pattern(pattern)
+
+
+@pytest.mark.parametrize("pattern", [r"re:layers\.(0|1)\.", r"re:.*\.(\d+)\.[*+]?\(.*?(q|k)_"])
+def test_usual_patterns_are_allowed(pattern: str) -> None:
+    assert check_pattern(pattern) == pattern
+
+
+def test_the_json_schema_names_every_method() -> None:
+    mapping = json_schema()["properties"]["quantize"]["discriminator"]["mapping"]
+    assert set(mapping) == set(METHODS)
