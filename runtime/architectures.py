@@ -2,7 +2,8 @@
 
 A *group* is a set of linears that read one tensor, and the module that made it. An input channel
 of the readers may be scaled by s when the source's output channel is divided by s: nothing changes
-before rounding, and rounding hurts the scaled-up channels less (AWQ, arXiv 2306.00978, 3.2). That holds only if *every* reader is scaled; `optim.quant.fold` checks each group numerically on the
+before rounding, and rounding hurts the scaled-up channels less (AWQ, arXiv 2306.00978, 3.2). That
+holds only if *every* reader is scaled; `optim.quant.fold` checks each group numerically on the
 block at hand, so a wrong row here costs the group its scales, never the model its meaning.
 
 Paths are relative to the block and name modules of transformers' modeling code. `*` stands for each

@@ -33,7 +33,7 @@ def attend(q: Tensor, cache: LayerCache, start: int, rule: Rule, padding: Tensor
     if cache.transposed or rule.cap is not None:
         blocks = [
             _rows(block, cache, start + i * ROWS, rule, padding)
-            for i, block in enumerate(q.split(ROWS, 1))
+            for i, block in enumerate(torch.split(q, ROWS, 1))
         ]
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
     return _fused(q, cache, start, rule, padding)

@@ -40,6 +40,8 @@ class LayerCache:
 def _longer(old: Tensor, dim: int, length: int) -> Tensor:
     size = list(old.shape)
     kept = size[dim]
+    if kept >= length:
+        return old  # a growth that was interrupted
     size[dim] = length
     new = old.new_zeros(size)
     new.narrow(dim, 0, kept).copy_(old)
@@ -64,9 +66,10 @@ class StaticCache:
         if length <= self.capacity:
             return
         wanted = max(length, self.capacity + self.capacity // 2)
-        self.capacity = min(self.limit, -(-wanted // CHUNK) * CHUNK)
+        capacity = min(self.limit, -(-wanted // CHUNK) * CHUNK)
         for layer in self.layers:
-            layer.grow(self.capacity)
+            layer.grow(capacity)
+        self.capacity = capacity
 
     def truncate(self, length: int) -> None:
         """Forget everything from position `length` on."""

@@ -115,7 +115,7 @@ class Mixture:
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
         out = torch.zeros_like(flat)
-        for expert in chosen.unique().tolist():
+        for expert in torch.unique(chosen).tolist():
             tokens, slot = (chosen == expert).nonzero(as_tuple=True)
             y = self.experts[expert](flat[tokens]) * weights[tokens, slot, None].to(x.dtype)
             out.index_add_(0, tokens, y)

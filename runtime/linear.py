@@ -27,7 +27,7 @@ class DenseLinear(nn.Module):
         if self.weight.dtype == x.dtype:
             return F.linear(x, self.weight, self.bias)
         rows = max(1, SLICE // self.weight.shape[1])
-        y = torch.cat([F.linear(x, w.to(x.dtype)) for w in self.weight.split(rows)], -1)
+        y = torch.cat([F.linear(x, w.to(x.dtype)) for w in torch.split(self.weight, rows)], -1)
         return y if self.bias is None else y.add_(self.bias)
 
 

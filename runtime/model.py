@@ -38,6 +38,14 @@ class Model:
         return self.decoder.shape.max_context
 
     @property
+    def place(self) -> str:
+        """Where and in what it computes: `cpu, 2 threads, fp32`."""
+        dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.decoder.dtype]
+        if self.device.type == "cpu":
+            return f"cpu, {torch.get_num_threads()} threads, {dtype}"
+        return f"{torch.cuda.get_device_name(self.device)}, {dtype}"
+
+    @property
     def tokenizer(self) -> "Tokenizer":
         if self._tokenizer is None:
             self._tokenizer = self.checkpoint.tokenizer()

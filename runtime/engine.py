@@ -1,0 +1,184 @@
+"""Generation: prompt in, tokens out; and a conversation that keeps its cache between turns."""
+
+from collections.abc import Generator, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+
+from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.cache import StaticCache
+from optim.runtime.model import Model
+from optim.runtime.sampling import Sampler, Sampling
+from optim.runtime.stops import StopText
+
+__all__ = ["Sampling", "Session", "Stats", "generate"]
+
+Message = dict[str, str]
+
+
+def generate(
+    model: Model,
+    ids: Sequence[int],
+    sampling: Sampling,
+    cache: StaticCache | None = None,
+    stop_ids: AbstractSet[int] | None = None,
+) -> Generator[int, None, str]:
+    """Yield the tokens that follow `ids`; the return value says why it ended.
+
+    `cache` may hold the first of `ids` already. `stop_ids` (default: the model's end tokens) end
+    the text and are not part of it: "stop". The others are "length" and "context".
+    Raises OptimError (2) if `ids` do not fit the context.
+    """
+    cache = cache or model.new_cache()
+    stop_ids = model.tokenizer.eos_ids if stop_ids is None else stop_ids
+    sample = Sampler(sampling, model.device)
+    history = list(ids)
+    while True:
+        logits = model.forward(torch.tensor([history[cache.length :]]), cache)
+        token = sample(logits[0], history)
+        if token in stop_ids:
+            return "stop"
+        history.append(token)
+        yield token
+        if len(history) - len(ids) == sampling.max_tokens:
+            return "length"
+        if cache.length == cache.limit:
+            return "context"
+
+
+@dataclass(slots=True)
+class Stats:
+    """What the last reply cost. `cached_tokens` of the prompt were in the cache already."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    new_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    stop_reason: str = ""
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens a second after the first, which the prefill gives."""
+        steps = self.new_tokens - 1
+        return steps / self.decode_seconds if steps > 0 and self.decode_seconds else 0.0
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second."""
+        computed = self.prompt_tokens - self.cached_tokens
+        return computed / self.prefill_seconds if self.prefill_seconds else 0.0
+
+
+class Session:
+    """A conversation. `messages`, `system` and `sampling` may be changed between replies.
+
+    The cache is kept, and as much of it as the next prompt shares is used again. A reply may be
+    closed or interrupted at any point; what came until then is its message.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        system: str = "",
+        sampling: Sampling | None = None,
+        context: int | None = None,
+    ) -> None:
+        if context and context > model.max_context:
+            raise OptimError(
+                f"a context of {context} is more than the model's {model.max_context}",
+                f"--context {model.max_context} at most",
+                USAGE,
+            )
+        self.model = model
+        self.system = system
+        self.sampling = sampling or Sampling()
+        self.messages: list[Message] = []
+        self.stats = Stats()
+        self._cache = model.new_cache(length=context or model.max_context)
+        self._tokens: list[int] = []  # what the cache holds, and perhaps one more
+
+    def reply(self, text: str) -> Generator[str, None, None]:
+        """Say `text`; yields the reply in pieces. Both become part of `messages`.
+
+        Raises OptimError (2), and changes nothing, if the conversation no longer fits.
+        """
+        asked = [*self.messages, {"role": "user", "content": text}]
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        ids = self._fitting(self.model.tokenizer.chat([*system, *asked]))
+        self.messages = asked
+        said: list[str] = []
+        try:
+            for piece in self._stream(ids):
+                said.append(piece)
+                yield piece
+        finally:
+            self.messages = [*asked, {"role": "assistant", "content": "".join(said)}]
+
+    def complete(self, text: str) -> Generator[str, None, None]:
+        """Continue `text` as it is, without a chat template; yields pieces."""
+        return self._stream(self._fitting(self.model.tokenizer.encode(text, special=True)))
+
+    def info(self) -> dict[str, str]:
+        """Facts to show about the model and the conversation."""
+        model, cache = self.model, self._cache
+        return {
+            "weights": f"{model.weight_bytes / 1e6:.0f} MB a token",
+            "device": model.place,
+            "context": f"{cache.length} of {cache.limit} tokens",
+            "cache": f"{cache.nbytes / 1e6:.0f} MB",
+        }
+
+    def _fitting(self, ids: list[int]) -> list[int]:
+        limit = self._cache.limit
+        if not ids:
+            raise OptimError("the prompt is empty", "give it some text", USAGE)
+        if len(ids) > limit:
+            fix = "shorten it, /clear the conversation, or give a larger --context"
+            what = f"the prompt is {len(ids)} tokens, the context {limit}"
+            raise OptimError(what, fix, USAGE)
+        return ids
+
+    def _stream(self, ids: list[int]) -> Generator[str, None, None]:
+        """Generate after `ids`; whole characters, up to a stop text."""
+        cached = self._reuse(ids)
+        self.stats = Stats(prompt_tokens=len(ids), cached_tokens=cached, stop_reason="interrupted")
+        self._tokens = list(ids)
+        text, stops = self.model.tokenizer.stream(), StopText(self.sampling.stop)
+        tokens = generate(self.model, ids, self.sampling, self._cache)
+        while (token := self._next(tokens)) is not None:
+            if piece := stops.push(text.push(token)):
+                yield piece
+            if stops.found:
+                self.stats.stop_reason = "stop"
+                return
+        if piece := stops.push(text.flush()) + stops.flush():
+            yield piece
+
+    def _reuse(self, ids: list[int]) -> int:
+        """Cut the cache back to what it shares with `ids`, at least one of which is left to run."""
+        held = self._tokens[: self._cache.length]
+        pairs = zip(held, ids[:-1], strict=False)
+        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(held), len(ids) - 1))
+        self._cache.truncate(shared)
+        return shared
+
+    def _next(self, tokens: Generator[int, None, str]) -> int | None:
+        """The next token, timed and counted; None at the end."""
+        start = perf_counter()
+        try:
+            token = next(tokens)
+        except StopIteration as end:
+            self.stats.stop_reason = end.value
+            return None
+        seconds = perf_counter() - start
+        if self.stats.new_tokens:
+            self.stats.decode_seconds += seconds
+        else:
+            self.stats.prefill_seconds = seconds
+        self.stats.new_tokens += 1
+        self._tokens.append(token)
+        return token
