@@ -14,13 +14,16 @@ from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 from optim.cli import saved, ui
 from optim.cli.chat import Chat, answer, describe
 from optim.recipes.errors import USAGE, OptimError
+
+if TYPE_CHECKING:
+    from optim.runtime.sampling import Sampling
 
 
 def _help(chat: Chat, _rest: str) -> None:
@@ -44,7 +47,7 @@ def _system(chat: Chat, rest: str) -> None:
 def _set(chat: Chat, rest: str) -> None:
     key, _, text = rest.partition(" ")
     if key:
-        value = _parse(key, text.strip())
+        value = _parse(get_type_hints(type(chat.session.sampling)), key, text.strip())
         chat.session.sampling = replace(chat.session.sampling, **{key: value})
     for name, value in asdict(chat.session.sampling).items():
         if key in ("", name):
@@ -57,9 +60,8 @@ def _show(value: object) -> str:
     return "none" if value is None else str(value)
 
 
-def _parse(key: str, text: str) -> Any:
+def _parse(kinds: dict[str, Any], key: str, text: str) -> Any:
     """The value of a sampling parameter as typed; raises OptimError (code 2)."""
-    kinds = get_type_hints(type_of_sampling())
     if key not in kinds:
         raise _unknown("parameter", key, list(kinds))
     if not text:
@@ -81,12 +83,6 @@ def _words(text: str) -> list[str]:
         return [word.replace("\\n", "\n") for word in shlex.split(text)]
     except ValueError as error:
         raise OptimError(f"stop: {error}", fix='/set stop "text" "other"', code=USAGE) from None
-
-
-def type_of_sampling() -> type:
-    from optim.runtime.engine import Sampling
-
-    return Sampling
 
 
 def _stats(chat: Chat, rest: str) -> None:
@@ -112,7 +108,10 @@ def _take_back(chat: Chat) -> str:
 
 
 def _retry(chat: Chat, _rest: str) -> None:
-    answer(chat, _take_back(chat))
+    question = _take_back(chat)
+    if chat.session.sampling.temperature == 0:
+        ui.note("temperature 0 gives the same reply; /set temperature 0.7 varies it")
+    answer(chat, question)
 
 
 def _undo(chat: Chat, _rest: str) -> None:
@@ -144,8 +143,7 @@ def _load(chat: Chat, rest: str) -> None:
         raise OptimError("/load needs a file", fix="/load FILE", code=USAGE)
     path = Path(rest).expanduser()
     content = saved.load(path)
-    sampling = _sampling(content.parameters, path)
-    chat.session.sampling = sampling
+    chat.session.sampling = _sampling(type(chat.session.sampling), content.parameters, path)
     chat.session.system = content.system or ""
     chat.session.messages = [message.model_dump() for message in content.messages]
     chat.file = path
@@ -154,8 +152,7 @@ def _load(chat: Chat, rest: str) -> None:
         ui.note(f"note: it was saved with {content.model}")
 
 
-def _sampling(parameters: dict[str, Any], path: Path) -> Any:
-    kind = type_of_sampling()
+def _sampling(kind: type[Sampling], parameters: dict[str, Any], path: Path) -> Sampling:
     known = [field.name for field in fields(kind)]
     for key in parameters:
         if key not in known:
@@ -221,7 +218,7 @@ def find(text: str) -> Command | None:
     raise _unknown("command", word, names)
 
 
-def endings(typed: str) -> list[str]:
+def endings(chat: Chat, typed: str) -> list[str]:
     """Completions of the last word of a line: commands, parameters, files."""
     first, space, rest = typed.partition(" ")
     if not typed.startswith("/") or "\n" in typed:
@@ -229,7 +226,7 @@ def endings(typed: str) -> list[str]:
     if not space:
         return [command.name for command in COMMANDS if command.name.startswith(first)]
     if first == "/set":
-        return [f.name for f in fields(type_of_sampling()) if f.name.startswith(rest)]
+        return [f.name for f in fields(chat.session.sampling) if f.name.startswith(rest)]
     if first == "/stats":
         return [word for word in ("on", "off") if word.startswith(rest)]
     if first in ("/save", "/load"):

@@ -12,6 +12,7 @@ import select
 import sys
 from collections.abc import Generator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from optim.cli import chat as chats
@@ -138,5 +139,6 @@ def _talk(session: Session, options: RunOptions) -> int:
     title = [session.model.checkpoint.name, *list(session.info().values())[:2]]
     ui.note(" · ".join([*title, "/help, Ctrl-C stops a reply, Ctrl-D leaves"]))
     at_terminal = _at_terminal()
-    chats.talk(chat, editor(endings) if at_terminal else plain(sys.stdin.buffer))
+    complete = partial(endings, chat)
+    chats.talk(chat, editor(complete) if at_terminal else plain(sys.stdin.buffer))
     return 0
