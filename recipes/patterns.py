@@ -50,7 +50,7 @@ def _could_take_forever(expression: str) -> bool:
             return True
         if letter == "(":
             open_groups.append(False)
-        elif letter == ")":
+        elif letter == ")" and len(open_groups) > 1:
             varies = open_groups.pop()
             open_groups[-1] |= varies
         elif letter in "|*+?{":

@@ -1,0 +1,133 @@
+"""`optim doctor`: versions, memory, devices, and one self-test for each kernel.
+
+A kernel is a file of `runtime/kernels`; its `check()` compares it with its reference on small odd
+shapes and returns what it runs on, or raises NoKernel with the reason why it cannot be used here.
+"""
+
+import os
+import pkgutil
+import platform
+import shutil
+import sys
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from optim.cli import ui
+
+PACKAGES = ("optim-llm", "torch", "triton", "transformers", "safetensors", "tokenizers", "numba")
+
+
+def doctor(as_json: bool) -> None:
+    """Print what this machine can run."""
+    found = {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cpu": _cpu(),
+        "memory": _memory(),
+        "disk": {"free": shutil.disk_usage(".").free},
+        "gpus": _gpus(),
+        "kernels": [result for name in _kernels() if (result := _check(name))],
+    }
+    if as_json:
+        ui.emit(found)
+    else:
+        _show(found)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    import torch
+
+    from optim.runtime.machine import has_bf16_units
+
+    names = _fields("/proc/cpuinfo")
+    return {
+        "name": names.get("model name") or platform.processor() or platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "bf16": has_bf16_units(),
+        "cores": _cores(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _memory() -> dict[str, int | None]:
+    """Bytes of memory; None where the system does not say."""
+    lines = _fields("/proc/meminfo")
+    found = {"total": lines.get("MemTotal"), "available": lines.get("MemAvailable")}
+    return {key: int(text.split()[0]) * 1024 if text else None for key, text in found.items()}
+
+
+def _fields(path: str) -> dict[str, str]:
+    """The `key: value` lines of a file; of a key that comes twice, the first."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in reversed(lines))
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    found = []
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        capability = f"{card.major}.{card.minor}"
+        found.append({"name": card.name, "capability": capability, "total": total, "free": free})
+    return found
+
+
+def _kernels() -> list[str]:
+    """The modules of `runtime/kernels`."""
+    from optim.runtime import kernels
+
+    return sorted(module.name for module in pkgutil.iter_modules(kernels.__path__))
+
+
+def _check(name: str) -> dict[str, Any] | None:
+    """One kernel's self-test: whether it works here, and on what or why not; None if no kernel."""
+    try:
+        check = getattr(import_module(f"optim.runtime.kernels.{name}"), "check", None)
+        detail = check() if check else ""
+    except Exception as problem:  # whatever is wrong with one kernel, the others are still tested
+        return {"name": name, "works": False, "detail": str(problem) or type(problem).__name__}
+    return {"name": name, "works": True, "detail": detail} if check else None
+
+
+def _show(found: dict[str, Any]) -> None:
+    cpu, memory = found["cpu"], found["memory"]
+    bf16 = "bf16 units" if cpu["bf16"] else "no bf16 units"
+    amounts = [f"{ui.size(value)} {key}" for key, value in memory.items() if value]
+    rows = [
+        ("python", f"{found['python']} on {found['system']}"),
+        *((name, number or "not installed") for name, number in found["packages"].items()),
+        ("cpu", f"{cpu['name']}, {cpu['capability']}, {bf16}"),
+        ("threads", f"{cpu['threads']} on {cpu['cores']} cores"),
+        ("memory", ", ".join(amounts) or "unknown"),
+        ("disk", f"{ui.size(found['disk']['free'])} free here"),
+    ]
+    for gpu in found["gpus"]:
+        free = f"{ui.size(gpu['free'])} of {ui.size(gpu['total'])} free"
+        rows.append(("gpu", f"{gpu['name']}, capability {gpu['capability']}, {free}"))
+    rows += [] if found["gpus"] else [("gpu", "none")]
+    ui.table(("machine", ""), rows, left=2)
+    kernels = ((k["name"], "works" if k["works"] else "no", k["detail"]) for k in found["kernels"])
+    ui.table(("kernel", "here", "detail"), kernels, left=3)
