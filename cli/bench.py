@@ -1,0 +1,133 @@
+"""`optim bench`: speed, memory, and how much of the machine is used, against others."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from optim.cli import ui
+from optim.recipes.errors import USAGE, OptimError
+
+PEERS = ("transformers", "llama.cpp")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What to measure. `prompt_tokens` as typed: `64,512`."""
+
+    against: str | None = None
+    peer: tuple[str, ...] = ()
+    prompt_tokens: str = "64,512"
+    new_tokens: int = 64
+    batch: int = 1
+    repeat: int = 3
+    threads: int | None = None
+    device: str = "auto"
+
+
+def bench(source: str, asked: Asked, *, as_json: bool, quiet: bool) -> None:
+    """Measure `source`, then `--against`, then the peers; print the table.
+
+    Raises OptimError: 2 for a length that is no number, 4 for a peer that is not installed.
+    """
+    ui.notes.quiet = quiet
+    from optim.runtime.measure import bandwidth, measure
+
+    jobs = _jobs(source, asked)
+    runs = []
+    with ui.progress("bench") as step:
+        step(0, len(jobs) + 1, "memory bandwidth")
+        peak = bandwidth(asked.device, asked.threads)
+        for at, job in enumerate(jobs, 1):
+            step(at, len(jobs) + 1, f"{job.engine} · {job.source}")
+            runs.append(measure(job))
+        step(len(jobs) + 1, len(jobs) + 1, "")
+    if as_json:
+        ui.emit({"bandwidth": peak, "runs": runs})
+    else:
+        _show(runs, peak)
+
+
+def _jobs(source: str, asked: Asked) -> list[Any]:
+    from optim.runtime.measure import Job
+
+    lengths = _lengths(asked.prompt_tokens)
+    unknown = [peer for peer in asked.peer if peer not in PEERS]
+    if unknown:
+        raise OptimError(f"there is no peer {unknown[0]!r}", f"known: {', '.join(PEERS)}", USAGE)
+
+    def job(model: str, engine: str = "optim") -> Any:
+        return Job(
+            source=model,
+            engine=engine,
+            prompt_tokens=lengths,
+            new_tokens=asked.new_tokens,
+            batch=asked.batch,
+            repeat=asked.repeat,
+            threads=asked.threads,
+            device=asked.device,
+        )
+
+    base = [job(asked.against)] if asked.against else []
+    return [job(source), *base, *(job(asked.against or source, peer) for peer in asked.peer)]
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        lengths = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        lengths = ()
+    if not lengths or min(lengths) < 1:
+        raise OptimError(f"--prompt-tokens cannot be {text!r}", "like 64,512", USAGE)
+    return lengths
+
+
+def _show(runs: list[dict[str, Any]], peak: float) -> None:
+    heads = (
+        "model",
+        "prompt",
+        "prefill tok/s",
+        "decode tok/s",
+        "ms/step",
+        "GB/s",
+        "of peak",
+        "speed-up",
+    )
+    first = {t["prompt_tokens"]: t for t in runs[0]["timings"]}
+    rows = []
+    for run in runs:
+        for timing in run["timings"]:
+            ours = first[timing["prompt_tokens"]]["decode_tokens_per_second"]["median"]
+            rows.append(_row(run, timing, peak, ours))
+    ui.table(heads, rows)
+    for run in runs:
+        ui.say(
+            f"{_name(run)}: {run['place']} · load {run['load_seconds']:.1f} s"
+            f" · peak memory {ui.size(run['peak_bytes'])}"
+        )
+    ui.say(f"this machine reads {peak / 1e9:.1f} GB/s · load average {runs[0]['load_average']:.1f}")
+    ui.say(
+        "rates are medians (slowest-fastest round); the first model decodes speed-up times faster"
+    )
+
+
+def _row(run: dict[str, Any], timing: dict[str, Any], peak: float, ours: float) -> tuple[str, ...]:
+    decode = timing["decode_tokens_per_second"]
+    rate = run["weight_bytes"] / (timing["ms_per_step"] / 1e3)
+    return (
+        _name(run),
+        str(timing["prompt_tokens"]),
+        _spread(timing["prefill_tokens_per_second"]),
+        _spread(decode),
+        f"{timing['ms_per_step']:.2f}",
+        f"{rate / 1e9:.1f}",
+        f"{rate / peak:.0%}",
+        f"{ours / decode['median']:.2f}",
+    )
+
+
+def _name(run: dict[str, Any]) -> str:
+    engine = "" if run["engine"] == "optim" else f"{run['engine']} "
+    return f"{engine}{run['source']}"
+
+
+def _spread(rate: dict[str, float]) -> str:
+    return f"{rate['median']:.1f} ({rate['min']:.1f}-{rate['max']:.1f})"
