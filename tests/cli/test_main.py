@@ -1,0 +1,148 @@
+"""The command as a process: exit codes, help, and what it imports."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import optim.cli
+from optim.cli import app as app_module
+from optim.recipes.errors import OptimError
+
+Captured = pytest.CaptureFixture[str]
+COMMANDS = ["quantize", "run", "inspect", "eval", "doctor", "recipe"]
+RECIPE_COMMANDS = ["list", "show", "check", "schema"]
+
+
+def optim_process(*arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
+    """Run `optim` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "optim.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "100", **env},
+        timeout=120,
+    )
+
+
+def optim_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run `optim` in this process."""
+    monkeypatch.setattr(sys, "argv", ["optim", *arguments])
+    return optim.cli.main()
+
+
+def test_bare_optim_prints_help_and_exits_2() -> None:
+    ran = optim_process()
+    assert ran.returncode == 2
+    shown = ran.stdout + ran.stderr
+    for panel in ("Compress", "Run", "Look", "Recipes"):
+        assert f"─ {panel} ─" in shown
+
+
+def test_version() -> None:
+    ran = optim_process("--version")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout.startswith("optim 0.")
+
+
+@pytest.mark.parametrize(
+    "command", [[name] for name in COMMANDS] + [["recipe", name] for name in RECIPE_COMMANDS]
+)
+def test_every_help_has_an_example(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    assert optim_main(monkeypatch, *command, "--help") == 0
+    assert f"Example: optim {' '.join(command)}" in capsys.readouterr().out
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from optim.cli.app import app; import optim.cli.ui, optim.cli.recipe; "
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'prompt_toolkit'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ran.stdout, ran.stderr) == ("[]\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["quantise"], "Did you mean 'quantize'?"),
+        (["quantize", "demo", "--bit", "4"], "--bits"),
+        (["quantize", "demo", "--bits", "x"], "--bits"),
+        (["inspect"], "MODEL"),
+    ],
+)
+def test_wrong_usage_exits_2(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    assert optim_main(monkeypatch, *arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and said in err and "Traceback" not in err
+
+
+def raising(monkeypatch: pytest.MonkeyPatch, problem: BaseException) -> int:
+    """The exit code where the command raises `problem`."""
+
+    def fail(**_: object) -> None:
+        raise problem
+
+    monkeypatch.setattr(app_module, "app", fail)
+    return optim.cli.main()
+
+
+@pytest.mark.parametrize(
+    ("problem", "code", "said"),
+    [
+        (OptimError("no", fix="do", code=3), 3, "error: no\n  fix: do\n"),
+        (OptimError("no"), 1, "error: no\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (
+            ValueError("a\n b"),
+            1,
+            "error: unexpected ValueError: a b\n"
+            "  fix: this is a bug in optim; OPTIM_DEBUG=1 shows where\n",
+        ),
+        (
+            OSError(28, "No space left on device", "x.safetensors"),
+            4,
+            "error: the disk is full (x.safetensors)\n  fix: free some space, or use -o\n",
+        ),
+        (
+            MemoryError(),
+            4,
+            "error: there is not enough memory\n"
+            "  fix: close other programs, or use a smaller model or `--device cpu`\n",
+        ),
+        (SystemExit(2), 2, ""),
+        (SystemExit(None), 0, ""),
+    ],
+)
+def test_each_failure_has_its_code_and_no_traceback(
+    problem: BaseException,
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Captured,
+) -> None:
+    monkeypatch.delenv("OPTIM_DEBUG", raising=False)
+    assert raising(monkeypatch, problem) == code
+    assert capsys.readouterr() == ("", said)
+
+
+def test_optim_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    monkeypatch.setenv("OPTIM_DEBUG", "1")
+    assert raising(monkeypatch, OptimError("no", code=2)) == 2
+    err = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in err and err.endswith("error: no\n")
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "optim.cli", "recipe", "schema"]
+    ran = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (ran.returncode, ran.stderr) == (1, "")
