@@ -74,7 +74,8 @@ def stream(pieces: Generator[str, None, None], out: TextIO) -> bool:
 def describe(stats: Stats, stopped: bool) -> str:
     """One line on a reply: `[37 tokens · 318 tok/s · prompt 14 · stopped]`."""
     parts = [f"{stats.new_tokens} token{'s' * (stats.new_tokens != 1)}"]
-    parts += [f"{stats.decode_rate:.0f} tok/s"] if stats.decode_rate else []
+    rate = stats.decode_rate
+    parts += [f"{rate:.{int(rate < 10)}f} tok/s"] if rate else []
     parts += [f"prompt {stats.prompt_tokens}"]
     why = {"length": "reached max_tokens", "context": "the context is full"}
     end = "stopped" if stopped else why.get(stats.stop_reason, "")

@@ -53,6 +53,9 @@ def run(source: str, prompt: str | None, options: RunOptions) -> int:
     if talking and (options.as_json or options.raw):
         flag = "--json" if options.as_json else "--raw"
         raise OptimError(f"{flag} needs a prompt", fix='optim run MODEL "PROMPT"', code=USAGE)
+    if options.raw and options.system:
+        fix = "leave one of them out"
+        raise OptimError("--raw has no place for a --system prompt", fix, USAGE)
     session = _open(source, options)
     if talking:
         return _talk(session, options)
@@ -104,7 +107,11 @@ def _open(source: str, options: RunOptions) -> Session:
 
 
 def _once(session: Session, text: str, options: RunOptions) -> int:
-    pieces = session.complete(text) if options.raw else session.reply(text)
+    raw = options.raw
+    if not raw and not options.system and not session.model.tokenizer.has_chat_template:
+        ui.note("no chat template: the text is continued as it is")
+        raw = True
+    pieces = session.complete(text) if raw else session.reply(text)
     if options.as_json:
         return _once_json(session, pieces)
     stopped = chats.stream(pieces, sys.stdout)
@@ -135,6 +142,9 @@ def _once_json(session: Session, pieces: Generator[str, None, None]) -> int:
 def _talk(session: Session, options: RunOptions) -> int:
     from optim.cli.commands import endings
 
+    if not session.model.tokenizer.has_chat_template:
+        fix = 'let it continue a text: optim run MODEL "TEXT"'
+        raise OptimError("a model without a chat template cannot talk", fix, USAGE)
     chat = chats.Chat(session, show_stats=options.stats)
     title = [session.model.checkpoint.name, *list(session.info().values())[:2]]
     ui.note(" · ".join([*title, "/help, Ctrl-C stops a reply, Ctrl-D leaves"]))

@@ -28,7 +28,10 @@ class SlowSession:
     """Answers "0 1 2 …", a number every 50 ms; a message "echo X" gets X back."""
 
     def __init__(self) -> None:
-        self.model = SimpleNamespace(checkpoint=SimpleNamespace(name="slow", source="slow"))
+        self.model = SimpleNamespace(
+            checkpoint=SimpleNamespace(name="slow", source="slow"),
+            tokenizer=SimpleNamespace(has_chat_template=True),
+        )
         self.system, self.messages = "", list[dict[str, str]]()
         self.sampling, self.stats = Sampling(), Stats()
 

@@ -81,7 +81,7 @@ def test_ctrl_c_keeps_the_partial_reply_and_the_conversation_goes_on(converse: C
     before = signal.getsignal(signal.SIGINT)
     out, err = converse(session, "count", "/stats on")
     assert out == "one two\n"
-    assert err == "[2 tokens · 2 tok/s · prompt 5 · stopped]\nstatistics after each reply: on\n"
+    assert err == "[2 tokens · 2.0 tok/s · prompt 5 · stopped]\nstatistics after each reply: on\n"
     assert session.messages[-1] == {"role": "assistant", "content": "one two"}
     assert signal.getsignal(signal.SIGINT) is before
     session.interrupt_after = None
@@ -117,7 +117,7 @@ def test_stats_line_after_each_reply_or_on_request(converse: Converse) -> None:
     _, err = converse(session, "/stats", "hi", "/stats", "/stats on", "ho", "/stats perhaps")
     assert err == (
         "no reply yet\n"
-        "[2 tokens · 2 tok/s · prompt 5]\n"
+        "[2 tokens · 2.0 tok/s · prompt 5]\n"
         "statistics after each reply: on\n"
         "[1 token · prompt 5]\n"
         "error: /stats takes on or off, not 'perhaps'\n"

@@ -22,7 +22,9 @@ class FakeSession:
 
     def __init__(self) -> None:
         self.stats = Stats()
-        self.model = SimpleNamespace(checkpoint=SimpleNamespace(name="tiny", source="./tiny"))
+        self.tokenizer = SimpleNamespace(has_chat_template=True)
+        checkpoint = SimpleNamespace(name="tiny", source="./tiny")
+        self.model = SimpleNamespace(checkpoint=checkpoint, tokenizer=self.tokenizer)
         self.interrupt = False
 
     def reply(self, text: str) -> Generator[str, None, None]:
@@ -122,7 +124,7 @@ def test_no_standard_input_at_all(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", None)
     assert run("tiny", "hello", RunOptions(stats=True)) == 0
-    assert capsys.readouterr().err == "[2 tokens · 2 tok/s · prompt 3]\n"
+    assert capsys.readouterr().err == "[2 tokens · 2.0 tok/s · prompt 3]\n"
 
 
 def test_raw_completes(
@@ -131,6 +133,19 @@ def test_raw_completes(
     pipe(monkeypatch, b"")
     assert run("tiny", "hello", RunOptions(raw=True)) == 0
     assert capsys.readouterr().out == "YOU SAID: HELLO\n"
+
+
+def test_a_base_model_continues_the_text_and_does_not_talk(
+    session: FakeSession, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    session.tokenizer.has_chat_template = False
+    pipe(monkeypatch, b"")
+    assert run("tiny", "hello", RunOptions()) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "YOU SAID: HELLO\n"
+    assert captured.err == "no chat template: the text is continued as it is\n"
+    with pytest.raises(OptimError, match="cannot talk"):
+        run("tiny", None, RunOptions(chat=True))
 
 
 def test_json_is_one_object(
@@ -184,6 +199,7 @@ def test_chat_reads_a_pipe_line_by_line(
         (b"caf\xe9".decode(errors="surrogateescape"), b"", RunOptions(), "the prompt is not UTF-8"),
         (None, b"", RunOptions(chat=True, as_json=True), "--json needs a prompt"),
         (None, b"", RunOptions(chat=True, raw=True), "--raw needs a prompt"),
+        ("hi", b"", RunOptions(system="be kind", raw=True), "no place for a --system prompt"),
     ],
 )
 @pytest.mark.usefixtures("no_model")
