@@ -5,11 +5,24 @@ one plain matrix product. On a GPU both lie `[B, kv_heads, N, D]`, as fused atte
 """
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 CHUNK = 256  # positions a buffer grows by, at least
+
+
+class Cache(Protocol):
+    """What generation knows of a cache: how much it holds, may hold, and how to cut it back."""
+
+    length: int
+    limit: int
+
+    def truncate(self, length: int) -> None: ...
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from optim.runtime.attention import Rule, attend
-from optim.runtime.cache import LayerCache, StaticCache
+from optim.runtime.cache import LayerCache, StaticCache, static_cache
 from optim.runtime.layers import MLP, HeadNorm, Mixture, Norm
 from optim.runtime.rope import Rope, rotate
 from optim.runtime.shape import Shape
@@ -111,6 +111,25 @@ class Decoder:
     project_out: nn.Module | None
     head: nn.Module
     dtype: torch.dtype
+
+    @property
+    def max_context(self) -> int:
+        return self.shape.max_context
+
+    def new_cache(
+        self, batch: int, limit: int, device: torch.device, padding: Tensor | None
+    ) -> StaticCache:
+        """An empty cache for `batch` rows of at most `limit` positions."""
+        return static_cache(
+            layers=len(self.blocks),
+            batch=batch,
+            kv_heads=self.shape.kv_heads,
+            head_dim=self.shape.head_dim,
+            limit=limit,
+            device=device,
+            dtype=torch.float32 if device.type == "cpu" else self.dtype,
+            padding=padding,
+        )
 
     def __call__(self, ids: Tensor, cache: StaticCache, all_logits: bool) -> Tensor:
         """fp32 logits after `ids` `[B, T]`, which follow what is in `cache`: the last, or all T."""

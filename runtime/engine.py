@@ -8,7 +8,7 @@ from time import perf_counter
 import torch
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.cache import StaticCache
+from optim.runtime.cache import Cache
 from optim.runtime.model import Model
 from optim.runtime.sampling import Sampler, Sampling
 from optim.runtime.stops import StopText
@@ -22,7 +22,7 @@ def generate(
     model: Model,
     ids: Sequence[int],
     sampling: Sampling,
-    cache: StaticCache | None = None,
+    cache: Cache | None = None,
     stop_ids: AbstractSet[int] | None = None,
 ) -> Generator[int, None, str]:
     """Yield the tokens that follow `ids`; the return value says why it ended.

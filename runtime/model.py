@@ -1,21 +1,34 @@
 """A runnable model: an artifact or a plain checkpoint behind one small interface."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.architectures import FAMILIES
 from optim.runtime.build import build
-from optim.runtime.cache import StaticCache, static_cache
+from optim.runtime.cache import Cache
 from optim.runtime.checkpoint import Checkpoint, open_checkpoint
-from optim.runtime.decoder import Decoder
 from optim.runtime.machine import compute_dtype, pick_device
 
 if TYPE_CHECKING:
     from optim.runtime.text import Tokenizer
+
+
+class Runner(Protocol):
+    """A Decoder, or transformers' modules behind the same calls."""
+
+    @property
+    def max_context(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def new_cache(
+        self, batch: int, limit: int, device: torch.device, padding: Tensor | None
+    ) -> Any: ...
+    def __call__(self, ids: Tensor, cache: Any, all_logits: bool) -> Tensor: ...
 
 
 @dataclass(slots=True)
@@ -23,7 +36,7 @@ class Model:
     """`forward` and `new_cache` are all that generation needs."""
 
     checkpoint: Checkpoint
-    decoder: Decoder
+    decoder: Runner
     device: torch.device
     weight_bytes: int
     """Bytes of weights that one decoded token reads."""
@@ -35,7 +48,7 @@ class Model:
 
     @property
     def max_context(self) -> int:
-        return self.decoder.shape.max_context
+        return self.decoder.max_context
 
     @property
     def place(self) -> str:
@@ -53,25 +66,18 @@ class Model:
 
     def new_cache(
         self, batch: int = 1, length: int | None = None, padding: Sequence[int] | None = None
-    ) -> StaticCache:
+    ) -> Cache:
         """An empty cache for at most `length` positions (default: the model's context).
 
         `padding` counts the pad tokens at the left of each row of a batch.
         """
-        shape = self.decoder.shape
-        return static_cache(
-            layers=len(shape.layers),
-            batch=batch,
-            kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            limit=length or shape.max_context,
-            device=self.device,
-            dtype=torch.float32 if self.device.type == "cpu" else self.decoder.dtype,
-            padding=None if padding is None else torch.tensor(padding, device=self.device),
-        )
+        pads = None if padding is None else torch.tensor(padding, device=self.device)
+        limit = length or self.max_context
+        cache: Cache = self.decoder.new_cache(batch, limit, self.device, pads)
+        return cache
 
     @torch.inference_mode()
-    def forward(self, ids: Tensor, cache: StaticCache, *, all_logits: bool = False) -> Tensor:
+    def forward(self, ids: Tensor, cache: Cache, *, all_logits: bool = False) -> Tensor:
         """Logits after `ids` (int64 `[B, T]`), which go on from what `cache` holds.
 
         fp32 `[B, vocab]` of the last position, or `[B, T, vocab]` with `all_logits`.
@@ -97,5 +103,15 @@ def load_model(
         torch.set_num_threads(threads)
     place = pick_device(device)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    decoder, weight_bytes = build(checkpoint, place, compute_dtype(place))
+    known = checkpoint.text_config.get("model_type") in FAMILIES
+    make: Callable[..., tuple[Runner, int]] = build if known else _build_foreign
+    decoder, weight_bytes = make(checkpoint, place, compute_dtype(place))
     return Model(checkpoint, decoder, place, weight_bytes)
+
+
+def _build_foreign(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> tuple[Runner, int]:
+    from optim.runtime.foreign import build_foreign  # imports transformers
+
+    return build_foreign(checkpoint, device, dtype)

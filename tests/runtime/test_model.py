@@ -89,6 +89,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "GPTNeoX",
         {"use_parallel_residual": False, "attention_bias": False, **NO_GROUPS},
     ),
+    # Families outside the table go through transformers' modules.
+    "starcoder2": ("Starcoder2", {}),
+    "gpt2": ("GPT2", {"n_embd": 72, "n_layer": 2, "n_head": 6}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": 7}),
     "qwen3_moe": (
         "Qwen3Moe",
@@ -115,8 +118,7 @@ def _oracle(name: str, folder: Path) -> Any:
         **{k: v for k, v in (BASE | extra).items() if v is not None}
     )
     config._attn_implementation = "eager"
-    cls = {"Gemma3Text": "Gemma3"}.get(kind, kind)
-    model = getattr(transformers, f"{cls}ForCausalLM")(config).eval().float()
+    model: Any = transformers.AutoModelForCausalLM.from_config(config).eval().float()
     with torch.no_grad():
         for weight in model.parameters():
             noise = torch.randn_like(weight)
