@@ -1,0 +1,114 @@
+"""A linear that stays packed: holds the stored tensors, then the layout of this machine's kernel.
+
+The first call (or `prepare`) repacks the weight once for the device it is on and lets go of the
+stored tensors; from then on nothing dense exists but what a kernel unpacks for a moment.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.formats.packed import SUFFIXES, pack, unpack
+from optim.runtime.formats.schemes import Scheme
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T + b with W packed `[out, in]`; x `[..., in]` of any float dtype, y of the same."""
+
+    weight_packed: Tensor | None
+    weight_scale: Tensor | None
+    weight_zero_point: Tensor | None
+    weight_shape: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        scheme: Scheme,
+        bias: Tensor | None = None,
+        name: str = "weight",
+    ) -> None:
+        """`tensors` as `packed.pack` makes them; `bias` `[out]`; `name` for messages."""
+        super().__init__()
+        self.scheme, self.name = scheme, name
+        for key in SUFFIXES:
+            self.register_buffer(key, tensors.get(key))
+        self.register_buffer("bias", bias)
+        self.kernel: Any = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for weight and bias, and read for one token."""
+        if self.kernel is not None:
+            return int(self.kernel.nbytes)
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kernel is None:
+            self.prepare()
+        y: Tensor = self.kernel(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
+        return (y if y.dtype == x.dtype else y.to(x.dtype)).view(*x.shape[:-1], y.shape[1])
+
+    def prepare(self, kernel: ModuleType | None = None) -> "PackedLinear":
+        """Repacks for `kernel` (default: the best one for the device) and frees the stored form.
+
+        Raises OptimError naming the tensor if the stored form is corrupt.
+        """
+        q, scale, zero = unpack(self.stored(), self.scheme, self.name)
+        for key in SUFFIXES:
+            setattr(self, key, None)
+        chosen = kernel or choose(self.scheme, q.device)
+        self.kernel = chosen.Weight(q, scale, zero, self.scheme, self.bias)
+        self.bias = None
+        return self
+
+    def stored(self) -> dict[str, Tensor]:
+        """The stored tensors. Only before `prepare`."""
+        return {name: tensor for name, tensor in self.named_buffers() if name in SUFFIXES}
+
+
+def fuse(parts: Sequence[PackedLinear]) -> PackedLinear:
+    """Linears of one scheme that read one input, as one: outputs side by side.
+
+    `parts` must not be prepared yet. Raises OptimError (2) where schemes, inputs or the presence of
+    a bias differ.
+    """
+    schemes = {part.scheme for part in parts}
+    if len(schemes) != 1 or len({part.bias is None for part in parts}) != 1:
+        kinds = ", ".join(sorted(map(str, schemes)))
+        raise OptimError(f"linears stored in different ways cannot be joined: {kinds}", None, USAGE)
+    opened = [unpack(part.stored(), part.scheme, part.name) for part in parts]
+    if len({q.shape[1] for q, _, _ in opened}) != 1:
+        raise OptimError("linears with different inputs cannot be joined", None, USAGE)
+    q, scale = torch.cat([q for q, _, _ in opened]), torch.cat([s for _, s, _ in opened])
+    zeros = [zero for _, _, zero in opened if zero is not None]
+    tensors = pack(q, scale, torch.cat(zeros) if zeros else None, parts[0].scheme)
+    biases = [part.bias for part in parts if part.bias is not None]
+    name = "+".join(part.name for part in parts)
+    return PackedLinear(tensors, parts[0].scheme, torch.cat(biases) if biases else None, name)
+
+
+def choose(scheme: Scheme, device: torch.device) -> ModuleType:
+    """The best kernel module for `scheme` on `device`: the first that can and passes its check."""
+    return next(kernel for kernel in _kernels(device.type) if kernel.supports(scheme, device))
+
+
+@cache
+def _kernels(device: str) -> list[ModuleType]:
+    """The kernels that work here, best first; `plain` always does."""
+    from optim.runtime.kernels import cpu_int4, cpu_w4a8, plain
+    from optim.runtime.kernels.native import NoKernel
+
+    working = []
+    for kernel in {"cpu": [cpu_w4a8, cpu_int4]}.get(device, []):
+        try:
+            kernel.check()
+            working.append(kernel)
+        except NoKernel:  # `optim doctor` says why
+            continue
+    return [*working, plain]
