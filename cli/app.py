@@ -172,6 +172,38 @@ def evaluate(
     command.evaluate(model, asked, max_ppl_increase=max_ppl_increase, as_json=json, quiet=quiet)
 
 
+@app.command(
+    rich_help_panel="Look", epilog="Example: optim bench smollm2-awq --against demo --threads 2"
+)
+def bench(
+    model: flags.Model,
+    against: flags.Against = None,
+    peer: flags.Peer = None,
+    prompt_tokens: flags.PromptTokens = "64,512",
+    new_tokens: flags.NewTokens = 64,
+    batch: flags.Batch = 1,
+    repeat: flags.Repeat = 3,
+    device: flags.Device = "auto",
+    threads: flags.Threads = None,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+) -> None:
+    """Measure speed and memory, against the original and other engines."""
+    from optim.cli import bench as command
+
+    asked = command.Asked(
+        against,
+        tuple(peer or ()),
+        prompt_tokens,
+        new_tokens,
+        batch,
+        repeat,
+        threads,
+        device,
+    )
+    command.bench(model, asked, as_json=json, quiet=quiet)
+
+
 @app.command(rich_help_panel="Look", epilog="Example: optim doctor --json")
 def doctor(json: flags.Json = False) -> None:
     """Show what this machine can run, and test each kernel on it."""

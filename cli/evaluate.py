@@ -49,8 +49,13 @@ def _hold(increase: float, allowed: float) -> None:
 def _show(source: str, asked: Asked, found: dict[str, Any]) -> None:
     rows = [(source, f"{found['perplexity']:.3f}", "", "")]
     if asked.against is not None:
-        change = f"{found['ppl_ratio'] - 1:+.2%}"
-        rows[0] = (source, f"{found['perplexity']:.3f}", change, f"{found['kl']:.4f}")
-        rows.insert(0, (f"{asked.against} (base)", f"{found['base_perplexity']:.3f}", "", ""))
+        kl = f"{found['kl']:.4f} ± {found['kl_error']:.4f}"
+        rows = [
+            (f"{asked.against} (base)", f"{found['base_perplexity']:.3f}", "", ""),
+            (source, f"{found['perplexity']:.3f}", f"{found['ppl_ratio'] - 1:+.2%}", kl),
+        ]
     ui.table(("model", "perplexity", "change", "KL"), rows)
+    if asked.against is not None:
+        change = f"{found['delta_nll']:+.4f} ± {found['delta_nll_error']:.4f}"
+        ui.say(f"nll a token {change} · same likeliest token {found['same_top']:.1%}")
     ui.say(f"{found['windows']} windows of {asked.window} tokens from {asked.text}")

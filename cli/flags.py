@@ -128,3 +128,10 @@ MaxIncrease = Annotated[
     float | None,
     Option("--max-ppl-increase", min=0, help="Exit 3 beyond it; 0.02 is 2 % over --against."),
 ]
+Peer = Annotated[
+    list[str] | None, Option("--peer", help="Another engine: transformers or llama.cpp.")
+]
+PromptTokens = Annotated[str, Option("--prompt-tokens", help="Prompt lengths, like 64,512.")]
+NewTokens = Annotated[int, Option("--new-tokens", min=2, help="Tokens decoded a round.")]
+Batch = Annotated[int, Option("--batch", min=1, help="Sequences at once.")]
+Repeat = Annotated[int, Option("--repeat", min=1, help="Rounds after the warm-up.")]

@@ -64,10 +64,34 @@ def _show(facts: dict[str, Any]) -> None:
 
 
 def _show_manifest(manifest: dict[str, Any] | None) -> None:
-    """The manifest's plain facts: what it was made from, how, and what it cost."""
-    for key, value in (manifest or {}).items():
-        if isinstance(value, str | int | float):
-            ui.say(f"{key.replace('_', ' ')}: {value}")
-        elif key in ("evaluation", "source", "versions") and isinstance(value, dict):
-            inner = (f"{k} {v}" for k, v in value.items() if isinstance(v, str | int | float))
-            ui.say(f"{key}: {', '.join(inner)}")
+    """What it was made from, how, and how far each block's output moved."""
+    source, calibration, recipe = (
+        _section(manifest, key) for key in ("source", "calibration", "recipe")
+    )
+    if source:
+        ui.say(f"made from {source.get('name')} (sha256 {str(source.get('sha256'))[:12]})")
+    if method := _section(recipe, "quantize"):
+        keys = ("method", "bits", "group_size", "sym", "compensate")
+        ui.say(", ".join(f"{key} {method[key]}" for key in keys if key in method))
+    if calibration:
+        dataset = _section(recipe, "calibration").get("dataset")
+        size = f"{calibration.get('samples')} x {calibration.get('seq_len')} tokens"
+        ui.say(f"calibrated on {dataset}, {size} (sha256 {str(calibration.get('sha256'))[:12]})")
+    blocks = (manifest or {}).get("blocks")
+    if isinstance(blocks, list) and blocks:
+        error, rounding = (_mean(blocks, key) for key in ("error", "rounding_error"))
+        ui.say(f"mean error of a block {error:.2e}; plain rounding {rounding:.2e}")
+    for text in (manifest or {}).get("notes") or ():
+        ui.note(str(text))
+
+
+def _section(data: dict[str, Any] | None, key: str) -> dict[str, Any]:
+    """A mapping inside a manifest, which may come from anywhere: empty if it is not there."""
+    value = (data or {}).get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _mean(blocks: list[Any], key: str) -> float:
+    values = [block.get(key) for block in blocks if isinstance(block, dict)]
+    numbers = [value for value in values if isinstance(value, int | float)]
+    return sum(numbers) / len(numbers) if numbers else float("nan")

@@ -1,0 +1,56 @@
+"""`optim doctor`: the machine and the self-tests."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import optim.cli
+from optim.cli import doctor
+
+Captured = pytest.CaptureFixture[str]
+
+
+def kernel(monkeypatch: pytest.MonkeyPatch, name: str, **members: object) -> None:
+    """Add a module to optim.runtime.kernels for the time of a test."""
+    module = ModuleType(name)
+    module.__dict__.update(members)
+    monkeypatch.setitem(sys.modules, f"optim.runtime.kernels.{name}", module)
+
+
+def test_every_outcome_of_a_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> str:
+        raise RuntimeError("no compiler")
+
+    kernel(monkeypatch, "good", check=lambda: "AVX2")
+    kernel(monkeypatch, "bad", check=refuse)
+    kernel(monkeypatch, "helper")
+    assert doctor._check("good") == {"name": "good", "works": True, "detail": "AVX2"}
+    assert doctor._check("bad") == {"name": "bad", "works": False, "detail": "no compiler"}
+    assert doctor._check("helper") is None
+    missing = doctor._check("not_there")
+    assert missing is not None and not missing["works"] and "not_there" in missing["detail"]
+
+
+def test_fields_keeps_the_first_of_a_key(tmp_path: Path) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text("processor\t: 0\nmodel name\t: A: B\n\nprocessor\t: 1\nmodel name\t: C\n")
+    assert doctor._fields(str(path))["model name"] == "A: B"
+    assert doctor._fields(str(tmp_path / "nothing")) == {}
+
+
+def test_json_and_table(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    monkeypatch.setattr(doctor, "_kernels", lambda: ["good", "bad"])
+    kernel(monkeypatch, "good", check=lambda: "AVX2")
+    kernel(monkeypatch, "bad", check=None)
+    monkeypatch.setattr(sys, "argv", ["optim", "doctor", "--json"])
+    assert optim.cli.main() == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kernels"] == [{"name": "good", "works": True, "detail": "AVX2"}]
+    assert found["cpu"]["cores"] >= 1 and found["packages"]["torch"]
+    monkeypatch.setattr(sys, "argv", ["optim", "doctor"])
+    assert optim.cli.main() == 0
+    out = capsys.readouterr().out
+    assert any(line.split() == ["good", "works", "AVX2"] for line in out.splitlines())
