@@ -1,0 +1,149 @@
+"""`optim run` on a real, tiny model with random weights and a tokenizer of letters."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pexpect
+import pytest
+import torch
+
+from optim.cli import main
+
+LETTERS = [chr(code) for code in range(32, 127)]
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] + ':' + m.content + '|' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+)
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from tokenizers import Tokenizer, decoders
+    from tokenizers.models import BPE
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=len(LETTERS),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32768,
+        initializer_range=0.4,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer = Tokenizer(BPE({letter: i for i, letter in enumerate(LETTERS)}, []))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    return str(folder)
+
+
+@pytest.fixture
+def optim(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> "Run":
+    return Run(monkeypatch, capsys)
+
+
+class Run:
+    """`optim run ARGUMENTS` in this process; gives the exit code and both outputs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def __call__(self, *arguments: str, piped: bytes = b"") -> tuple[int, str, str]:
+        reading, writing = os.pipe()
+        os.write(writing, piped)
+        os.close(writing)
+        self.monkeypatch.setattr(sys, "argv", ["optim", "run", *arguments])
+        with os.fdopen(reading, encoding="utf-8") as stdin:
+            self.monkeypatch.setattr(sys, "stdin", stdin)
+            code = main()
+        out, err = self.capsys.readouterr()
+        return code, out, err
+
+
+def test_the_same_answer_by_text_by_json_and_by_pipe(optim: Run, model: str) -> None:
+    code, text, err = optim(model, "hello", "--max-tokens", "12")
+    assert (code, len(text)) == (0, 13)
+    assert err == ""
+    assert optim(model, "--max-tokens", "12", piped=b"hello\n") == (0, text, "")
+    code, out, _ = optim(model, "hello", "--max-tokens", "12", "--json")
+    answer = json.loads(out)
+    assert code == 0
+    assert answer["text"] + "\n" == text
+    assert (answer["tokens"], answer["stop_reason"]) == (12, "length")
+    assert answer["prompt_tokens"] == len("u:hello|a:")
+
+
+def test_raw_leaves_the_template_out(optim: Run, model: str) -> None:
+    _, out, _ = optim(model, "hello", "--raw", "--max-tokens", "3", "--json")
+    assert json.loads(out)["prompt_tokens"] == len("hello")
+
+
+def test_seed_and_stop(optim: Run, model: str) -> None:
+    drawn = [model, "hi", "--temperature", "1.5", "--seed", "4", "--max-tokens", "30"]
+    _, text, _ = optim(*drawn)
+    assert optim(*drawn)[1] == text
+    assert optim(*drawn[:-3], "5", "--max-tokens", "30")[1] != text
+    cut = text[10:12]
+    assert optim(*drawn, "--stop", cut)[1] == text.split(cut)[0] + "\n"
+
+
+def test_too_long_a_prompt_is_refused(optim: Run, model: str) -> None:
+    code, out, err = optim(model, "hello there", "--context", "10")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: the prompt is 16 tokens, the context 10\n  fix: ")
+
+
+@pytest.mark.parametrize("flag", ["--temperature=-1", "--top-p=0", "--max-tokens=0", "--stop="])
+def test_bad_parameters_are_refused(optim: Run, flag: str) -> None:
+    code, out, err = optim("/nowhere", "hi", flag)
+    assert (code, out) == (2, "")
+    assert "nowhere" not in err
+
+
+def test_ctrl_c_at_a_terminal_cuts_reply_and_cache(model: str, tmp_path: Path) -> None:
+    extra = {"XDG_STATE_HOME": str(tmp_path), "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"}
+    child = pexpect.spawn(
+        sys.executable,
+        ["-m", "optim.cli", "run", model, "--max-tokens", "30000", "--threads", "1"],
+        env={**os.environ, **extra},
+        cwd=tmp_path,
+        encoding="utf-8",
+        timeout=60,
+        dimensions=(30, 100),
+    )
+    child.expect("Ctrl-D leaves")
+    child.expect(">>>")
+    child.send("hi\r")
+    child.expect(r"[^\s\x1b]{20}")
+    child.send("\x03")
+    child.expect(r"\[(\d+) tokens · .*prompt 7 · stopped\]")
+    assert child.match is not None
+    stopped_at = int(child.match[1])
+    assert 20 <= stopped_at < 30000
+    child.expect(">>>")
+    child.send("/save cut.json\r")
+    child.expect("saved cut.json")
+    child.expect(">>>")
+    child.send("/set max_tokens 5\r")
+    child.expect(">>>")
+    child.send("go on\r")
+    child.expect(r"\[5 tokens · .*prompt (\d+) · reached max_tokens\]")
+    second_prompt = int(child.match[1])
+    child.expect(">>>")
+    child.sendeof()
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+    reply = json.loads((tmp_path / "cut.json").read_text())["messages"][1]["content"]
+    assert len(reply) == stopped_at
+    assert second_prompt == len(f"u:hi|a:{reply}|u:go on|a:")
