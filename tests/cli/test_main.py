@@ -11,7 +11,7 @@ from optim.cli import app as app_module
 from optim.recipes.errors import OptimError
 
 Captured = pytest.CaptureFixture[str]
-COMMANDS = ["quantize", "run", "inspect", "eval", "doctor", "recipe"]
+COMMANDS = ["quantize", "run", "inspect", "eval", "bench", "doctor", "recipe"]
 RECIPE_COMMANDS = ["list", "show", "check", "schema"]
 
 
