@@ -3,7 +3,7 @@
 Packed linears stay packed. Linears that read the same tensor (q, k, v; gate, up) become one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,6 +15,8 @@ from optim.runtime.architectures import Decoder as Facts
 from optim.runtime.attention import Rule
 from optim.runtime.checkpoint import Checkpoint
 from optim.runtime.decoder import Attention, Block, Decoder
+from optim.runtime.formats.packed import SUFFIXES, Scheme, SchemeOf, parse_config
+from optim.runtime.formats.packed_linear import PackedLinear, fuse
 from optim.runtime.layers import ACTIVATIONS, MLP, HeadNorm, LayerNorm, Mixture, Norm, RMSNorm
 from optim.runtime.linear import DenseLinear, Joined
 from optim.runtime.rope import Rope, ropes
@@ -29,6 +31,11 @@ class Loader:
     device: torch.device
     dtype: torch.dtype
     weight_bytes: int = field(default=0)
+    _scheme_of: SchemeOf = field(init=False)
+
+    def __post_init__(self) -> None:
+        config = self.checkpoint.quantization
+        self._scheme_of = parse_config(config) if config else lambda _: None
 
     def has(self, name: str) -> bool:
         return name in self.checkpoint.tensors
@@ -38,18 +45,35 @@ class Loader:
 
     def linear(self, *names: str) -> nn.Module:
         """One module that computes the linears `names` side by side."""
-        weights = [self.tensor(f"{name}.weight", self.dtype) for name in names]
+        schemes = {self._scheme(name) for name in names}
         biased = [name for name in names if self.has(f"{name}.bias")]
-        if biased and len(biased) < len(names):
+        if len(schemes) > 1 or len(biased) not in (0, len(names)):
             return Joined([self.linear(name) for name in names])
+        scheme = schemes.pop()
+        if scheme is not None:
+            return self._packed(names, scheme)
+        weights = [self.tensor(f"{name}.weight", self.dtype) for name in names]
         bias = torch.cat([self.tensor(f"{n}.bias", self.dtype) for n in biased]) if biased else None
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        return self.counted(DenseLinear(weight, bias))
+        return self.dense(weight, bias)
 
-    def counted(self, module: nn.Module) -> nn.Module:
-        """`module`, its bytes added to those a token reads."""
-        self.weight_bytes += sum(t.nbytes for t in module.buffers())
-        return module
+    def dense(self, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+        """A plain linear; its bytes are added to those a token reads."""
+        self.weight_bytes += weight.nbytes
+        return DenseLinear(weight, bias)
+
+    def _scheme(self, name: str) -> Scheme | None:
+        return self._scheme_of(name) if self.has(f"{name}.weight_packed") else None
+
+    def _packed(self, names: Sequence[str], scheme: Scheme) -> nn.Module:
+        parts = []
+        for name in names:
+            tensors = {s: self.tensor(f"{name}.{s}") for s in SUFFIXES if self.has(f"{name}.{s}")}
+            bias = self.tensor(f"{name}.bias") if self.has(f"{name}.bias") else None
+            parts.append(PackedLinear(tensors, scheme, bias, name))
+        linear = (parts[0] if len(parts) == 1 else fuse(parts)).prepare()
+        self.weight_bytes += linear.nbytes
+        return linear
 
     def norm(self, name: str, facts: Facts, eps: float, offset: int) -> Norm:
         """The norm module `name`; a LayerNorm without affine parameters has no tensors."""
@@ -116,7 +140,7 @@ def _ends(loader: Loader, facts: Facts, shape: Shape) -> tuple[Tensor, nn.Module
     if packed or not shape.tied:
         return loader.tensor(f"{facts.embed}.weight"), loader.linear(name)
     table = loader.tensor(f"{facts.embed}.weight", loader.dtype)
-    return table, loader.counted(DenseLinear(table))
+    return table, loader.dense(table)
 
 
 def _optional(loader: Loader, name: str) -> nn.Module | None:

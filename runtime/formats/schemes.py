@@ -98,6 +98,9 @@ def write_config(schemes: Mapping[str, Scheme], ignored: Iterable[str] = ()) -> 
         "quant_method": "compressed-tensors",
         "format": FORMAT,
         "quantization_status": "compressed",
+        # Read by transformers alone: unpack at load. Its packed way rejects asymmetric weights
+        # (compressed-tensors 0.20 expects their zero points unpacked), and unpacks all the same.
+        "dequantize": True,
         "version": LAYOUT_VERSION,
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
