@@ -61,8 +61,12 @@ def _work(recipe: Recipe, how: How, dry_run: bool) -> None:
     if dry_run:
         _show_plan(made.as_dict(), how.as_json)
         return
-    with ui.progress(recipe.quantize.method) as step:
-        report = quantize(made, step)
+    try:
+        with ui.progress(recipe.quantize.method) as step:
+            report = quantize(made, step)
+    except KeyboardInterrupt:
+        ui.note("stopped; the same command goes on where it was")
+        raise
     _show_report(report.as_dict(), how.as_json)
 
 

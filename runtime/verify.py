@@ -23,7 +23,7 @@ def verify(folder: Path) -> list[str]:
     shards = (read_manifest(folder) or {}).get("shards")
     if not isinstance(shards, dict) or not shards:
         fix = "only artifacts that optim wrote carry hashes"
-        raise OptimError(f"{folder} has no {MANIFEST} with hashes to verify", fix, USAGE)
+        raise OptimError(f"there is no {MANIFEST} with hashes to verify", fix, USAGE)
     present = {path.name for path in folder.glob("*.safetensors")}
     problems = [f"{name} is not in the manifest" for name in sorted(present - set(shards))]
     for name, expected in shards.items():

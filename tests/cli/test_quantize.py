@@ -43,6 +43,7 @@ class Work:
     def __init__(self) -> None:
         self.planned: list[tuple[Recipe, dict[str, Any]]] = []
         self.done = 0
+        self.stopped = False
 
     def plan(self, recipe: Recipe, **how: Any) -> SimpleNamespace:
         self.planned.append((recipe, how))
@@ -51,6 +52,8 @@ class Work:
     def quantize(self, _plan: SimpleNamespace, progress: ui.Step) -> SimpleNamespace:
         self.done += 1
         progress(1, 2, "block 0")
+        if self.stopped:
+            raise KeyboardInterrupt
         return SimpleNamespace(as_dict=lambda: REPORT)
 
 
@@ -84,6 +87,16 @@ def test_a_run_reports_and_names_the_next_command(
         "✓ ./out · 100 MB · 5.30 bits/weight · 2m58s",
         "  next: optim run ./out",
     ]
+
+
+def test_ctrl_c_exits_130_and_says_how_to_go_on(
+    work: Work, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    work.stopped = True
+    assert optim_main(monkeypatch, "demo") == 130
+    err = capsys.readouterr().err
+    assert "\nstopped; the same command goes on where it was\n" in err
+    assert "Traceback" not in err and "✓" not in err
 
 
 def test_dry_run_prints_the_plan_and_does_nothing(
