@@ -159,5 +159,7 @@ def read_rows(path: Path, data: int, tensor: GgufTensor, first: int, count: int)
             if raw.size != rows * tensor.row_bytes:
                 raise OptimError(f"{path} was cut off while it was read", AGAIN, USAGE)
             values = gguf.quants.dequantize(raw.reshape(rows, -1), tensor.kind)
-            out[start : start + rows] = torch.from_numpy(np.ascontiguousarray(values))
+            out[start : start + rows] = torch.from_numpy(
+                np.array(values)
+            )  # a copy: F32 is a read-only view
     return out

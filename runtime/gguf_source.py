@@ -121,12 +121,12 @@ def _generation_config(metadata: dict[str, Any]) -> dict[str, Any]:
 
 def _convert_tokenizer(path: Path, folder: Path) -> None:
     """Write tokenizer.json and its companions for the vocabulary inside the GGUF file."""
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast  # AutoTokenizer would ask for the model type
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
         tokenizer.save_pretrained(folder)
     except Exception as error:  # transformers raises nearly anything on an unusual vocabulary
         raise OptimError(
