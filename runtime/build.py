@@ -18,7 +18,7 @@ from optim.runtime.decoder import Attention, Block, Decoder
 from optim.runtime.formats.packed import SUFFIXES, Scheme, SchemeOf, parse_config
 from optim.runtime.formats.packed_linear import PackedLinear, fuse
 from optim.runtime.layers import ACTIVATIONS, MLP, HeadNorm, LayerNorm, Mixture, Norm, RMSNorm
-from optim.runtime.linear import DenseLinear, Joined
+from optim.runtime.linear import DenseLinear, Joined, held_dtype
 from optim.runtime.rope import Rope, ropes
 from optim.runtime.shape import Shape, resolve
 
@@ -43,6 +43,11 @@ class Loader:
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         return self.checkpoint.read(name).to(self.device, dtype)
 
+    def weight(self, name: str) -> Tensor:
+        """A dense matrix in the dtype that suits this machine."""
+        stored = self.checkpoint.read(name)
+        return stored.to(self.device, held_dtype(stored.dtype, self.dtype)).contiguous()
+
     def linear(self, *names: str) -> nn.Module:
         """One module that computes the linears `names` side by side."""
         schemes = {self._scheme(name) for name in names}
@@ -52,7 +57,7 @@ class Loader:
         scheme = schemes.pop()
         if scheme is not None:
             return self._packed(names, scheme)
-        weights = [self.tensor(f"{name}.weight", self.dtype) for name in names]
+        weights = [self.weight(f"{name}.weight") for name in names]
         bias = torch.cat([self.tensor(f"{n}.bias", self.dtype) for n in biased]) if biased else None
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         return self.dense(weight, bias)
@@ -139,7 +144,7 @@ def _ends(loader: Loader, facts: Facts, shape: Shape) -> tuple[Tensor, nn.Module
     packed = name in stored and not loader.has(f"{name}.weight")
     if packed or not shape.tied:
         return loader.tensor(f"{facts.embed}.weight"), loader.linear(name)
-    table = loader.tensor(f"{facts.embed}.weight", loader.dtype)
+    table = loader.weight(f"{facts.embed}.weight")
     return table, loader.dense(table)
 
 

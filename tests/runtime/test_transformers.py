@@ -1,8 +1,8 @@
 """The native format belongs to everyone: transformers loads it through compressed-tensors.
 
-compressed-tensors multiplies integer by scale in the scale's dtype, bf16; ours is exact in fp32. So
-its logits equal ours up to bf16 rounding of the weights, and those of the kernels this machine would
-choose (which may round activations to 8 bits) up to that.
+compressed-tensors multiplies integer by scale in the dtype of the scale, bf16; ours is exact. So
+its logits equal ours up to bf16 rounding of the weights, and those of the kernels this machine
+would choose (which may round activations to 8 bits) up to that.
 """
 
 import json
