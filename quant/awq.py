@@ -1,0 +1,142 @@
+"""AWQ: scale the input channels that matter before rounding, then clip each group's range.
+
+Activation-aware weight quantization (arXiv 2306.00978). A channel scaled up by s is rounded more
+finely; the tensor it reads is divided by s in the module before. Both searches minimise the output
+error of the linears themselves, tr(E H Eᵀ) with E the rounding error and H = XᵀX, so one Gram matrix
+stands for every calibration token and a grid point costs the same for 1k and for 1M tokens.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optim.quant.grid import Grid, grouped, make_grid, nearest, ranges, restore
+from optim.runtime.formats.packed import Scheme
+
+SEARCH_ROWS = 512  # the scale search measures on this many evenly spaced rows of a linear
+FLOOR = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """One linear of a fold group: weight `[out, in]` fp32, its input's gram `[in, in]`, its scheme."""
+
+    weight: Tensor
+    gram: Tensor
+    scheme: Scheme
+
+
+def search_scale(
+    readers: list[Reader],
+    magnitude: Tensor,
+    *,
+    n_grid: int,
+    forms: tuple[bool, ...],
+    repeats: tuple[int, int] | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The input scale `[in]` with the least summed output error; ones if nothing beats them.
+
+    `magnitude` `[in]` is the mean |x| of the inputs. `forms` holds False for s = x^r and True for
+    s = x^r / w^(1-r) ("duo scaling"). With `repeats` = (query heads a KV head, head dim) the scale is
+    made equal over the query heads that share a KV head.
+    """
+    sampled = [_sample(reader) for reader in readers]
+    best = torch.ones_like(magnitude)
+    best_loss = _loss(sampled, best, dtype)
+    for scale in _candidates(sampled, magnitude, n_grid, forms):
+        if repeats is not None:
+            scale = share_heads(scale, *repeats)
+        loss = _loss(sampled, scale, dtype)
+        if loss < best_loss:
+            best, best_loss = scale, loss
+    return best
+
+
+def share_heads(scale: Tensor, queries: int, head_dim: int) -> Tensor:
+    """Average `[kv * queries * head_dim]` over the query heads of each KV head, and repeat it."""
+    heads = scale.view(-1, queries, head_dim)
+    return heads.mean(1, keepdim=True).expand_as(heads).reshape(-1)
+
+
+def _sample(reader: Reader) -> Reader:
+    rows = reader.weight.shape[0]
+    step = max(1, rows // SEARCH_ROWS)
+    return Reader(reader.weight[::step] * step**0.5, reader.gram, reader.scheme)
+
+
+def _candidates(
+    readers: list[Reader], magnitude: Tensor, n_grid: int, forms: tuple[bool, ...]
+) -> Iterator[Tensor]:
+    x = magnitude.clamp(min=FLOOR)
+    w = torch.cat([_relative(r) for r in readers]).mean(0)
+    for duo in forms:
+        for i in range(n_grid + 1):
+            ratio = i / n_grid
+            scale = x**ratio
+            if duo:
+                scale = scale / (w ** (1 - ratio) + FLOOR)
+            scale = scale.clamp(min=FLOOR)
+            scale = scale / (scale.max() * scale.min()).sqrt()
+            yield torch.where(scale.isfinite(), scale, torch.ones_like(scale))
+
+
+def _relative(reader: Reader) -> Tensor:
+    """|w| over the largest |w| of its group: how much of the grid each channel uses."""
+    w = grouped(reader.weight, reader.scheme).abs()
+    return (w / (w.amax(-1, keepdim=True) + 1e-6)).flatten(1)
+
+
+def _loss(readers: list[Reader], scale: Tensor, dtype: torch.dtype) -> float:
+    total = 0.0
+    for reader in readers:
+        q, grid = nearest(reader.weight * scale, reader.scheme, dtype)
+        error = restore(q, grid).div_(scale).sub_(reader.weight)
+        total += float(((error @ reader.gram) * error).sum())
+    return total
+
+
+SHRINKS = tuple(1 - i / 20 for i in range(10))
+
+
+def search_clip(weight: Tensor, gram: Tensor, scheme: Scheme, dtype: torch.dtype) -> Grid:
+    """The grid of each (row, group) of `weight` `[out, in]` with the least output error.
+
+    Groups are taken apart: the error of a group is e H_gg eᵀ with H_gg its diagonal block. First
+    both ends are shrunk together, then each end alone around the best.
+    """
+    low, high = ranges(weight, scheme)
+    blocks = _diagonal_blocks(gram, low.shape[1])
+    best_loss = torch.full_like(low, float("inf"))
+    best_low, best_high = low.clone(), high.clone()
+
+    def attempt(a: Tensor, b: Tensor) -> None:
+        loss = _group_loss(weight, make_grid(a, b, scheme, dtype), blocks)
+        better = loss < best_loss
+        best_loss.copy_(torch.where(better, loss, best_loss))
+        best_low.copy_(torch.where(better, a, best_low))
+        best_high.copy_(torch.where(better, b, best_high))
+
+    for shrink in SHRINKS:
+        attempt(low * shrink, high * shrink)
+    if not scheme.symmetric:
+        for shrink in (0.95, 0.9, 0.85, 0.8):
+            a, b = best_low.clone(), best_high.clone()
+            attempt(a * shrink, b)
+            attempt(a, b * shrink)
+    return make_grid(best_low, best_high, scheme, dtype)
+
+
+def _diagonal_blocks(gram: Tensor, groups: int) -> Tensor:
+    size = gram.shape[0] // groups
+    return torch.stack([gram[i : i + size, i : i + size] for i in range(0, gram.shape[0], size)])
+
+
+def _group_loss(weight: Tensor, grid: Grid, blocks: Tensor) -> Tensor:
+    w = grouped(weight, grid.scheme)
+    scale, zero = grid.scale[..., None], grid.zero[..., None]
+    q = (w / scale).round_().add_(zero).clamp_(0, grid.top)
+    error = q.sub_(zero).mul_(scale).sub_(w).transpose(0, 1)
+    return ((error @ blocks) * error).sum(-1).transpose(0, 1)

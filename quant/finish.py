@@ -1,0 +1,119 @@
+"""The artifact's small files: configuration, index, manifest, recipe, card. Then it is published."""
+
+import json
+import math
+from typing import Any
+
+from torch import Tensor
+
+from optim.quant.plan import Plan
+from optim.recipes.build import to_yaml
+from optim.runtime.artifact import FORMAT_VERSION, INDEX, Workspace, index_of
+from optim.runtime.corpus import token_hash
+from optim.runtime.formats.packed import write_config
+from optim.runtime.verify import MANIFEST
+
+
+def finish(made: Plan, workspace: Workspace, windows: Tensor | None) -> dict[str, Any]:
+    """Write what belongs beside the shards and publish; returns the facts of the report."""
+    manifest = _manifest(made, workspace, windows)
+    recipe = made.recipe.model_copy(update={"output": None})
+    workspace.write_text("config.json", json.dumps(_config(made), indent=2) + "\n")
+    workspace.write_text(INDEX, index_of(workspace.done) + "\n")
+    workspace.write_text(MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    workspace.write_text("recipe.yaml", to_yaml(recipe))
+    workspace.write_text("README.md", _card(made, manifest))
+    made.checkpoint.write_sidecars(workspace.files)
+    facts = {
+        "bytes": manifest["bytes"],
+        "bits_per_weight": manifest["bits_per_weight"],
+        "blocks": manifest["blocks"],
+        "notes": [note for record in workspace.done for note in record["notes"]],
+    }
+    workspace.publish()
+    return facts
+
+
+def _config(made: Plan) -> dict[str, Any]:
+    names = {module: _published(made, module) for module in (*made.schemes, *made.ignored)}
+    schemes = {names[module]: scheme for module, scheme in made.schemes.items()}
+    config = dict(made.checkpoint.config)
+    config["quantization_config"] = write_config(schemes, [names[m] for m in made.ignored])
+    if made.walk.head_name in made.schemes:
+        config["tie_word_embeddings"] = False
+    return config
+
+
+def _published(made: Plan, module: str) -> str:
+    return made.checkpoint.disk_name(f"{module}.weight").removesuffix(".weight")
+
+
+def _manifest(made: Plan, workspace: Workspace, windows: Tensor | None) -> dict[str, Any]:
+    records = workspace.done
+    nbytes = sum(size for record in records for size in record["tensors"].values())
+    tensors = made.checkpoint.tensors
+    params = sum(math.prod(info.shape) for info in tensors.values())
+    blocks = [
+        {key: record[key] for key in ("error", "rounding_error")}
+        for record in records
+        if record.get("error") is not None
+    ]
+    calibration = None
+    if windows is not None:
+        samples, length = windows.shape
+        calibration = {"samples": samples, "seq_len": length, "sha256": token_hash(windows)}
+    return {
+        "format_version": FORMAT_VERSION,
+        "source": {"name": made.checkpoint.name, "sha256": made.checkpoint.fingerprint()},
+        "recipe": made.recipe.model_dump(mode="json", exclude={"output"}),
+        "calibration": calibration,
+        "bytes": nbytes,
+        "parameters": params,
+        "bits_per_weight": 8 * nbytes / params,
+        "modules": {module: str(scheme) for module, scheme in sorted(made.schemes.items())},
+        "blocks": blocks,
+        "notes": [note for record in records for note in record["notes"]],
+        "shards": {record["file"]: record["sha256"] for record in records},
+        "original_sha256": {k: v for record in records for k, v in record["originals"].items()},
+    }
+
+
+def _card(made: Plan, manifest: dict[str, Any]) -> str:
+    source = made.checkpoint.source
+    recipe = to_yaml(made.recipe.model_copy(update={"output": None})).strip()
+    rows = "\n".join(
+        f"| {row.group} | {row.format} | {row.tensors} | {row.params:,} | {row.nbytes:,} |"
+        for row in made.groups
+    )
+    return f"""---
+base_model: {source}
+library_name: transformers
+tags: [compressed-tensors, optim]
+---
+
+# {made.output.name}
+
+{made.checkpoint.name}, compressed with `optim`: {manifest["bytes"]:,} bytes of weights,
+{manifest["bits_per_weight"]:.2f} bits per weight (source: {made.source_bytes:,} bytes).
+
+| group | format | tensors | weights | bytes |
+|---|---|---:|---:|---:|
+{rows}
+
+## Run it
+
+    optim run {made.output.name}
+
+vLLM and transformers (with the `compressed-tensors` package) load the folder as it is.
+
+## Make it again
+
+`optim quantize --recipe recipe.yaml` with:
+
+```yaml
+{recipe}
+```
+
+`optim inspect --verify` checks the files against `optim.json`; `optim eval --against {source}`
+measures what the compression cost.
+"""

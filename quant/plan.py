@@ -1,0 +1,275 @@
+"""What a recipe will do to a model, decided and checked before the first weight is read.
+
+Only configuration and headers are looked at: each linear's format, sizes, memory, disk, the output
+folder. All problems are found together and raised as one error.
+"""
+
+import math
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optim.recipes.errors import MACHINE, USAGE, OptimError
+from optim.recipes.patterns import matches
+from optim.recipes.schema import Override, Recipe, Rounding, Rtn
+from optim.runtime.architectures import FAMILIES
+from optim.runtime.artifact import exists_error
+from optim.runtime.checkpoint import Checkpoint, open_checkpoint, require_plain
+from optim.runtime.formats.bits import words
+from optim.runtime.formats.packed import Scheme
+from optim.runtime.machine import pick_device
+from optim.runtime.sizes import SizeRow, Stored, size_rows, stored
+from optim.runtime.walk import TOKENS_PER_BATCH, Walk
+
+AUTO_GROUPS = (128, 64, 32, 16)
+FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A checked recipe for one model; `recipe` has every value resolved."""
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    walk: Walk
+    schemes: dict[str, Scheme]
+    ignored: tuple[str, ...]
+    output: Path
+    force: bool
+    groups: list[SizeRow]
+    source_bytes: int
+    output_bytes: int
+    peak_bytes: int
+    disk_bytes: int
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the screen and for `--json`."""
+        calibration = self.recipe.calibration
+        text = f"{calibration.dataset} · {calibration.num_samples} x {calibration.seq_len} tokens"
+        return {
+            "model": self.checkpoint.name,
+            "blocks": len(self.walk),
+            "source_bytes": self.source_bytes,
+            "output_bytes": self.output_bytes,
+            "peak_bytes": self.peak_bytes,
+            "disk_bytes": self.disk_bytes,
+            "calibration": "none" if isinstance(self.recipe.quantize, Rtn) else text,
+            "groups": [asdict(row) for row in self.groups],
+            "notes": list(self.notes),
+            "output": str(self.output),
+            "recipe": self.recipe.model_dump(mode="json"),
+        }
+
+
+def plan(
+    recipe: Recipe,
+    *,
+    force: bool = False,
+    device: str = "auto",
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Open the recipe's model and check everything that can be checked without its weights.
+
+    Raises OptimError: 2 for what the recipe or the model gets wrong, 4 for what the machine lacks.
+    """
+    assert recipe.model is not None
+    if threads:
+        torch.set_num_threads(threads)
+    checkpoint = open_checkpoint(recipe.model, trust_remote_code=trust_remote_code)
+    require_plain(checkpoint)
+    place = pick_device(device)
+    walk = Walk(checkpoint, place)
+    shapes = linear_shapes(walk)
+    recipe = _resolve(recipe, checkpoint, shapes)
+    schemes = assign(recipe.quantize, shapes)
+    output = Path(recipe.output or f"./{checkpoint.name}-{_short(recipe.quantize)}")
+    rows = _planned(checkpoint, shapes, schemes)
+    output_bytes = sum(row.nbytes for row in rows)
+    disk = output_bytes + 2 * _state_bytes(recipe, checkpoint)
+    problems = [*_shape_problems(shapes, schemes), *_output_problems(output, force, disk)]
+    if not schemes:
+        problems.append(OptimError("the recipe leaves every linear as it is", code=USAGE))
+    if problems:
+        raise _together(problems)
+    family = str(checkpoint.text_config.get("model_type"))
+    unknown = f"family {family} is not in the table: its groups are found from the graph"
+    return Plan(
+        recipe=recipe.model_copy(update={"output": str(output)}),
+        checkpoint=checkpoint,
+        walk=walk,
+        schemes=schemes,
+        ignored=tuple(sorted(shapes.keys() - schemes.keys())),
+        output=output,
+        force=force,
+        groups=size_rows(rows),
+        source_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
+        output_bytes=output_bytes,
+        peak_bytes=_peak_bytes(recipe, checkpoint, shapes, walk),
+        disk_bytes=disk,
+        notes=() if family in FAMILIES else (unknown,),
+    )
+
+
+def linear_shapes(walk: Walk) -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear of the model by canonical name, experts one by one."""
+    heads = {f"{name}.weight" for name in ("lm_head", "embed_out")}
+    inside = tuple(f"{walk.prefix}.{i}." for i in range(len(walk)))
+    names = walk.linear_names()
+    shapes = {}
+    for name, info in walk.checkpoint.tensors.items():
+        module = name.removesuffix(".weight")
+        if (name.startswith(inside) and module in names) or name in heads:
+            shapes[module] = (info.shape[0], info.shape[1])
+    if walk.head_name not in shapes:  # tied: the embedding is the head
+        vocab, hidden = walk.model.get_input_embeddings().weight.shape
+        shapes[walk.head_name] = (vocab, hidden)
+    return shapes
+
+
+def assign(quantize: Rounding, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Scheme]:
+    """The scheme of each linear that the recipe quantizes."""
+    found = {}
+    for name in shapes:
+        is_head = not _in_block(name)
+        if is_head and quantize.lm_head_bits:
+            found[name] = _scheme(quantize, None, bits=quantize.lm_head_bits)
+        elif _matches_any(quantize.targets, name) and not _matches_any(quantize.ignore, name):
+            override = next((o for o in quantize.overrides if _matches_any(o.targets, name)), None)
+            found[name] = _scheme(quantize, override)
+    return found
+
+
+def _in_block(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
+
+
+def _matches_any(patterns: tuple[str, ...], name: str) -> bool:
+    return any(matches(pattern, name) for pattern in patterns)
+
+
+def _scheme(quantize: Rounding, override: Override | None, bits: int | None = None) -> Scheme:
+    def pick(key: str) -> Any:
+        value = getattr(override, key, None)
+        return getattr(quantize, key) if value is None else value
+
+    return Scheme(bits or pick("bits"), pick("group_size"), pick("sym"))
+
+
+def _resolve(
+    recipe: Recipe, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, int]]
+) -> Recipe:
+    """The recipe with its `auto` group sizes replaced by the largest that fits every linear."""
+    inputs = {columns for _, columns in shapes.values()}
+    fits = [g for g in AUTO_GROUPS if all(n % g == 0 for n in inputs)]
+    auto = fits[0] if fits else -1
+
+    def settle(section: Any) -> Any:
+        return section.model_copy(
+            update={"group_size": auto} if section.group_size == "auto" else {}
+        )
+
+    quantize = settle(recipe.quantize)
+    overrides = tuple(settle(o) for o in quantize.overrides)
+    quantize = quantize.model_copy(update={"overrides": overrides})
+    return recipe.model_copy(update={"quantize": quantize})
+
+
+def _short(quantize: Rounding) -> str:
+    group = "channel" if quantize.group_size == -1 else f"g{quantize.group_size}"
+    return f"{quantize.method}-w{quantize.bits}{group}{'-sym' if quantize.sym else ''}"
+
+
+def _planned(
+    checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, int]], schemes: Mapping[str, Scheme]
+) -> list[Stored]:
+    """Every tensor of the artifact; groups that do not divide are counted as if they did."""
+    rows = [t for t in stored(checkpoint) if t.name.removesuffix(".weight") not in schemes]
+    for module, scheme in schemes.items():
+        out, columns = shapes[module]
+        size = columns if scheme.group_size == -1 else scheme.group_size
+        groups = math.ceil(columns / size)
+        packed = 4 * out * words(columns, scheme.bits) + 16 + 2 * out * groups
+        if not scheme.symmetric:
+            packed += 4 * words(out, scheme.bits) * groups
+        rows.append(Stored(f"{module}.weight", str(scheme), out * columns, packed))
+    return rows
+
+
+def _state_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
+    if isinstance(recipe.quantize, Rtn):
+        return 0
+    calibration = recipe.calibration
+    hidden = int(checkpoint.text_config.get("hidden_size", 0))
+    return 4 * calibration.num_samples * calibration.seq_len * hidden
+
+
+def _peak_bytes(
+    recipe: Recipe, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, int]], walk: Walk
+) -> int:
+    """An estimate: torch, a block as stored, its Gram matrices, and the largest linear's work."""
+    first = f"{walk.prefix}.0."
+    block = sum(i.nbytes for n, i in checkpoint.tensors.items() if n.startswith(first))
+    inside = [shape for name, shape in shapes.items() if name.startswith(first)]
+    outer = max((i.nbytes for n, i in checkpoint.tensors.items() if not _in_block(n)), default=0)
+    widest = max((columns for _, columns in inside), default=0)
+    work = 2 * block + 4 * max((a * b for a, b in inside), default=0) * 3
+    if not isinstance(recipe.quantize, Rtn):
+        work += 4 * sum({columns: columns**2 for _, columns in inside}.values()) + 8 * widest**2
+        work += 4 * TOKENS_PER_BATCH * widest * 4
+    return 500_000_000 + max(work, 2 * outer)
+
+
+def _shape_problems(
+    shapes: Mapping[str, tuple[int, int]], schemes: Mapping[str, Scheme]
+) -> list[OptimError]:
+    """One problem a group size that does not divide, layers that fail alike folded together."""
+    bad: dict[int, list[str]] = defaultdict(list)
+    for name, scheme in schemes.items():
+        if scheme.group_size > 0 and shapes[name][1] % scheme.group_size:
+            bad[scheme.group_size].append(name)
+    problems = []
+    for size, names in bad.items():
+        inputs = sorted({shapes[name][1] for name in names})
+        fits = [g for g in (256, *AUTO_GROUPS) if all(shapes[n][1] % g == 0 for n in schemes)]
+        fix = f"--group-size {fits[0]} divides all of them" if fits else "--group-size -1"
+        example = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
+        message = (
+            f"group_size {size} does not divide the inputs ({', '.join(map(str, inputs))}) of "
+            f"{len(names)} of the {len(schemes)} linears: {example}"
+        )
+        problems.append(OptimError(message, f"{fix}; or name them in ignore or overrides", USAGE))
+    return problems
+
+
+def _output_problems(output: Path, force: bool, disk: int) -> list[OptimError]:
+    problems = []
+    if output.exists() and not force:
+        problems.append(exists_error(output))
+    parent = output.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        message = f"{output} cannot be made: {parent} is not a folder"
+        return [*problems, OptimError(message, "choose another -o/--output", USAGE)]
+    free = shutil.disk_usage(parent).free
+    if free < disk:
+        message = f"needs about {disk / 1e9:.1f} GB of free disk in {parent}, there are {free / 1e9:.1f} GB"
+        problems.append(
+            OptimError(message, "free some space, or choose another -o/--output", MACHINE)
+        )
+    return problems
+
+
+def _together(problems: list[OptimError]) -> OptimError:
+    if len(problems) == 1:
+        return problems[0]
+    code = max(p.code for p in problems if p.code in (USAGE, MACHINE))
+    lines = [f"  {p.message}" + (f"\n    fix: {p.fix}" if p.fix else "") for p in problems]
+    return OptimError(f"{len(problems)} problems\n" + "\n".join(lines), code=code)

@@ -1,0 +1,363 @@
+"""Stream hidden states through a model's blocks with one block in memory at a time.
+
+The skeleton is transformers' own model on the meta device, so every family's masks, rotary tables
+and head come from its modeling code. The parent's forward is run with its blocks replaced by taps:
+a tap takes the hidden states out before the first block, or puts them in after the last. What the
+parent passes to each block is recorded once and used for every batch of that length.
+
+Weights stay in the dtype they are stored in and are widened one linear at a time, so a block costs
+its stored bytes. Compressing a model larger than memory and evaluating one are this same motion.
+"""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from optim.recipes.errors import OptimError
+from optim.runtime.checkpoint import Checkpoint
+from optim.runtime.plain import PlainView
+
+TOKENS_PER_BATCH = 2048
+EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
+WIDEN_BYTES = 64 * 2**20  # a linear larger than this is widened and applied in slices of rows
+
+
+class StoredLinear(nn.Module):
+    """y = x Wᵀ + b with W `[out, in]` kept in its stored dtype, computed in the dtype of x.
+
+    `in_scale` `[in]` multiplies the columns and `out_scale` `[out]` divides the rows of W (and the
+    bias): folds are held beside the weight until it is rounded, and can be taken back.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.in_scale: Tensor | None = None
+        self.out_scale: Tensor | None = None
+        self.out_features, self.in_features = weight.shape
+
+    def dense(self, rows: slice = slice(None)) -> Tensor:
+        """Rows of the weight, folds applied, float32 `[rows, in]`."""
+        w = self.weight[rows].float()
+        if self.in_scale is not None:
+            w = w * self.in_scale
+        return w if self.out_scale is None else w / self.out_scale[rows, None]
+
+    def dense_bias(self) -> Tensor | None:
+        """The bias `[out]`, folds applied, float32."""
+        if self.bias is None:
+            return None
+        bias = self.bias.float()
+        return bias if self.out_scale is None else bias / self.out_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = max(1, WIDEN_BYTES // (4 * self.in_features))
+        starts = range(0, self.out_features, step)
+        parts = [F.linear(x, self.dense(slice(i, i + step)).to(x.dtype)) for i in starts]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        bias = self.dense_bias()
+        return y if bias is None else y + bias.to(x.dtype)
+
+
+class Experts(nn.ModuleList):
+    """A mixture's experts as separate gated linears; stands in for transformers' fused module."""
+
+    def __init__(self, experts: list[nn.Module], act_fn: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(experts)
+        self.act_fn = act_fn
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden `[tokens, hidden]`, top_k_* `[tokens, k]` -> `[tokens, hidden]`."""
+        out = torch.zeros_like(hidden)
+        for e, expert in enumerate(self):
+            token, choice = torch.where(top_k_index == e)
+            if len(token) == 0:
+                continue
+            x = hidden[token]
+            y = expert.down_proj(self.act_fn(expert.gate_proj(x)) * expert.up_proj(x))
+            out.index_add_(0, token, y * top_k_weights[token, choice, None].to(y.dtype))
+        return out
+
+
+class Walk:
+    """A checkpoint's model, its blocks loaded one at a time.
+
+    `device` is where blocks run, `dtype` what hidden states are held and computed in.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint | PlainView,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        read: Callable[[str], Tensor] | None = None,
+    ) -> None:
+        self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
+        self._read = read or checkpoint.read
+        self.model = _meta_model(checkpoint)
+        self.prefix, self.blocks = _find_blocks(self.model)
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._outer_loaded = False
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def head_name(self) -> str:
+        """Module name of the output head."""
+        head = self.model.get_output_embeddings()
+        return next(name for name, module in self.model.named_modules() if module is head)
+
+    def linear_names(self) -> set[str]:
+        """Module names of the linears in all blocks, a mixture's experts one by one."""
+        names = set()
+        for name, module in self.blocks.named_modules(prefix=self.prefix):
+            if isinstance(module, nn.Linear):
+                names.add(name)
+            elif _is_fused_experts(module):
+                count = module.gate_up_proj.shape[0]
+                names |= {f"{name}.{e}.{part}" for e in range(count) for part in EXPERT_PARTS}
+        return names
+
+    def embed(self, windows: Tensor, path: Path) -> "HiddenStates":
+        """Token windows `[n, length]` -> what the first block reads, kept in the file `path`."""
+        self.prepare(windows)
+        shape = (*windows.shape, int(self.model.config.get_text_config().hidden_size))
+        states = HiddenStates(path, shape, self.dtype)
+        for rows in self.slices(windows):
+            states[rows] = self._through(windows[rows], [])[0]
+        return states
+
+    def prepare(self, windows: Tensor) -> None:
+        """Record what the parent passes to every block for windows of this length."""
+        self._load_outer()
+        self.calls = []
+        self._through(windows[:1], [])
+
+    def release(self) -> None:
+        """Free embeddings and head; they are read again when next asked for."""
+        self.model = _meta_model(self.checkpoint)
+        self.blocks = self.model.get_submodule(self.prefix)
+        self._outer_loaded = False
+
+    @staticmethod
+    def slices(windows: "Tensor | HiddenStates") -> list[slice]:
+        """Rows of `windows` in batches of about TOKENS_PER_BATCH tokens."""
+        step = max(1, TOKENS_PER_BATCH // windows.shape[1])
+        return [slice(i, i + step) for i in range(0, len(windows), step)]
+
+    def logits(self, windows: Tensor, states: Tensor) -> Tensor:
+        """Final hidden states `[n, t, hidden]` of `windows` `[n, t]` -> logits `[n, t, vocab]`."""
+        self._load_outer()
+        return self._through(windows, [states.to(self.device, self.dtype)])[1].float()
+
+    def block(self, i: int) -> nn.Module:
+        """Block i with its weights read, on the device, in their stored dtype."""
+        block = copy.deepcopy(self.blocks[i])
+        return self._fill(block, f"{self.prefix}.{i}.")
+
+    def run(self, i: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        """One batch `[b, t, hidden]` through block i as its parent would call it."""
+        args, kwargs = self.calls[i]
+        out = block(hidden.to(self.device, self.dtype), *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def _fill(self, module: nn.Module, prefix: str) -> nn.Module:
+        config = self.model.config.get_text_config()
+        for name, child in list(module.named_modules()):
+            path = f"{prefix}{name}." if name else prefix
+            if isinstance(child, nn.Linear):
+                bias = self._read(path + "bias").to(self.device) if child.bias is not None else None
+                stored = StoredLinear(self._read(path + "weight").to(self.device), bias)
+                module.set_submodule(name, stored)
+            elif _is_fused_experts(child):
+                module.set_submodule(name, self._experts(child, path))
+        for name, parameter in module.named_parameters():
+            if parameter.is_meta:
+                value = self._read(prefix + name).to(self.device, self.dtype)
+                _set_parameter(module, name, value)
+        for name, buffer in module.named_buffers():
+            if buffer.is_meta:
+                raise OptimError(
+                    f"{config.model_type}: the buffer {prefix}{name} has no value in the checkpoint"
+                )
+        return module.eval()
+
+    def _experts(self, fused: nn.Module, path: str) -> Experts:
+        experts: list[nn.Module] = []
+        for e in range(fused.gate_up_proj.shape[0]):
+            expert = nn.Module()
+            for part in EXPERT_PARTS:
+                weight = self._read(f"{path}{e}.{part}.weight").to(self.device)
+                setattr(expert, part, StoredLinear(weight, None))
+            experts.append(expert)
+        return Experts(experts, fused.act_fn)
+
+    def _load_outer(self) -> None:
+        """Fill what stands outside the blocks: embeddings, final norm, head."""
+        if self._outer_loaded:
+            return
+        names = set(self.checkpoint.tensors)
+        tied = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        for name, module in list(self.model.named_modules()):
+            if name.startswith(self.prefix + ".") or name == self.prefix:
+                continue
+            self._load_module(name, module, names, tied)
+        self.model.get_input_embeddings().register_forward_hook(
+            lambda _module, _args, out: out.to(self.dtype)  # rotary tables take this dtype
+        )
+        self._outer_loaded = True
+
+    def _load_module(
+        self, name: str, module: nn.Module, names: set[str], tied: tuple[Any, Any]
+    ) -> None:
+        head, embedding = tied
+        if module is head:
+            if f"{name}.weight" in names:
+                weight = self._read(f"{name}.weight")
+            else:
+                weight = embedding.weight.data
+            bias = self._read(f"{name}.bias") if f"{name}.bias" in names else None
+            self.model.set_output_embeddings(StoredLinear(weight.to(self.device), bias))
+            return
+        if any(b.is_meta for b in module.buffers(recurse=False)):
+            _refill_buffers(self.model, module)
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                value = self._read(f"{name}.{key}").to(self.device)
+                keep = isinstance(module, nn.Embedding)
+                _set_parameter(module, key, value if keep else value.to(self.dtype))
+
+    def _through(self, windows: Tensor, put: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Run the parent with tapped blocks; returns (what block 0 got, the logits)."""
+        taken: list[Tensor] = []
+        record = [] if not self.calls else None
+        first, last = self.blocks[0], self.blocks[-1]
+
+        def tap(block: nn.Module) -> Callable[..., Tensor]:
+            def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                if record is not None:
+                    record.append((args, kwargs))
+                if block is first:
+                    taken.append(hidden.to(self.dtype))
+                return put[0] if put and block is last else hidden
+
+            return forward
+
+        for block in self.blocks:
+            block.forward = tap(block)
+        try:
+            ids = windows.to(self.device)
+            keep = {} if put else {"logits_to_keep": 1}
+            out = self.model(input_ids=ids, use_cache=False, **keep)
+        finally:
+            for block in self.blocks:
+                del block.forward
+        if record is not None:
+            self.calls = record
+        return taken[0], out.logits
+
+
+class HiddenStates:
+    """Hidden states `[n, length, hidden]` float32 or bf16 in a file: memory never holds them all."""
+
+    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        self.path, self.shape, self.dtype = path, shape, dtype
+        self._row = shape[1] * shape[2] * dtype.itemsize
+        path.touch()
+        with path.open("r+b") as file:
+            file.truncate(shape[0] * self._row)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens in a window."""
+        return self.shape[1]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        start, stop, _ = rows.indices(len(self))
+        data = bytearray((stop - start) * self._row)
+        with self.path.open("rb") as file:
+            file.seek(start * self._row)
+            file.readinto(data)
+        return torch.frombuffer(data, dtype=self.dtype).view(stop - start, *self.shape[1:])
+
+    def __setitem__(self, rows: slice, value: Tensor) -> None:
+        start = rows.indices(len(self))[0]
+        data = value.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
+        with self.path.open("r+b") as file:
+            file.seek(start * self._row)
+            file.write(memoryview(data).cast("B"))
+
+
+def linears(block: nn.Module) -> dict[str, StoredLinear]:
+    """The linears of a loaded block by their path in it, in the order of definition."""
+    return {name: m for name, m in block.named_modules() if isinstance(m, StoredLinear)}
+
+
+def _meta_model(checkpoint: Checkpoint | PlainView) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    config = checkpoint.hf_config()
+    with torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation="sdpa"
+            )
+        except ValueError as error:
+            raise OptimError(
+                f"{checkpoint.name}: transformers has no causal language model for "
+                f"model_type {config.model_type!r}",
+                fix="choose a decoder-only language model",
+                code=2,
+            ) from error
+    return model.eval()
+
+
+def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The longest list of like modules is the stack of decoder blocks."""
+    lists = [
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and len({type(b) for b in m}) == 1
+    ]
+    if not lists:
+        raise OptimError(f"{type(model).__name__} has no list of decoder blocks", code=2)
+    return max(lists, key=lambda pair: len(pair[1]))
+
+
+def _is_fused_experts(module: nn.Module) -> bool:
+    weight = getattr(module, "gate_up_proj", None)
+    return isinstance(weight, nn.Parameter) and weight.dim() == 3
+
+
+def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    path, _, key = name.rpartition(".")
+    owner = module.get_submodule(path)
+    expected = getattr(owner, key).shape
+    if value.shape != expected:
+        raise OptimError(
+            f"{name} has shape {list(value.shape)}, the configuration says {list(expected)}",
+            fix="config.json and the weights do not belong together",
+            code=2,
+        )
+    setattr(owner, key, nn.Parameter(value, requires_grad=False))
+
+
+def _refill_buffers(model: Any, module: nn.Module) -> None:
+    """Give a meta module's derived buffers (rotary tables, embedding scales) their values."""
+    parameters = dict(module.named_parameters(recurse=False))
+    for name in parameters:
+        setattr(module, name, None)
+    module.to_empty(device="cpu", recurse=False)
+    model._init_weights(module)
+    for name, parameter in parameters.items():
+        setattr(module, name, parameter)
