@@ -17,10 +17,11 @@ from optim.runtime.checkpoint import Checkpoint
 from optim.runtime.decoder import Attention, Block, Decoder
 from optim.runtime.formats.packed import SUFFIXES, Scheme, SchemeOf, parse_config
 from optim.runtime.formats.packed_linear import PackedLinear, fuse
+from optim.runtime.kernels import cpu_step
 from optim.runtime.layers import ACTIVATIONS, MLP, HeadNorm, LayerNorm, Mixture, Norm, RMSNorm
 from optim.runtime.linear import DenseLinear, Joined, held_dtype
 from optim.runtime.rope import Rope, ropes
-from optim.runtime.shape import Shape, resolve
+from optim.runtime.shape import Layer, Shape, resolve
 
 
 @dataclass(slots=True)
@@ -193,7 +194,16 @@ def _attention(loader: Loader, family: Family, shape: Shape, index: int) -> Atte
         norm=_head_norm(loader, f"{path}.self_attn", shape, family.norm_offset),
         rope=layer.rope,
         rule=Rule(shape.attention_scale, layer.window, shape.attention_cap),
+        one_token=_one_token(loader, shape, layer),
     )
+
+
+def _one_token(loader: Loader, shape: Shape, layer: Layer) -> cpu_step.Attend | None:
+    """The C kernel for decode steps, where it can be used."""
+    if loader.device.type != "cpu" or loader.dtype != torch.float32 or not cpu_step.usable():
+        return None
+    sizes = shape.heads, shape.kv_heads, shape.head_dim
+    return cpu_step.Attend(*sizes, shape.attention_scale, layer.window, shape.attention_cap or 0.0)
 
 
 def _head_norm(loader: Loader, path: str, shape: Shape, offset: int) -> HeadNorm | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from optim.runtime.attention import Rule, attend
 from optim.runtime.cache import LayerCache, StaticCache, static_cache
+from optim.runtime.kernels import cpu_step
 from optim.runtime.layers import MLP, HeadNorm, Mixture, Norm
 from optim.runtime.rope import Rope, rotate
 from optim.runtime.shape import Shape
@@ -44,23 +45,36 @@ class Attention:
     norm: HeadNorm | None
     rope: str | None
     rule: Rule
+    one_token: cpu_step.Attend | None
 
     def __call__(self, x: Tensor, cache: LayerCache, step: Step) -> Tensor:
+        b, t, _ = x.shape
+        y = self._project(x)
+        if t == 1 and self.one_token is not None:
+            angles = step.angles[self.rope] if self.rope else None
+            where = cache.keys, cache.values, step.start
+            seen = self.one_token(y.view(b, -1, self.head_dim), *where, angles, step.padding)
+            seen = seen[:, None]
+        else:
+            qk, v = y[:, :, : self.heads + self.kv_heads], y[:, :, self.heads + self.kv_heads :]
+            if self.rope is not None:
+                qk = rotate(qk, *step.angles[self.rope])
+            cache.write(qk[:, :, self.heads :], v, step.start)
+            seen = attend(qk[:, :, : self.heads], cache, step.start, self.rule, step.padding)
+        out: Tensor = self.out(seen)
+        return out
+
+    def _project(self, x: Tensor) -> Tensor:
+        """Normalized queries and keys, and values: `[B, T, heads + 2 kv_heads, D]`."""
         b, t, _ = x.shape
         y: Tensor = self.qkv(x)
         if self.interleaved:
             y = y.view(b, t, self.heads, 3, self.head_dim).transpose(2, 3)
         y = y.reshape(b, t, -1, self.head_dim)
-        keyed = self.heads + self.kv_heads
-        qk, v = y[:, :, :keyed], y[:, :, keyed:]
-        if self.norm is not None:
-            qk = torch.cat(self.norm(qk[:, :, : self.heads], qk[:, :, self.heads :]), 2)
-        if self.rope is not None:
-            qk = rotate(qk, *step.angles[self.rope])
-        cache.write(qk[:, :, self.heads :], v, step.start)
-        seen = attend(qk[:, :, : self.heads], cache, step.start, self.rule, step.padding)
-        out: Tensor = self.out(seen)
-        return out
+        if self.norm is None:
+            return y
+        q, k, v = y.split_with_sizes([self.heads, self.kv_heads, self.kv_heads], 2)
+        return torch.cat((*self.norm(q, k), v), 2)
 
 
 @dataclass(slots=True)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from optim.runtime.kernels import cpu_step
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "swish": F.silu,
@@ -22,10 +24,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (arXiv 1910.07467), in fp32.
 
-    On a CPU torch has no fused kernel; LayerNorm over [x, -x], whose mean is zero and whose
-    variance is mean(x^2), gives the same in half the time.
+    On a CPU torch has no fused kernel. Ours is C; without a compiler, LayerNorm over [x, -x],
+    whose mean is zero and whose variance is mean(x^2), gives the same in half the time.
     """
     if x.device.type == "cpu" and x.dtype == torch.float32:
+        if x.is_contiguous() and cpu_step.usable():
+            return cpu_step.rms_norm(x, weight, eps)
         n = x.shape[-1]
         return F.layer_norm(torch.cat((x, -x), -1), (2 * n,), eps=eps)[..., :n] * weight
     return (F.rms_norm(x.float(), x.shape[-1:], eps=eps) * weight).to(x.dtype)
@@ -87,13 +91,17 @@ class MLP:
 
     def __call__(self, x: Tensor) -> Tensor:
         h: Tensor = self.up(x)
-        if self.gated:
-            gate, up = h.chunk(2, -1)
-            h = self.act(gate).mul_(up)
-        else:
-            h = self.act(h)
+        h = _gate(h, self.act) if self.gated else self.act(h)
         y: Tensor = self.down(h)
         return y
+
+
+def _gate(h: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+    plain = h.device.type == "cpu" and h.dtype == torch.float32 and h.is_contiguous()
+    if plain and act is F.silu and cpu_step.usable():
+        return cpu_step.swiglu(h)
+    gate, up = h.chunk(2, -1)
+    return act(gate).mul_(up)
 
 
 @dataclass(slots=True)

@@ -1,0 +1,125 @@
+"""The small work of a decode step on a CPU in C (`cpu_step.c`): norm, gate, attention of one token.
+
+`optim.runtime.layers.rms_norm` and `optim.runtime.attention.attend` are the references.
+"""
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from optim.runtime.kernels.native import NoKernel, library, team
+
+
+class _Step(ctypes.Structure):
+    """`Step` of cpu_step.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "dim", "rotary")),
+        *((name, ctypes.c_int64) for name in ("capacity", "position", "window", "angle_stride")),
+        ("scale", ctypes.c_float),
+        ("cap", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("qkv", "cos", "sin", "keys", "values")),
+        *((name, ctypes.c_void_p) for name in ("padding", "out", "scratch")),
+        ("next", ctypes.c_int64),
+    )
+
+
+class Attend:
+    """Attention of one new token with fixed shapes; call it once a step and layer."""
+
+    def __init__(
+        self, heads: int, kv_heads: int, dim: int, scale: float, window: int | None, cap: float
+    ) -> None:
+        self._run, self._team = load().optim_attend, team()
+        self._step = _Step(heads=heads, kv_heads=kv_heads, dim=dim, scale=scale, cap=cap)
+        self._step.window = window or 0
+        self._address = ctypes.addressof(self._step)
+
+    def __call__(
+        self,
+        qkv: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        position: int,
+        angles: tuple[Tensor, Tensor] | None,
+        padding: Tensor | None,
+    ) -> Tensor:
+        """Turn and store the new key and value, and attend: `[B, heads * dim]`.
+
+        `qkv` fp32 contiguous `[B, heads + 2 kv_heads, dim]`, overwritten; `keys`
+        `[B * kv_heads, dim, N]` and `values` `[B * kv_heads, N, dim]` fp32 with N > `position`;
+        `angles` cos and signed sin `[1 or B, 1, 1, rotary]`; `padding` int64 `[B]`.
+        """
+        step, batch = self._step, qkv.shape[0]
+        out = torch.empty(batch, step.heads * step.dim)
+        step.batch, step.position, step.capacity = batch, position, values.shape[1]
+        step.rotary = 0
+        if angles is not None:
+            cos, sin = angles
+            step.rotary, step.cos, step.sin = cos.shape[-1], cos.data_ptr(), sin.data_ptr()
+            step.angle_stride = 0 if cos.shape[0] == 1 else cos.shape[-1]
+        step.qkv, step.out = qkv.data_ptr(), out.data_ptr()
+        step.keys, step.values = keys.data_ptr(), values.data_ptr()
+        step.padding = None if padding is None else padding.data_ptr()
+        if self._run(self._address, torch.get_num_threads(), self._team):
+            raise MemoryError
+        return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight; fp32 contiguous `x` `[..., n]`, `weight` `[n]`."""
+    y = torch.empty_like(x)
+    n = weight.shape[0]
+    pointers = x.data_ptr(), weight.data_ptr(), y.data_ptr()
+    load().optim_rms_norm(*pointers, x.numel() // n, n, eps)
+    return y
+
+
+def swiglu(h: Tensor) -> Tensor:
+    """silu(gate) * up of fp32 contiguous `h` `[..., 2n]`, gate first: `[..., n]`."""
+    n = h.shape[-1] // 2
+    y = torch.empty(*h.shape[:-1], n)
+    load().optim_swiglu(h.data_ptr(), y.data_ptr(), y.numel() // n, n)
+    return y
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """The compiled kernel. Raises NoKernel with the reason."""
+    lib = library("cpu_step")
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    lib.optim_attend.argtypes = [pointer, ctypes.c_int, pointer]
+    lib.optim_rms_norm.argtypes = [*[pointer] * 3, integer, integer, ctypes.c_float]
+    lib.optim_rms_norm.restype = None
+    lib.optim_swiglu.argtypes = [pointer, pointer, integer, integer]
+    lib.optim_swiglu.restype = None
+    return lib
+
+
+@cache
+def usable() -> bool:
+    """Whether the kernel can be built here and agrees with torch."""
+    try:
+        return check() < 1e-5
+    except NoKernel:
+        return False
+
+
+def check() -> float:
+    """Largest relative difference from torch on odd shapes. Raises NoKernel."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(3, 71, generator=generator), torch.rand(71, generator=generator)
+    wanted = x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
+    error = (rms_norm(x, weight, 1e-5) - wanted).abs().max() / wanted.abs().max()
+    keys = torch.randn(2, 13, 40, generator=generator)
+    values = torch.randn(2, 40, 13, generator=generator)
+    qkv = torch.randn(1, 10, 13, generator=generator)
+    q, k, v = qkv[0, :6].view(2, 3, 13).clone(), qkv[0, 6:8].clone(), qkv[0, 8:].clone()
+    got = Attend(6, 2, 13, 0.3, None, 0.0)(qkv, keys, values, 30, None, None)
+    stored = torch.equal(keys[:, :, 30], k) and torch.equal(values[:, 30], v)
+    chances = torch.softmax(q @ keys[..., :31] * 0.3, -1)
+    seen = (chances @ values[:, :31]).view(1, -1)
+    difference = (got - seen).abs().max() / seen.abs().max()
+    return float(torch.maximum(error, difference)) if stored else float("inf")
