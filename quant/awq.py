@@ -2,8 +2,8 @@
 
 Activation-aware weight quantization (arXiv 2306.00978). A channel scaled up by s is rounded more
 finely; the tensor it reads is divided by s in the module before. Both searches minimise the output
-error of the linears themselves, tr(E H Eᵀ) with E the rounding error and H = XᵀX, so one Gram matrix
-stands for every calibration token and a grid point costs the same for 1k and for 1M tokens.
+error of the linears themselves, tr(E H Eᵀ) with E the rounding error and H = XᵀX, so one Gram
+matrix stands for every calibration token and a grid point costs the same for 1k and for 1M tokens.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ FLOOR = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """One linear of a fold group: weight `[out, in]` fp32, its input's gram `[in, in]`, its scheme."""
+    """One linear of a fold group: weight `[out, in]` fp32, its input's gram `[in, in]`."""
 
     weight: Tensor
     gram: Tensor

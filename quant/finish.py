@@ -1,4 +1,4 @@
-"""The artifact's small files: configuration, index, manifest, recipe, card. Then it is published."""
+"""The artifact's small files (configuration, index, manifest, recipe, card), then its name."""
 
 import json
 import math

@@ -1,19 +1,21 @@
-"""Move a scale from a linear's input into what feeds it, and prove on the block that nothing changed.
+"""Move a scale from a linear's input into what feeds it, and prove on the block that nothing
+changed.
 
-Scaling the input channels of every reader of a tensor by s and dividing the tensor by s at its source
-is the identity, if the table is right about who reads it. A row that is wrong (a forgotten router, a
-norm that multiplies by 1 + w) changes the block's output: `try_fold` runs the block before and after
-and takes the fold back when it does.
+Scaling the input channels of every reader of a tensor by s and dividing the tensor by s at its
+source is the identity, if the table is right about who reads it. A row that is wrong (a forgotten
+router, a norm that multiplies by 1 + w) changes the block's output: `try_fold` runs the block
+before and after and takes the fold back when it does.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from optim.runtime.architectures import FAMILIES, Family, Group
-from optim.runtime.walk import StoredLinear
+from optim.runtime.walk import StoredLinear, linear_at
 
 TOLERANCE = 1e-3  # of the block's own contribution to the residual stream, in float32
 
@@ -94,7 +96,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 def query_repeats(block: nn.Module, group: Group) -> tuple[int, int] | None:
     """(query heads a KV head, head dim) where the source is an attention's values, else None."""
-    parent = block.get_submodule(group.source.rpartition(".")[0])
+    parent: Any = block.get_submodule(group.source.rpartition(".")[0])
     repeats = int(getattr(parent, "num_key_value_groups", 1))
     return (repeats, int(parent.head_dim)) if repeats > 1 else None
 
@@ -129,8 +131,8 @@ def try_fold(
 ) -> float | None:
     """Fold `scale` `[in]` into the group; None if the block still computes the same.
 
-    `before` is (input, output) of the block on a probe, `run` computes the output now. Otherwise the
-    fold is undone and the relative change of the output is returned.
+    `before` is (input, output) of the block on a probe, `run` computes the output now. Otherwise
+    the fold is undone and the relative change of the output is returned.
     """
     undo = _fold(block, group, scale, norm_offset, norm_dtype)
     hidden, expected = before
@@ -152,11 +154,11 @@ def _fold(
     else:
         scale = _fold_norm(source, scale, norm_offset, norm_dtype, undo)
     for name in group.readers:
-        linear = block.get_submodule(name)
+        linear = linear_at(block, name)
         linear.in_scale = scale
         undo.columns.append(linear)
     for name in group.unquantized:
-        weight = block.get_submodule(name).weight
+        weight = block.get_parameter(f"{name}.weight")
         undo.parameters.append((weight, weight.data.clone()))
         weight.data *= scale
     return undo
@@ -171,15 +173,13 @@ def _row_scale(source: StoredLinear, scale: Tensor, repeats: tuple[int, int] | N
     return rows if source.out_scale is None else rows * source.out_scale
 
 
-def _fold_norm(
-    norm: nn.Module, scale: Tensor, offset: int, dtype: torch.dtype, undo: _Undo
-) -> Tensor:
+def _fold_norm(norm: Any, scale: Tensor, offset: int, dtype: torch.dtype, undo: _Undo) -> Tensor:
     """Divide the norm by `scale`; returns the scale that its *stored* weights really divide by.
 
     Rounding the new weight to its stored dtype would cost a little in every channel: the rounded
     weight is taken as given and the readers get exactly what it lacks.
     """
-    weight = norm.weight
+    weight: nn.Parameter = norm.weight
     undo.parameters.append((weight, weight.data.clone()))
     gain = weight.data.float() + offset
     stored = (gain / scale - offset).to(dtype).float()

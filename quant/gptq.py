@@ -6,9 +6,9 @@ column k is rounded after adding what the columns before it owe:
 
     q_k = round(w_k + Σ_{j<k} e_j U_jk),   U = R / diag(R),   e = w - q
 
-One Cholesky, no inverse. Columns go in order of falling diagonal ("act-order"): the groups and their
-scales are those of the unpermuted weight, so the format needs no column index. The columns of one
-row depend on that row alone, so rows run in parallel.
+One Cholesky, no inverse. Columns go in order of falling diagonal ("act-order"): the groups and
+their scales are those of the unpermuted weight, so the format needs no column index. The columns of
+one row depend on that row alone, so rows run in parallel.
 """
 
 import numba
@@ -44,7 +44,7 @@ def feedback(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
 
 
 def round_with_feedback(weight: Tensor, grid: Grid, order: Tensor, upper: Tensor) -> Tensor:
-    """Integers for `weight` `[out, in]` on a fixed grid, float32 `[out, in]`; see the module's text."""
+    """Integers for `weight` `[out, in]` on a fixed grid, float32 `[out, in]`."""
     columns = weight.shape[1]
     group = torch.arange(columns, device=weight.device) // (columns // grid.scale.shape[1])
     w = weight[:, order].contiguous()
@@ -68,7 +68,7 @@ def _round_block(
 ) -> tuple[Tensor, Tensor]:
     if w.device.type == "cpu":
         arrays = (t.contiguous().numpy() for t in (target, w, scale, zero, upper.T))
-        q, error = _round_rows(*arrays, np.float32(top))
+        q, error = _round_rows(*arrays, np.float32(top))  # type: ignore[call-arg]
         return torch.from_numpy(q), torch.from_numpy(error)
     return round_block_reference(target, w, scale, zero, upper, top)
 
@@ -85,7 +85,7 @@ def round_block_reference(
     return q, error
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)  # type: ignore[misc]
+@numba.njit(parallel=True, fastmath=True, cache=True)
 def _round_rows(target, w, scale, zero, lower, top):  # type: ignore[no-untyped-def]
     rows, columns = w.shape
     q = np.empty_like(w)

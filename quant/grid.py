@@ -2,7 +2,8 @@
 
 A weight `[out, in]` is cut along its input into groups; each (row, group) has one scale s and, when
 asymmetric, one zero point z: w ~ (q - z) s with q in 0 .. 2^bits - 1. Scales are rounded to the
-dtype they are stored in *before* anything is rounded with them, so what is solved is what is stored.
+dtype they are stored in *before* anything is rounded with them, so what is solved is what is
+stored.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from optim.runtime.formats.packed import Scheme
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """scale `[out, groups]` in the stored dtype's values (float32), zero `[out, groups]` float32."""
+    """scale, zero `[out, groups]`, float32 holding values of the stored dtype."""
 
     scale: Tensor
     zero: Tensor
@@ -29,7 +30,7 @@ class Grid:
 def grouped(weight: Tensor, scheme: Scheme) -> Tensor:
     """`[out, in]` -> `[out, groups, group_size]` (a view)."""
     size = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
-    return weight.unflatten(1, (-1, size))
+    return weight.view(weight.shape[0], -1, size)
 
 
 def spread(values: Tensor, columns: int) -> Tensor:

@@ -86,7 +86,7 @@ def plan(
     require_plain(checkpoint)
     place = pick_device(device)
     walk = Walk(checkpoint, place)
-    shapes = linear_shapes(walk)
+    shapes = linear_shapes(checkpoint, walk)
     recipe = _resolve(recipe, checkpoint, shapes)
     schemes = assign(recipe.quantize, shapes)
     output = Path(recipe.output or f"./{checkpoint.name}-{_short(recipe.quantize)}")
@@ -117,13 +117,13 @@ def plan(
     )
 
 
-def linear_shapes(walk: Walk) -> dict[str, tuple[int, int]]:
+def linear_shapes(checkpoint: Checkpoint, walk: Walk) -> dict[str, tuple[int, int]]:
     """(out, in) of every linear of the model by canonical name, experts one by one."""
     heads = {f"{name}.weight" for name in ("lm_head", "embed_out")}
     inside = tuple(f"{walk.prefix}.{i}." for i in range(len(walk)))
     names = walk.linear_names()
     shapes = {}
-    for name, info in walk.checkpoint.tensors.items():
+    for name, info in checkpoint.tensors.items():
         module = name.removesuffix(".weight")
         if (name.startswith(inside) and module in names) or name in heads:
             shapes[module] = (info.shape[0], info.shape[1])
@@ -260,7 +260,8 @@ def _output_problems(output: Path, force: bool, disk: int) -> list[OptimError]:
         return [*problems, OptimError(message, "choose another -o/--output", USAGE)]
     free = shutil.disk_usage(parent).free
     if free < disk:
-        message = f"needs about {disk / 1e9:.1f} GB of free disk in {parent}, there are {free / 1e9:.1f} GB"
+        need, have = f"{disk / 1e9:.1f} GB", f"{free / 1e9:.1f} GB"
+        message = f"needs about {need} of free disk in {parent}, there are {have}"
         problems.append(
             OptimError(message, "free some space, or choose another -o/--output", MACHINE)
         )

@@ -28,7 +28,7 @@ def refit_scales(weight: Tensor, q: Tensor, grid: Grid, gram: Tensor, dtype: tor
     b = (p * target).sum(-1)
     a = torch.stack(
         [
-            (p[:, g] @ gram[g * size : (g + 1) * size]).unflatten(1, (groups, size)).mul_(p).sum(-1)
+            (p[:, g] @ gram[g * size : (g + 1) * size]).view(-1, groups, size).mul_(p).sum(-1)
             for g in range(groups)
         ],
         dim=1,

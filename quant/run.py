@@ -1,7 +1,7 @@
 """`optim quantize`: block after block through the solver into the artifact.
 
-The calibration states after block i are written to `states-<i+1>` in the workspace before block i is
-journalled, so a killed run finds both the shard and the inputs of the next block.
+The calibration states after block i are written to `states-<i+1>` in the workspace before block i
+is journalled, so a killed run finds both the shard and the inputs of the next block.
 """
 
 import time
@@ -193,7 +193,9 @@ class _Job:
         for name in self.outer[k]:
             module = name.removesuffix(".weight")
             if module in self.made.schemes:
-                source = name if name in checkpoint.tensors else _embedding(self.walk)
+                source = (
+                    name if name in checkpoint.tensors else f"{self.walk.embedding_name}.weight"
+                )
                 tensors |= _packed_head(
                     module, self._read(source), self.made.schemes[module], self.dtype
                 )
@@ -247,16 +249,11 @@ def _packed_head(
     module: str, weight: Tensor, scheme: Scheme, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """A head rounded plainly, some rows at a time: it is the largest tensor of many models."""
-    parts = [nearest(rows.float(), scheme, dtype) for rows in weight.split(8192)]
+    parts = [nearest(rows.float(), scheme, dtype) for rows in torch.split(weight, 8192)]
     q = torch.cat([part.to(torch.uint8) for part, _ in parts])
     scale, zero = (torch.cat([getattr(g, k) for _, g in parts]) for k in ("scale", "zero"))
     stored = pack(q, scale.to(dtype), None if scheme.symmetric else zero.to(torch.uint8), scheme)
     return {f"{module}.{key}": value for key, value in stored.items()}
-
-
-def _embedding(walk: Walk) -> str:
-    table = walk.model.get_input_embeddings()
-    return next(n for n, m in walk.model.named_modules() if m is table) + ".weight"
 
 
 def _outer_shards(

@@ -1,8 +1,9 @@
 """Solve one block: observe what its linears read, fold scales, clip, round, and compare.
 
 The block is run on the calibration states as the blocks before it, already compressed, left them.
-Each linear's input becomes one Gram matrix. After solving, the block's output on a probe is measured
-against plain rounding of the same block; a block that got worse is rounded plainly and says so.
+Each linear's input becomes one Gram matrix. After solving, the block's output on a probe is
+measured against plain rounding of the same block; a block that got worse is rounded plainly and
+says so.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,10 +16,10 @@ from optim.quant import awq, gptq
 from optim.quant.fold import discover, family_groups, query_repeats, try_fold
 from optim.quant.grid import Grid, make_grid, nearest, ranges, restore, round_to
 from optim.recipes.errors import USAGE, OptimError
-from optim.recipes.schema import Awq, Gptq, Quantize
+from optim.recipes.schema import Awq, Gptq, Rtn
 from optim.runtime.architectures import FAMILIES, Group
 from optim.runtime.formats.packed import Scheme
-from optim.runtime.walk import HiddenStates, StoredLinear, Walk, linears
+from optim.runtime.walk import HiddenStates, StoredLinear, Walk, linear_at, linears
 
 PROBE_TOKENS = 1024
 STARVED = 0.125  # an expert that saw fewer tokens than this share of its inputs is rounded plainly
@@ -61,7 +62,7 @@ class BlockSolver:
     """Everything that is the same for every block of a run."""
 
     walk: Walk
-    recipe: Quantize
+    recipe: Awq | Gptq | Rtn
     schemes: Mapping[str, Scheme]
     """Canonical module name -> scheme, for each linear to be quantized."""
     dtype: torch.dtype
@@ -74,7 +75,7 @@ class BlockSolver:
         _refuse_non_finite(block, f"{self.walk.prefix}.{i}")
         hidden = states[slice(0, max(1, PROBE_TOKENS // states.length))]
         expected = self.walk.run(i, block, hidden)
-        plain = {n: self._plain(block.get_submodule(n), s) for n, s in schemes.items()}
+        plain = {n: self._plain(linear_at(block, n), s) for n, s in schemes.items()}
         rounding_error = self._error(i, block, plain, hidden, expected)
         originals = {n: p.detach().clone() for n, p in _small_parameters(block)}
         notes: list[str] = []
@@ -93,7 +94,7 @@ class BlockSolver:
         block = self.walk.block(i)
         _refuse_non_finite(block, f"{self.walk.prefix}.{i}")
         schemes = self._schemes(i, block)
-        _replace(block, {n: self._plain(block.get_submodule(n), s) for n, s in schemes.items()})
+        _replace(block, {n: self._plain(linear_at(block, n), s) for n, s in schemes.items()})
         return block
 
     def _schemes(self, i: int, block: nn.Module) -> dict[str, Scheme]:
@@ -140,7 +141,7 @@ class BlockSolver:
             self._fold_scales(i, block, schemes, leaders, inputs, probe, notes)
         out = {}
         for name, scheme in schemes.items():
-            linear = block.get_submodule(name)
+            linear = linear_at(block, name)
             if name in starved:
                 out[name] = self._plain(linear, scheme)
             else:
@@ -156,7 +157,7 @@ class BlockSolver:
     ) -> list[str]:
         def enough(name: str) -> bool:
             seen = inputs.get(leaders.get(name, ""))
-            least = STARVED * block.get_submodule(name).in_features if ".experts." in name else 1
+            least = STARVED * linear_at(block, name).in_features if ".experts." in name else 1
             return seen is not None and seen.tokens >= least
 
         return [name for name in schemes if not enough(name)]
@@ -207,7 +208,7 @@ class BlockSolver:
         if not seen:
             return None
         readers = [
-            awq.Reader(block.get_submodule(n).dense(), inputs[leaders[n]].gram, schemes[n])
+            awq.Reader(linear_at(block, n).dense(), inputs[leaders[n]].gram, schemes[n])
             for n in seen
         ]
         tokens = {leaders[n]: inputs[leaders[n]] for n in seen}.values()
@@ -232,6 +233,7 @@ class BlockSolver:
             grid = awq.search_clip(weight, gram, scheme, self.dtype)
         else:
             grid = make_grid(*ranges(weight, scheme), scheme, self.dtype)
+        assert not isinstance(self.recipe, Rtn)
         if isinstance(self.recipe, Gptq) or self.recipe.compensate:
             q = gptq.solve(weight, grid, gram, self.recipe.damping)
         else:

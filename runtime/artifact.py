@@ -131,7 +131,7 @@ def index_of(records: list[dict[str, Any]]) -> str:
 def tensor_sha256(tensor: Tensor) -> str:
     """sha256 (hex) of a tensor's bytes, row-major, as safetensors stores them."""
     data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(memoryview(data)).hexdigest()
+    return hashlib.sha256(data.data).hexdigest()
 
 
 def exists_error(output: Path) -> OptimError:

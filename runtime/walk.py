@@ -23,6 +23,7 @@ from optim.runtime.checkpoint import Checkpoint
 from optim.runtime.plain import PlainView
 
 TOKENS_PER_BATCH = 2048
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a parent passes beside the hidden states
 EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
 WIDEN_BYTES = 64 * 2**20  # a linear larger than this is widened and applied in slices of rows
 
@@ -80,7 +81,8 @@ class Experts(nn.ModuleList):
             if len(token) == 0:
                 continue
             x = hidden[token]
-            y = expert.down_proj(self.act_fn(expert.gate_proj(x)) * expert.up_proj(x))
+            gate, up, down = (expert.get_submodule(part) for part in EXPERT_PARTS)
+            y = down(self.act_fn(gate(x)) * up(x))
             out.index_add_(0, token, y * top_k_weights[token, choice, None].to(y.dtype))
         return out
 
@@ -102,7 +104,7 @@ class Walk:
         self._read = read or checkpoint.read
         self.model = _meta_model(checkpoint)
         self.prefix, self.blocks = _find_blocks(self.model)
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.calls: list[Call] = []
         self._outer_loaded = False
 
     def __len__(self) -> int:
@@ -111,8 +113,16 @@ class Walk:
     @property
     def head_name(self) -> str:
         """Module name of the output head."""
-        head = self.model.get_output_embeddings()
-        return next(name for name, module in self.model.named_modules() if module is head)
+        return self._name_of(self.model.get_output_embeddings())
+
+    @property
+    def embedding_name(self) -> str:
+        """Module name of the input embedding."""
+        return self._name_of(self.model.get_input_embeddings())
+
+    def _name_of(self, wanted: nn.Module) -> str:
+        names: dict[nn.Module, str] = {m: n for n, m in self.model.named_modules()}
+        return names[wanted]
 
     def linear_names(self) -> set[str]:
         """Module names of the linears in all blocks, a mixture's experts one by one."""
@@ -165,7 +175,9 @@ class Walk:
     def run(self, i: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """One batch `[b, t, hidden]` through block i as its parent would call it."""
         args, kwargs = self.calls[i]
-        out = block(hidden.to(self.device, self.dtype), *args, **kwargs)
+        out: Tensor | tuple[Tensor, ...] = block(
+            hidden.to(self.device, self.dtype), *args, **kwargs
+        )
         return out[0] if isinstance(out, tuple) else out
 
     def _fill(self, module: nn.Module, prefix: str) -> nn.Module:
@@ -189,7 +201,7 @@ class Walk:
                 )
         return module.eval()
 
-    def _experts(self, fused: nn.Module, path: str) -> Experts:
+    def _experts(self, fused: Any, path: str) -> Experts:
         experts: list[nn.Module] = []
         for e in range(fused.gate_up_proj.shape[0]):
             expert = nn.Module()
@@ -237,7 +249,7 @@ class Walk:
     def _through(self, windows: Tensor, put: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Run the parent with tapped blocks; returns (what block 0 got, the logits)."""
         taken: list[Tensor] = []
-        record = [] if not self.calls else None
+        record: list[Call] | None = [] if not self.calls else None
         first, last = self.blocks[0], self.blocks[-1]
 
         def tap(block: nn.Module) -> Callable[..., Tensor]:
@@ -265,7 +277,7 @@ class Walk:
 
 
 class HiddenStates:
-    """Hidden states `[n, length, hidden]` float32 or bf16 in a file: memory never holds them all."""
+    """Hidden states `[n, length, hidden]` float32 or bf16 in a file: memory never has them all."""
 
     def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         self.path, self.shape, self.dtype = path, shape, dtype
@@ -292,10 +304,17 @@ class HiddenStates:
 
     def __setitem__(self, rows: slice, value: Tensor) -> None:
         start = rows.indices(len(self))[0]
-        data = value.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
+        data = value.to("cpu", self.dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
         with self.path.open("r+b") as file:
             file.seek(start * self._row)
-            file.write(memoryview(data).cast("B"))
+            file.write(data.data)
+
+
+def linear_at(block: nn.Module, path: str) -> StoredLinear:
+    """The linear of a loaded block at `path`."""
+    module = block.get_submodule(path)
+    assert isinstance(module, StoredLinear), path
+    return module
 
 
 def linears(block: nn.Module) -> dict[str, StoredLinear]:
@@ -309,7 +328,7 @@ def _meta_model(checkpoint: Checkpoint | PlainView) -> Any:
     config = checkpoint.hf_config()
     with torch.device("meta"):
         try:
-            model = AutoModelForCausalLM.from_config(
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=torch.float32, attn_implementation="sdpa"
             )
         except ValueError as error:
