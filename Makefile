@@ -22,7 +22,7 @@ $(VENV)/.ready: pyproject.toml
 
 demo: $(VENV)/.ready
 	test -d smollm2-awq || $(BIN)/optim quantize demo -m awq --num-samples 16 -o smollm2-awq
-	$(BIN)/optim run smollm2-awq --temperature 0 "What is the capital of France?"
+	$(BIN)/optim run smollm2-awq "What is the capital of France?"
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "not gpu"
