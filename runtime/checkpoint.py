@@ -6,6 +6,7 @@ nothing here ever holds a model. Tensors are named as in transformers' modeling 
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -202,7 +203,7 @@ def open_checkpoint(
 
     Raises OptimError (2) if it is none of them or is damaged, (4) if the hub cannot be reached.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if source == "demo":
         from optim.runtime.demo import demo_file
         from optim.runtime.gguf_source import open_gguf

@@ -1,7 +1,8 @@
 """Text in, token windows out: for calibration and for evaluation.
 
 Calibration windows are packed: documents in seeded order, tokenized, joined, cut into equal
-windows, shuffled. Evaluation windows follow each other in the text, with nothing put between or in front.
+windows, shuffled. Evaluation windows follow each other in the text, with nothing put between
+them or in front.
 """
 
 import hashlib
@@ -39,12 +40,13 @@ def document_ids(document: Document, tokenizer: Tokenizer, special: bool) -> lis
 
 def _pack(documents: Iterable[list[int]], length: int, tokens: int) -> list[list[int]]:
     """Full windows of `length` from joined documents; stops when there are `tokens`."""
+    tokens = max(tokens, length)
     joined: list[int] = []
     for ids in documents:
         joined += ids
         if len(joined) >= tokens:
             break
-    count = min(len(joined), max(tokens, length)) // length
+    count = min(len(joined), tokens) // length
     return [joined[k * length : (k + 1) * length] for k in range(count)]
 
 

@@ -5,6 +5,7 @@ their `text_column`, or else `messages`.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -49,6 +50,8 @@ def _text_file(path: Path) -> Iterator[str]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise OptimError(f"{path} is not UTF-8 text: {error.reason}", code=USAGE) from None
+    except OSError as error:
+        raise OptimError(f"cannot read {path}: {error.strerror}", code=USAGE) from None
     yield from _pieces(text)
 
 
@@ -147,8 +150,8 @@ def documents(
             raise OptimError(f"there is no {spec}", f"the built-in texts are {known}", USAGE)
         for part in MIXED if name == "mixed" else ["eval"]:
             yield from builtin(part)
-    elif Path(spec).expanduser().exists():
-        yield from _path(Path(spec).expanduser(), text_column)
+    elif (path := Path(os.path.expanduser(spec))).exists():
+        yield from _path(path, text_column)
     elif spec.startswith((".", "/", "~")) or spec.endswith(SUFFIXES) or "/" not in spec:
         raise OptimError(f"there is no text {spec}", f"give {SPECS}", USAGE)
     else:

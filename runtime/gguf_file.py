@@ -135,8 +135,13 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor], int]
     try:
         with path.open("rb") as file:
             metadata, table, data = _parse(file, size)
+    except OSError as error:
+        raise OptimError(f"cannot read {path}: {error.strerror}", code=USAGE) from None
     except (ValueError, struct.error, MemoryError, OverflowError) as error:
         damaged(path, str(error))
+    if metadata.get("split.count", 1) not in (0, 1):
+        fix = "join its parts with `llama-gguf-split --merge`"
+        raise OptimError(f"{path} is one part of a split GGUF file", fix, USAGE)
     for name, tensor in table.items():
         if data + tensor.begin + tensor.rows * tensor.row_bytes > size:
             damaged(path, f"{name} reaches beyond the end of the file: it is truncated")
@@ -144,12 +149,19 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor], int]
     return metadata, table, data
 
 
-def read_rows(path: Path, data: int, tensor: GgufTensor, first: int, count: int) -> Tensor:
-    """`count` rows from row `first`, de-quantized: float32 [count, in].
+def read_rows(
+    path: Path,
+    data: int,
+    tensor: GgufTensor,
+    first: int,
+    count: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`count` rows from row `first`, de-quantized: [count, in] in `dtype`.
 
     Raises OptimError (2) if the file got shorter meanwhile.
     """
-    out = torch.empty(count, tensor.shape[-1])
+    out = torch.empty(count, tensor.shape[-1], dtype=dtype)
     step = max(1, BLOCK // tensor.shape[-1])
     with path.open("rb") as file:
         for start in range(0, count, step):

@@ -57,11 +57,11 @@ Header = tuple[dict[str, Any], dict[str, GgufTensor], int]
 
 
 def hf_name(name: str, arch: str) -> str | None:
-    """Hugging Face name of a GGUF tensor; None for one that is derived (rope tables) or unknown."""
+    """Hugging Face name of a GGUF tensor; None for an unknown one."""
     stem, _, suffix = name.rpartition(".")
     if not stem.startswith("blk."):
         return f"{TOP[stem]}.{suffix}" if stem in TOP else None
-    _, layer, kind = stem.split(".", 2)
+    _, layer, kind = [*stem.split(".", 2), ""][:3]
     own = OWN.get(arch, {}).get(kind, BLOCK.get(kind))
     return f"model.layers.{layer}.{own}.{suffix}" if own else None
 
@@ -90,25 +90,29 @@ class GgufStore:
         self.infos: dict[str, TensorInfo] = {}
         self._table: dict[str, GgufTensor] = {}
         for name, tensor in table.items():
-            if (ours := hf_name(name, arch)) is not None:
-                nbytes = math.prod(tensor.shape) * self.dtype.itemsize
-                self.infos[ours] = TensorInfo(tensor.shape, self.dtype, nbytes)
-                self._table[ours] = tensor
+            if name.startswith("rope_f"):
+                continue  # frequencies: part of the configuration
+            if (ours := hf_name(name, arch)) is None:
+                fix = "use the Hugging Face folder of the model"
+                raise OptimError(f"{path}: {name} is unknown in {arch}", fix, USAGE)
+            nbytes = math.prod(tensor.shape) * self.dtype.itemsize
+            self.infos[ours] = TensorInfo(tensor.shape, self.dtype, nbytes)
+            self._table[ours] = tensor
 
     def read(self, part: Part) -> Tensor:
         """The tensor or part, de-quantized, in Hugging Face's layout."""
         tensor = self._table[part.stored]
         first, count = part.span(tensor.shape)
         width = tensor.shape[-1]
-        w = read_rows(self._path, self._data, tensor, first // width, count // width)
+        plus_one = self._arch in NORM_PLUS_ONE and part.stored.endswith("norm.weight")
+        dtype = torch.float32 if plus_one else self.dtype
+        w = read_rows(self._path, self._data, tensor, first // width, count // width, dtype)
         w = w.view(part.shape(tensor.shape))
         if self._arch in INTERLEAVED and "self_attn.q_proj" in part.stored:
             w = deinterleave(w, self._heads[0])
         elif self._arch in INTERLEAVED and "self_attn.k_proj" in part.stored:
             w = deinterleave(w, self._heads[1])
-        elif self._arch in NORM_PLUS_ONE and part.stored.endswith("norm.weight"):
-            w = w - 1
-        return w.to(self.dtype)
+        return (w - 1).to(self.dtype) if plus_one else w
 
 
 def _generation_config(metadata: dict[str, Any]) -> dict[str, Any]:

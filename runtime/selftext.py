@@ -55,7 +55,7 @@ def _prompts(tokenizer: Tokenizer) -> list[list[int]]:
 def self_texts(
     tokenizer: Tokenizer, generate: Generate, *, tokens: int, length: int, seed: int
 ) -> Iterator[list[int]]:
-    """Texts of up to `length` ids by the model itself, until there are `tokens` in all.
+    """Texts of the model itself, up to `length` new ids each, until there are `tokens` in all.
 
     Raises OptimError (1) if too much of what it writes is repetition.
     """
@@ -66,8 +66,8 @@ def self_texts(
             fix = "calibrate with builtin:mixed or a text of your own"
             raise OptimError("the model repeats itself too much to calibrate on", fix)
         prompt = prompts[tried % len(prompts)]
-        ids = prompt + generate(prompt, max(1, length - len(prompt)), seed + tried)
+        new = generate(prompt, length, seed + tried)
         tried += 1
-        if not is_repetitive(ids):
-            have += len(ids)
-            yield ids
+        if not is_repetitive(new):
+            have += len(prompt) + len(new)
+            yield prompt + new

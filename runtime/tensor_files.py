@@ -153,7 +153,10 @@ class SafetensorsFiles:
         self.infos: dict[str, TensorInfo] = {}
         self._where: dict[str, tuple[Path, int]] = {}
         for path in self.files:
-            self._open(path)
+            try:
+                self._open(path)
+            except OSError as error:
+                raise OptimError(f"cannot read {path}: {error.strerror}", code=USAGE) from None
 
     def _open(self, path: Path) -> None:
         entries, data = _header(path)

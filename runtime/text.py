@@ -28,13 +28,13 @@ LOST = "�"
 class Tokenizer:
     """Encodes, decodes, renders chats; made by `load_tokenizer`."""
 
-    backend: Backend
-    template: str | None
+    backend: Backend = field(repr=False)
+    template: str | None = field(repr=False)
     names: dict[str, str]
     """Special tokens by role, as templates name them: `bos_token`, `eos_token`, ..."""
     bos_id: int | None
     eos_ids: set[int]
-    _control: re.Pattern[str] = field(init=False)
+    _control: re.Pattern[str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         added = self.backend.get_added_tokens_decoder().values()

@@ -316,6 +316,42 @@ def test_unknown_architecture(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> N
     assert caught.value.code == 2
 
 
+def test_unknown_tensor_is_not_dropped_in_silence(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.gguf"
+
+    def extra(writer: gguf.GGUFWriter) -> None:
+        writer.add_tensor("blk.0.attn_sinks.weight", np.zeros(4, dtype=np.float32))
+
+    write(path, tiny_llama, "llama", extra=extra)
+    with pytest.raises(OptimError, match="attn_sinks"):
+        open_checkpoint(str(path))
+
+
+def test_part_of_a_split_file(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    path = tmp_path / "x-00001-of-00002.gguf"
+    write(path, tiny_llama, "llama", extra=lambda writer: writer.add_uint16("split.count", 2))
+    with pytest.raises(OptimError, match="split") as caught:
+        open_checkpoint(str(path))
+    assert "--merge" in str(caught.value.fix)
+
+
+def test_llama3_rope_comes_back_into_the_configuration(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.gguf"
+    theta, half = 20000.0, 8
+    wave = 2 * np.pi * theta ** (np.arange(half) / half)
+    smooth = np.clip((8192 / wave - 1) / 3, 0, 1)
+    factors = (1 / ((1 - smooth) / 8 + smooth)).astype(np.float32)
+    write(path, tiny_llama, "llama", extra=lambda w: w.add_tensor("rope_freqs.weight", factors))
+    checkpoint = open_checkpoint(str(path))
+    rope = checkpoint.hf_config().rope_parameters
+    assert (rope["rope_type"], rope["factor"], rope["rope_theta"]) == ("llama3", 8.0, theta)
+    assert "rope_freqs.weight" not in checkpoint.tensors
+
+
 def test_every_truncation_is_refused(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     write(path, tiny_llama, "llama")
