@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-CHUNK = 256  # positions a buffer grows by, at least
+CHUNK = 128  # positions a buffer grows by, at least
 
 
 class Cache(Protocol):

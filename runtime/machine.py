@@ -1,5 +1,7 @@
 """What this machine computes fastest in, and on which device."""
 
+import ctypes
+import sys
 from pathlib import Path
 
 import torch
@@ -34,3 +36,10 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16
     return torch.bfloat16 if has_bf16_units() else torch.float32
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system, which glibc otherwise keeps for later."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

@@ -12,7 +12,7 @@ from optim.runtime.architectures import FAMILIES
 from optim.runtime.build import build
 from optim.runtime.cache import Cache
 from optim.runtime.checkpoint import Checkpoint, open_checkpoint
-from optim.runtime.machine import compute_dtype, pick_device
+from optim.runtime.machine import compute_dtype, pick_device, release_memory
 
 if TYPE_CHECKING:
     from optim.runtime.text import Tokenizer
@@ -105,8 +105,16 @@ def load_model(
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     known = checkpoint.text_config.get("model_type") in FAMILIES
     make: Callable[..., tuple[Runner, int]] = build if known else _build_foreign
+    # Parsing a vocabulary takes 50 MB for a moment: before the weights are there.
+    tokenizer = checkpoint.tokenizer() if _has_tokenizer(checkpoint) else None
+    release_memory()
     decoder, weight_bytes = make(checkpoint, place, compute_dtype(place))
-    return Model(checkpoint, decoder, place, weight_bytes)
+    release_memory()
+    return Model(checkpoint, decoder, place, weight_bytes, tokenizer)
+
+
+def _has_tokenizer(checkpoint: Checkpoint) -> bool:
+    return (checkpoint.folder / "tokenizer.json").is_file()
 
 
 def _build_foreign(
