@@ -6,6 +6,7 @@ stored tensors; from then on nothing dense exists but what a kernel unpacks for 
 
 from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -104,8 +105,13 @@ def _kernels(device: str) -> list[ModuleType]:
     from optim.runtime.kernels import cpu_int4, cpu_w4a8, plain
     from optim.runtime.kernels.native import NoKernel
 
+    candidates = [cpu_w4a8, cpu_int4] if device == "cpu" else []
+    if device == "cuda" and find_spec("triton"):
+        from optim.runtime.kernels import triton_w4a16
+
+        candidates = [triton_w4a16]
     working = []
-    for kernel in {"cpu": [cpu_w4a8, cpu_int4]}.get(device, []):
+    for kernel in candidates:
         try:
             kernel.check()
             working.append(kernel)

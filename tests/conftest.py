@@ -1,0 +1,126 @@
+"""What every test folder shares: a tiny random model of each family, with a tokenizer of bytes."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BASE: dict[str, Any] = {
+    "vocab_size": 264,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16}
+NO_GROUPS = {"num_key_value_heads": None}  # these families have no grouped queries
+TABLE: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {"sliding_window": 16}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "phi3": ("Phi3", {"tie_word_embeddings": True}),
+    "gemma2": ("Gemma2", GEMMA),
+    "gemma3_text": ("Gemma3Text", GEMMA | {"sliding_window_pattern": 2}),
+    "granite": (
+        "Granite",
+        {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.4},
+    ),
+    "olmo2": ("Olmo2", {}),
+    "olmo3": ("Olmo3", {"sliding_window": 16}),
+    "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2}),
+    "opt": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64, **NO_GROUPS}),
+    "gpt_neox": ("GPTNeoX", NO_GROUPS),
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16},
+    ),
+}
+OUTSIDE = {"starcoder2": ("Starcoder2", {}), "stablelm": ("StableLm", {})}
+
+MakeModel = Callable[..., Path]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton kernels run in its interpreter, unless the tests that need a card are asked for."""
+    if config.option.markexpr != "gpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session", params=[*TABLE, *OUTSIDE])
+def family(request: pytest.FixtureRequest) -> str:
+    """Every family of the table, and some outside it."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session", params=[*TABLE])
+def table_family(request: pytest.FixtureRequest) -> str:
+    """Every family of the table."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
+    """make_model(family, dtype=torch.bfloat16) -> a folder that no test may change."""
+    made: dict[tuple[str, torch.dtype], Path] = {}
+
+    def make(family: str, dtype: torch.dtype = torch.bfloat16) -> Path:
+        key = family, dtype
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(family)
+            _save_model(family, dtype, made[key])
+            _save_tokenizer(made[key])
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def some_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few hundred tokens (bytes) of text that repeats and varies."""
+    path = tmp_path_factory.mktemp("text") / "some.txt"
+    path.write_text("\n".join(f"Line {i}: {'abcdefghij'[i % 10] * 3} {i * i}." for i in range(60)))
+    return path
+
+
+def _save_model(family: str, dtype: torch.dtype, folder: Path) -> None:
+    """Random weights; norms and biases are random too, and some channels stand out."""
+    import transformers
+
+    kind, extra = (TABLE | OUTSIDE)[family]
+    torch.manual_seed(0)
+    options = {k: v for k, v in (BASE | extra).items() if v is not None}
+    config = getattr(transformers, f"{kind}Config")(**options)
+    model: Any = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            noise = torch.randn_like(weight)
+            weight.copy_(noise * 0.15 if weight.dim() > 1 else weight + noise * 0.2)
+        model.get_input_embeddings().weight.mul_(torch.randn(64).exp())
+    model.to(dtype).save_pretrained(folder)
+
+
+def _save_tokenizer(folder: Path) -> None:
+    """Three special tokens, then one token a byte."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
+    tokenizer = Tokenizer(BPE(vocab, []))
+    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    facts = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(facts))
