@@ -10,6 +10,8 @@ import torch
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaForCausalLM,
@@ -20,8 +22,12 @@ from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from optim.recipes.errors import OptimError
@@ -100,7 +106,10 @@ def write(
             writer.add_tensor(stem, gate.contiguous().numpy())
             writer.add_tensor(stem.replace("gate", "up"), up.contiguous().numpy())
             continue
-        theirs = names[name if name.endswith(".weight") else f"{name}.weight"]
+        stem = name.removesuffix(".weight").removesuffix(".bias")
+        theirs = names[f"{stem}.weight"]
+        if name.endswith(".bias"):
+            theirs = theirs.replace(".weight", ".bias")
         if w.ndim > 1 and kind != Kind.F32:
             data = gguf.quants.quantize(w.numpy(), kind)
             writer.add_tensor(theirs, data, raw_dtype=kind)
@@ -263,20 +272,42 @@ def test_qwen3_moe(tmp_path: Path) -> None:
     torch.testing.assert_close(read.float(), expected, rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("family", ["phi3", "olmo2", "granite"])
+FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "phi3": (Phi3Config, Phi3ForCausalLM, {}),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, {}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM, {}),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, {"head_dim": 16, "sliding_window": 32}),
+    "granite": (
+        GraniteConfig,
+        GraniteForCausalLM,
+        {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "attention_bias": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
 def test_other_families(family: str, tmp_path: Path) -> None:
-    configs = {"phi3": Phi3Config, "olmo2": Olmo2Config, "granite": GraniteConfig}
-    classes = {"phi3": Phi3ForCausalLM, "olmo2": Olmo2ForCausalLM, "granite": GraniteForCausalLM}
-    own = {"granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.0}}.get(family, {})
-    model = classes[family](configs[family](**SMALL, **own))
+    config_class, model_class, own = FAMILIES[family]
+    model = model_class(config_class(**SMALL, **own))
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter)
     path = tmp_path / f"{family}.gguf"
 
     def extra(writer: gguf.GGUFWriter) -> None:
         if family == "granite":
             writer.add_embedding_scale(3.0)
             writer.add_logit_scale(2.0)
+        elif family == "gemma3":
+            writer.add_key_length(16)
+            writer.add_sliding_window(32)
 
-    change = llama_rows(model) if family == "granite" else lambda name, w: w
+    def change(name: str, w: torch.Tensor) -> torch.Tensor:
+        if family == "gemma3":
+            return w + 1 if name.endswith("norm.weight") else w
+        return llama_rows(model)(name, w) if family in ("granite", "smollm3") else w
+
     write(path, model, family, change=change, extra=extra)
     checkpoint = open_checkpoint(str(path))
     equal(checkpoint, model)
