@@ -83,15 +83,34 @@ def fuse(parts: Sequence[PackedLinear]) -> PackedLinear:
     if len(schemes) != 1 or len({part.bias is None for part in parts}) != 1:
         kinds = ", ".join(sorted(map(str, schemes)))
         raise OptimError(f"linears stored in different ways cannot be joined: {kinds}", None, USAGE)
+    name = "+".join(part.name for part in parts)
+    biases = [part.bias for part in parts if part.bias is not None]
+    bias = torch.cat(biases) if biases else None
+    if (whole := _side_by_side([part.stored() for part in parts], parts[0].scheme)) is not None:
+        return PackedLinear(whole, parts[0].scheme, bias, name)
     opened = [unpack(part.stored(), part.scheme, part.name) for part in parts]
     if len({q.shape[1] for q, _, _ in opened}) != 1:
         raise OptimError("linears with different inputs cannot be joined", None, USAGE)
     q, scale = torch.cat([q for q, _, _ in opened]), torch.cat([s for _, s, _ in opened])
     zeros = [zero for _, _, zero in opened if zero is not None]
     tensors = pack(q, scale, torch.cat(zeros) if zeros else None, parts[0].scheme)
-    biases = [part.bias for part in parts if part.bias is not None]
-    name = "+".join(part.name for part in parts)
-    return PackedLinear(tensors, parts[0].scheme, torch.cat(biases) if biases else None, name)
+    return PackedLinear(tensors, parts[0].scheme, bias, name)
+
+
+def _side_by_side(
+    parts: Sequence[Mapping[str, Tensor]], scheme: Scheme
+) -> dict[str, Tensor] | None:
+    """The stored forms joined as they are: no word holds values of two parts. None: not so here."""
+    stored = [part["weight_shape"] for part in parts if "weight_shape" in part]
+    shapes = [shape.tolist() for shape in stored if shape.shape == (2,)]
+    whole_words = scheme.symmetric or all(out * scheme.bits % 32 == 0 for out, _ in shapes)
+    alike = {tuple((k, t.dtype, t.shape[1:]) for k, t in sorted(part.items())) for part in parts}
+    same_inputs = len(shapes) == len(parts) and len({inputs for _, inputs in shapes}) == 1
+    if not (whole_words and same_inputs and len(alike) == 1):
+        return None
+    joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    outputs = sum(out for out, _ in shapes)
+    return joined | {"weight_shape": parts[0]["weight_shape"].new_tensor([outputs, shapes[0][1]])}
 
 
 def choose(scheme: Scheme, device: torch.device) -> ModuleType:
