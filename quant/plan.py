@@ -119,13 +119,11 @@ def plan(
 
 def linear_shapes(checkpoint: Checkpoint, walk: Walk) -> dict[str, tuple[int, int]]:
     """(out, in) of every linear of the model by canonical name, experts one by one."""
-    heads = {f"{name}.weight" for name in ("lm_head", "embed_out")}
-    inside = tuple(f"{walk.prefix}.{i}." for i in range(len(walk)))
-    names = walk.linear_names()
+    names = walk.linear_names() | {walk.head_name}
     shapes = {}
     for name, info in checkpoint.tensors.items():
         module = name.removesuffix(".weight")
-        if (name.startswith(inside) and module in names) or name in heads:
+        if module in names:
             shapes[module] = (info.shape[0], info.shape[1])
     if walk.head_name not in shapes:  # tied: the embedding is the head
         vocab, hidden = walk.model.get_input_embeddings().weight.shape

@@ -141,10 +141,9 @@ def _rounded(shape: Shape, facts: Facts, stored: torch.dtype) -> Shape:
 def _ends(loader: Loader, facts: Facts, shape: Shape) -> tuple[Tensor, nn.Module]:
     """The embedding table and the head; a tied pair shares one tensor."""
     stored = {name.partition(".")[0] for name in loader.checkpoint.tensors}
-    name = "embed_out" if "embed_out" in stored else "lm_head"  # gpt-neox publishes embed_out
-    packed = name in stored and not loader.has(f"{name}.weight")
+    packed = "lm_head" in stored and not loader.has("lm_head.weight")
     if packed or not shape.tied:
-        return loader.tensor(f"{facts.embed}.weight"), loader.linear(name)
+        return loader.tensor(f"{facts.embed}.weight"), loader.linear("lm_head")
     table = loader.weight(f"{facts.embed}.weight")
     return table, loader.dense(table)
 

@@ -3,6 +3,7 @@
 A canonical name is the module path in transformers' modeling code of the *text* model, and an
 expert is always one linear each: `model.layers.3.mlp.experts.7.gate_proj.weight`. On disk:
 
+- gpt-neox publishes its head, canonically always `lm_head`, as `embed_out`;
 - mixtral and phimoe publish `block_sparse_moe.experts.7.w1.weight` (w1 gate, w3 up, w2 down);
 - transformers 5 holds experts as stacks: `experts.gate_up_proj` [E, 2I, H], `down_proj` [E, H, I];
 - composed models (text + vision) put the text model under a prefix; the rest of them is left out.
@@ -14,6 +15,7 @@ from typing import Any
 from optim.runtime.tensor_files import Part, TensorInfo
 
 W_NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+NEOX = "gpt_neox"
 W_STYLE = {"mixtral", "phimoe", "minimax"}  # model types published with w1/w2/w3
 TEXT_PREFIXES = ("language_model.model.", "model.language_model.", "language_model.")
 STACK = re.compile(r"(.*\.experts)\.(gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?")
@@ -61,6 +63,8 @@ def plain_name(name: str, model_type: str, composed: bool) -> str | None:
         name = f"model.{name.removeprefix(prefix)}" if prefix else name
     if BUFFER.fullmatch(name):
         return None
+    if model_type == NEOX:
+        name = re.sub(r"^embed_out\.", "lm_head.", name)
     if model_type in W_STYLE:
         if match := W_EXPERT.fullmatch(name):
             return f"{match[1]}.mlp.experts.{match[2]}.{W_NAMES[match[3]]}.{match[4]}"
@@ -91,6 +95,8 @@ def canonical_parts(
 
 def published_name(canonical: str, model_type: str) -> str:
     """The name that the family's published checkpoints use for a canonical one."""
+    if model_type == NEOX:
+        return re.sub(r"^lm_head\.", "embed_out.", canonical)
     if model_type not in W_STYLE:
         return canonical
     name = canonical.replace(".mlp.", ".block_sparse_moe.")

@@ -112,8 +112,10 @@ class Walk:
 
     @property
     def head_name(self) -> str:
-        """Module name of the output head."""
-        return self._name_of(self.model.get_output_embeddings())
+        """Canonical name of the output head."""
+        names = self.checkpoint.tensors
+        known = "lm_head.weight" in names  # older gpt-neox code calls the module `embed_out`
+        return "lm_head" if known else self._name_of(self.model.get_output_embeddings())
 
     @property
     def embedding_name(self) -> str:
@@ -231,7 +233,8 @@ class Walk:
     ) -> None:
         head, embedding = tied
         if module is head:
-            if f"{name}.weight" in names:
+            name = self.head_name
+            if f"{name}.weight" in names or not self.model.config.tie_word_embeddings:
                 weight = self._read(f"{name}.weight")
             else:
                 weight = embedding.weight.data
@@ -329,7 +332,7 @@ def _meta_model(checkpoint: Checkpoint | PlainView) -> Any:
     with torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=torch.float32, attn_implementation="sdpa"
+                config, dtype=torch.float32
             )
         except ValueError as error:
             raise OptimError(
@@ -372,11 +375,10 @@ def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def _refill_buffers(model: Any, module: nn.Module) -> None:
-    """Give a meta module's derived buffers (rotary tables, embedding scales) their values."""
-    parameters = dict(module.named_parameters(recurse=False))
-    for name in parameters:
-        setattr(module, name, None)
-    module.to_empty(device="cpu", recurse=False)
+    """Give a meta module's derived buffers (rotary tables, embedding scales) their values.
+
+    Its parameters stay on the meta device: filling those costs nothing, and they are read later.
+    """
+    for name, buffer in module.named_buffers(recurse=False):
+        module.register_buffer(name, torch.empty_like(buffer, device="cpu"))
     model._init_weights(module)
-    for name, parameter in parameters.items():
-        setattr(module, name, parameter)

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+# Read when Triton is first imported; `TRITON_INTERPRET=0 pytest -m gpu` runs kernels on a card.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 BASE: dict[str, Any] = {
     "vocab_size": 264,
     "hidden_size": 64,
@@ -49,12 +52,6 @@ TABLE: dict[str, tuple[str, dict[str, Any]]] = {
 OUTSIDE = {"starcoder2": ("Starcoder2", {}), "stablelm": ("StableLm", {})}
 
 MakeModel = Callable[..., Path]
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Triton kernels run in its interpreter, unless the tests that need a card are asked for."""
-    if config.option.markexpr != "gpu":
-        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session", params=[*TABLE, *OUTSIDE])
