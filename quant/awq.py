@@ -6,8 +6,9 @@ error of the linears themselves, tr(E H Eᵀ) with E the rounding error and H = 
 matrix stands for every calibration token and a grid point costs the same for 1k and for 1M tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from torch import Tensor
 from optim.quant.grid import Grid, grouped, make_grid, nearest, ranges, restore
 from optim.runtime.formats.packed import Scheme
 
-SEARCH_ROWS = 512  # the scale search measures on this many evenly spaced rows of a linear
+SEARCH_WORK = 2**27  # rows x in^2: the scale search measures on evenly spaced rows of a linear
+LEAST_ROWS, MOST_ROWS = 96, 512
 FLOOR = 1e-4
 
 
@@ -40,19 +42,36 @@ def search_scale(
     """The input scale `[in]` with the least summed output error; ones if nothing beats them.
 
     `magnitude` `[in]` is the mean |x| of the inputs. `forms` holds False for s = x^r and True for
-    s = x^r / w^(1-r) ("duo scaling"). With `repeats` = (query heads a KV head, head dim) the scale is
-    made equal over the query heads that share a KV head.
+    s = x^r / w^(1-r) ("duo scaling"). With `repeats` = (query heads a KV head, head dim) the scale
+    is made equal over the query heads that share a KV head.
     """
     sampled = [_sample(reader) for reader in readers]
+    x = magnitude.clamp(min=FLOOR)
+    w = torch.cat([_relative(r) for r in sampled]).mean(0)
     best = torch.ones_like(magnitude)
     best_loss = _loss(sampled, best, dtype)
-    for scale in _candidates(sampled, magnitude, n_grid, forms):
-        if repeats is not None:
-            scale = share_heads(scale, *repeats)
-        loss = _loss(sampled, scale, dtype)
+
+    def scale_at(i: int, duo: bool) -> Tensor:
+        scale = _candidate(x, w, i / n_grid, duo)
+        return scale if repeats is None else share_heads(scale, *repeats)
+
+    def loss_at(i: int, duo: bool) -> float:
+        return _loss(sampled, scale_at(i, duo), dtype)
+
+    for duo in forms:
+        found, loss = _search_ratio(partial(loss_at, duo=duo), n_grid)
         if loss < best_loss:
-            best, best_loss = scale, loss
+            best, best_loss = scale_at(found, duo), loss
     return best
+
+
+def _search_ratio(loss_at: Callable[[int], float], n_grid: int) -> tuple[int, float]:
+    """The best point of 0 .. n_grid and its loss: every other one, then around the best."""
+    losses = {i: loss_at(i) for i in range(0, n_grid + 1, 2)}
+    found = min(losses, key=losses.__getitem__)
+    losses |= {i: loss_at(i) for i in (found - 1, found + 1) if 0 <= i <= n_grid}
+    found = min(losses, key=losses.__getitem__)
+    return found, losses[found]
 
 
 def share_heads(scale: Tensor, queries: int, head_dim: int) -> Tensor:
@@ -62,25 +81,19 @@ def share_heads(scale: Tensor, queries: int, head_dim: int) -> Tensor:
 
 
 def _sample(reader: Reader) -> Reader:
-    rows = reader.weight.shape[0]
-    step = max(1, rows // SEARCH_ROWS)
+    rows, columns = reader.weight.shape
+    wanted = min(MOST_ROWS, max(LEAST_ROWS, SEARCH_WORK // columns**2))
+    step = max(1, rows // wanted)
     return Reader(reader.weight[::step] * step**0.5, reader.gram, reader.scheme)
 
 
-def _candidates(
-    readers: list[Reader], magnitude: Tensor, n_grid: int, forms: tuple[bool, ...]
-) -> Iterator[Tensor]:
-    x = magnitude.clamp(min=FLOOR)
-    w = torch.cat([_relative(r) for r in readers]).mean(0)
-    for duo in forms:
-        for i in range(n_grid + 1):
-            ratio = i / n_grid
-            scale = x**ratio
-            if duo:
-                scale = scale / (w ** (1 - ratio) + FLOOR)
-            scale = scale.clamp(min=FLOOR)
-            scale = scale / (scale.max() * scale.min()).sqrt()
-            yield torch.where(scale.isfinite(), scale, torch.ones_like(scale))
+def _candidate(x: Tensor, w: Tensor, ratio: float, duo: bool) -> Tensor:
+    scale = x**ratio
+    if duo:
+        scale = scale / (w ** (1 - ratio) + FLOOR)
+    scale = scale.clamp(min=FLOOR)
+    scale = scale / (scale.max() * scale.min()).sqrt()
+    return torch.where(scale.isfinite(), scale, torch.ones_like(scale))
 
 
 def _relative(reader: Reader) -> Tensor:

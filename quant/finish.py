@@ -37,7 +37,8 @@ def finish(made: Plan, workspace: Workspace, windows: Tensor | None) -> dict[str
 def _config(made: Plan) -> dict[str, Any]:
     names = {module: _published(made, module) for module in (*made.schemes, *made.ignored)}
     schemes = {names[module]: scheme for module, scheme in made.schemes.items()}
-    config = dict(made.checkpoint.config)
+    config = dict(made.checkpoint.text_config)
+    config["architectures"] = [type(made.walk.model).__name__]
     config["quantization_config"] = write_config(schemes, [names[m] for m in made.ignored])
     if made.walk.head_name in made.schemes:
         config["tie_word_embeddings"] = False

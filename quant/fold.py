@@ -42,9 +42,8 @@ def _spell_out(group: Group, modules: dict[str, nn.Module]) -> list[Group]:
     if starred is None:
         return [group]
     stem = starred.split("*")[0]
-    experts = sorted(
-        {name[len(stem) :].split(".")[0] for name in modules if name.startswith(stem)}, key=int
-    )
+    inside = {name[len(stem) :].split(".")[0] for name in modules if name.startswith(stem)}
+    experts = sorted((name for name in inside if name.isdigit()), key=int)
     if "*" not in group.source:  # one norm feeds them all
         readers = tuple(r.replace("*", e) for e in experts for r in group.readers)
         return [replace(group, readers=readers)]
@@ -101,6 +100,20 @@ def query_repeats(block: nn.Module, group: Group) -> tuple[int, int] | None:
     return (repeats, int(parent.head_dim)) if repeats > 1 else None
 
 
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What a block makes of a little of its input: `hidden` -> `expected`; `run` does it again."""
+
+    hidden: Tensor
+    expected: Tensor
+    run: Callable[[], Tensor]
+
+    def change(self) -> float:
+        """How far the block's output is from `expected`, relative to what the block adds."""
+        added = (self.expected - self.hidden).norm().clamp(min=1e-20)
+        return float((self.run() - self.expected).norm() / added)
+
+
 @dataclass(slots=True)
 class _Undo:
     """What a fold touched, as it was."""
@@ -119,28 +132,30 @@ class _Undo:
             self.source.out_scale = self.out_scale
 
 
-def try_fold(
+def fold_checked(
     block: nn.Module,
-    group: Group,
-    scale: Tensor,
-    *,
+    folds: list[tuple[Group, Tensor]],
     norm_offset: int,
     norm_dtype: torch.dtype,
-    run: Callable[[], Tensor],
-    before: tuple[Tensor, Tensor],
-) -> float | None:
-    """Fold `scale` `[in]` into the group; None if the block still computes the same.
+    probe: Probe,
+) -> list[tuple[Group, float]]:
+    """Fold each scale `[in]` into its group; returns those that changed the block, unfolded again.
 
-    `before` is (input, output) of the block on a probe, `run` computes the output now. Otherwise
-    the fold is undone and the relative change of the output is returned.
+    All are folded at once and checked with one run; only if that fails, one by one.
     """
-    undo = _fold(block, group, scale, norm_offset, norm_dtype)
-    hidden, expected = before
-    change = float((run() - expected).norm() / (expected - hidden).norm().clamp(min=1e-20))
-    if change <= TOLERANCE:
-        return None
-    undo()
-    return change
+    undos = [_fold(block, group, scale, norm_offset, norm_dtype) for group, scale in folds]
+    if not folds or probe.change() <= TOLERANCE:
+        return []
+    for undo in reversed(undos):
+        undo()
+    wrong = []
+    for group, scale in folds:
+        undo = _fold(block, group, scale, norm_offset, norm_dtype)
+        change = probe.change()
+        if change > TOLERANCE:
+            undo()
+            wrong.append((group, change))
+    return wrong
 
 
 def _fold(

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from optim.quant.finish import finish
 from optim.quant.grid import nearest
 from optim.quant.plan import Plan, plan
-from optim.quant.solve import BlockSolver, RoundedLinear, Solved
+from optim.quant.rounding import RoundedLinear
+from optim.quant.solve import BlockSolver, Solved
 from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.schema import Rtn
 from optim.runtime.artifact import Workspace, tensor_sha256
@@ -48,14 +49,16 @@ class Report:
         return asdict(self)
 
 
-def quantize(made: Plan, progress: Progress) -> Report:
+def quantize(made: Plan, progress: Progress, windows: Tensor | None = None) -> Report:
     """Carry out a plan; resumes an unfinished run of the same plan.
+
+    `windows` int64 `[n, length]` are calibration tokens to use in place of the recipe's.
 
     Raises OptimError: 2 for input that turns out to be bad (the workspace is removed), 4 where the
     machine gave out (the workspace stays, and the same command goes on).
     """
     start = time.monotonic()
-    windows = _calibrate(made)
+    windows = _calibrate(made) if windows is None else windows
     workspace = Workspace(made.output, _identity(made, windows), made.force)
     try:
         with torch.inference_mode():

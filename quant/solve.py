@@ -6,36 +6,24 @@ measured against plain rounding of the same block; a block that got worse is rou
 says so.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from optim.quant import awq, gptq
-from optim.quant.fold import discover, family_groups, query_repeats, try_fold
-from optim.quant.grid import Grid, make_grid, nearest, ranges, restore, round_to
+from optim.quant.fold import Probe, discover, family_groups, fold_checked, query_repeats
+from optim.quant.observe import Inputs, leaders_of, observe
+from optim.quant.rounding import NearestLinear, RoundedLinear, join_rows, round_rows, row_slices
 from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.schema import Awq, Gptq, Rtn
 from optim.runtime.architectures import FAMILIES, Group
 from optim.runtime.formats.packed import Scheme
 from optim.runtime.walk import HiddenStates, StoredLinear, Walk, linear_at, linears
 
-PROBE_TOKENS = 1024
+PROBE_TOKENS = 512
 STARVED = 0.125  # an expert that saw fewer tokens than this share of its inputs is rounded plainly
-
-
-class RoundedLinear(StoredLinear):
-    """A linear as it is stored after rounding: integers and a grid; `dense` is what runs."""
-
-    def __init__(self, q: Tensor, grid: Grid, bias: Tensor | None) -> None:
-        super().__init__(q.to(torch.uint8), bias)
-        self.grid = grid
-
-    def dense(self, rows: slice = slice(None)) -> Tensor:
-        """Rows of the weight the integers stand for, float32 `[rows, in]`."""
-        part = Grid(self.grid.scale[rows], self.grid.zero[rows], self.grid.scheme)
-        return restore(self.weight[rows], part)
 
 
 @dataclass(slots=True)
@@ -46,15 +34,6 @@ class Solved:
     error: float | None
     rounding_error: float | None
     notes: list[str] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class Inputs:
-    """What a linear reads: gram XᵀX / n `[in, in]`, mean |x| `[in]`, tokens seen."""
-
-    gram: Tensor
-    magnitude: Tensor
-    tokens: int
 
 
 @dataclass(slots=True)
@@ -74,18 +53,20 @@ class BlockSolver:
         schemes = self._schemes(i, block)
         _refuse_non_finite(block, f"{self.walk.prefix}.{i}")
         hidden = states[slice(0, max(1, PROBE_TOKENS // states.length))]
-        expected = self.walk.run(i, block, hidden)
-        plain = {n: self._plain(linear_at(block, n), s) for n, s in schemes.items()}
+        leaders, expected = leaders_of(block, lambda: self.walk.run(i, block, hidden))
+        plain = {n: self._nearest(linear_at(block, n), s) for n, s in schemes.items()}
         rounding_error = self._error(i, block, plain, hidden, expected)
         originals = {n: p.detach().clone() for n, p in _small_parameters(block)}
         notes: list[str] = []
-        solved = self._solve_linears(i, block, schemes, states, (hidden, expected), notes)
+        probe = Probe(hidden.to(expected), expected, lambda: self.walk.run(i, block, hidden))
+        solved = self._solve_linears(i, block, schemes, states, leaders, probe, notes)
         error = self._error(i, block, solved, hidden, expected)
         if not error < rounding_error:
             notes.append(f"plain rounding: the method's error {error:.3g} was no better")
             for name, parameter in _small_parameters(block):
                 parameter.data.copy_(originals[name])
-            solved, error = plain, rounding_error
+            solved = {n: linear.rounded() for n, linear in plain.items()}
+            error = rounding_error
         _replace(block, solved)
         return Solved(block, error, rounding_error, notes)
 
@@ -94,7 +75,9 @@ class BlockSolver:
         block = self.walk.block(i)
         _refuse_non_finite(block, f"{self.walk.prefix}.{i}")
         schemes = self._schemes(i, block)
-        _replace(block, {n: self._plain(linear_at(block, n), s) for n, s in schemes.items()})
+        for name, scheme in schemes.items():
+            plain = self._nearest(linear_at(block, name), scheme)
+            block.set_submodule(name, plain.rounded())
         return block
 
     def _schemes(self, i: int, block: nn.Module) -> dict[str, Scheme]:
@@ -102,15 +85,14 @@ class BlockSolver:
         names = (n for n in linears(block) if prefix + n in self.schemes)
         return {n: self.schemes[prefix + n] for n in names}
 
-    def _plain(self, linear: StoredLinear, scheme: Scheme) -> RoundedLinear:
-        q, grid = nearest(linear.dense(), scheme, self.dtype)
-        return RoundedLinear(q, grid, linear.dense_bias())
+    def _nearest(self, linear: StoredLinear, scheme: Scheme) -> NearestLinear:
+        return NearestLinear(linear, scheme, self.dtype)
 
     def _error(
         self,
         i: int,
         block: nn.Module,
-        rounded: Mapping[str, RoundedLinear],
+        rounded: Mapping[str, StoredLinear],
         hidden: Tensor,
         expected: Tensor,
     ) -> float:
@@ -128,24 +110,58 @@ class BlockSolver:
         block: nn.Module,
         schemes: Mapping[str, Scheme],
         states: HiddenStates,
-        probe: tuple[Tensor, Tensor],
+        leaders: Mapping[str, str],
+        probe: Probe,
         notes: list[str],
     ) -> dict[str, RoundedLinear]:
-        hidden = probe[0]
-        leaders = _leaders(block, lambda: self.walk.run(i, block, hidden))
         inputs = observe(self.walk, i, block, states, {leaders[n] for n in schemes if n in leaders})
         starved = self._starved(block, schemes, leaders, inputs)
         if starved:
             notes.append(f"rounded plainly, too few tokens seen: {', '.join(starved)}")
         if isinstance(self.recipe, Awq):
-            self._fold_scales(i, block, schemes, leaders, inputs, probe, notes)
+            self._fold_scales(block, schemes, leaders, inputs, probe, notes)
+        return self._round_all(block, schemes, leaders, inputs, starved)
+
+    def _round_all(
+        self,
+        block: nn.Module,
+        schemes: Mapping[str, Scheme],
+        leaders: Mapping[str, str],
+        inputs: dict[str, Inputs],
+        starved: list[str],
+    ) -> dict[str, RoundedLinear]:
+        """Every linear rounded; the widest inputs first, each Gram matrix freed after its last."""
+        out = {n: self._nearest(linear_at(block, n), schemes[n]).rounded() for n in starved}
+        readers: dict[str, list[str]] = {}
+        for name in schemes:
+            if name not in starved:
+                readers.setdefault(leaders[name], []).append(name)
+        for leader in sorted(readers, key=lambda n: -len(inputs[n].magnitude)):
+            gram = inputs.pop(leader).gram
+            scale = linear_at(block, leader).in_scale
+            if scale is not None:
+                gram /= scale
+                gram /= scale[:, None]
+            linears_ = {n: linear_at(block, n) for n in readers[leader]}
+            out |= self._round_readers(linears_, schemes, gram)
+        return {name: out[name] for name in schemes}
+
+    def _round_readers(
+        self, readers: Mapping[str, StoredLinear], schemes: Mapping[str, Scheme], gram: Tensor
+    ) -> dict[str, RoundedLinear]:
+        """The linears that read one input, some rows at a time; `gram` is that of their input."""
+        recipe = self.recipe
+        assert not isinstance(recipe, Rtn)
+        feeds = isinstance(recipe, Gptq) or recipe.compensate
+        fed = gptq.feedback(gram, recipe.damping) if feeds else None
+        clip = isinstance(recipe, Awq) and recipe.clip
         out = {}
-        for name, scheme in schemes.items():
-            linear = linear_at(block, name)
-            if name in starved:
-                out[name] = self._plain(linear, scheme)
-            else:
-                out[name] = self._round(linear, scheme, inputs[leaders[name]])
+        for name, linear in readers.items():
+            parts = [
+                round_rows(linear.dense(rows), schemes[name], gram, fed, clip, self.dtype)
+                for rows in row_slices(linear)
+            ]
+            out[name] = join_rows(parts, linear.dense_bias())
         return out
 
     def _starved(
@@ -164,35 +180,22 @@ class BlockSolver:
 
     def _fold_scales(
         self,
-        i: int,
         block: nn.Module,
         schemes: Mapping[str, Scheme],
         leaders: Mapping[str, str],
         inputs: Mapping[str, Inputs],
-        probe: tuple[Tensor, Tensor],
+        probe: Probe,
         notes: list[str],
     ) -> None:
-        """Search each group's scale and fold it, keeping the folds that change nothing."""
-        run = lambda: self.walk.run(i, block, probe[0])  # noqa: E731
+        """Search each group's scale and fold those that change nothing."""
         model_type = self.walk.model.config.get_text_config().model_type
         groups, offset = family_groups(block, model_type)
         if model_type not in FAMILIES:
-            groups = discover(block, run)
-        for group in groups:
-            scale = self._search(block, group, schemes, leaders, inputs)
-            if scale is None:
-                continue
-            change = try_fold(
-                block,
-                group,
-                scale,
-                norm_offset=offset,
-                norm_dtype=self.dtype,
-                run=run,
-                before=(probe[0].to(probe[1]), probe[1]),
-            )
-            if change is not None:
-                notes.append(f"not folded: {group.source} (changes the block by {change:.2g})")
+            groups = discover(block, probe.run)
+        found = [(g, self._search(block, g, schemes, leaders, inputs)) for g in groups]
+        folds = [(group, scale) for group, scale in found if scale is not None]
+        for group, change in fold_checked(block, folds, offset, self.dtype, probe):
+            notes.append(f"not folded: {group.source} (changes the block by {change:.2g})")
 
     def _search(
         self,
@@ -224,81 +227,6 @@ class BlockSolver:
             dtype=self.dtype,
         )
         return None if bool((scale == 1).all()) else scale
-
-    def _round(self, linear: StoredLinear, scheme: Scheme, inputs: Inputs) -> RoundedLinear:
-        weight, gram = linear.dense(), inputs.gram
-        if linear.in_scale is not None:
-            gram = gram / torch.outer(linear.in_scale, linear.in_scale)
-        if isinstance(self.recipe, Awq) and self.recipe.clip:
-            grid = awq.search_clip(weight, gram, scheme, self.dtype)
-        else:
-            grid = make_grid(*ranges(weight, scheme), scheme, self.dtype)
-        assert not isinstance(self.recipe, Rtn)
-        if isinstance(self.recipe, Gptq) or self.recipe.compensate:
-            q = gptq.solve(weight, grid, gram, self.recipe.damping)
-        else:
-            q = round_to(weight, grid)
-        return RoundedLinear(q, grid, linear.dense_bias())
-
-
-def observe(
-    walk: Walk, i: int, block: nn.Module, states: HiddenStates, names: set[str]
-) -> dict[str, Inputs]:
-    """Run the calibration states through the block; the inputs of the linears in `names`."""
-    found: dict[str, Inputs] = {}
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].flatten(0, -2).float()
-            if name not in found:
-                zeros = torch.zeros(x.shape[1], device=x.device)
-                found[name] = Inputs(zeros.new_zeros(len(zeros), len(zeros)), zeros, 0)
-            seen = found[name]
-            seen.gram.addmm_(x.T, x)
-            seen.magnitude += x.abs().sum(0)
-            seen.tokens += len(x)
-
-        return hook
-
-    handles = [block.get_submodule(n).register_forward_pre_hook(watch(n)) for n in names]
-    try:
-        for rows in walk.slices(states):
-            walk.run(i, block, states[rows])
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, seen in found.items():
-        seen.gram /= seen.tokens
-        seen.magnitude /= seen.tokens
-        if not bool(seen.gram.isfinite().all()):
-            raise OptimError(
-                f"block {i}: the inputs of {name} are not finite on the calibration text",
-                fix="check the model's weights; a 16-bit overflow would show in its own output too",
-                code=USAGE,
-            )
-    return found
-
-
-def _leaders(block: nn.Module, run: Callable[[], Tensor]) -> dict[str, str]:
-    """For each linear that ran, the first one that read the very same tensor."""
-    first: dict[int, str] = {}
-    leaders: dict[str, str] = {}
-    kept: list[Tensor] = []  # alive, so that identities stay unique
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            kept.append(args[0])
-            leaders[name] = first.setdefault(id(args[0]), name)
-
-        return hook
-
-    handles = [m.register_forward_pre_hook(watch(n)) for n, m in linears(block).items()]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return leaders
 
 
 def _small_parameters(block: nn.Module) -> list[tuple[str, nn.Parameter]]:

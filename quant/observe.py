@@ -1,0 +1,98 @@
+"""What the linears of a block read on the calibration text, as one Gram matrix an input.
+
+H = XᵀX / n stands for every token in the searches that follow: their cost does not grow with text.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.walk import HiddenStates, Walk, linears
+
+GRAM_STRIP = 288  # columns a strip of a symmetric Gram matrix has
+
+
+@dataclass(slots=True)
+class Inputs:
+    """What a linear reads: gram XᵀX / n `[in, in]`, mean |x| `[in]`, tokens seen."""
+
+    gram: Tensor
+    magnitude: Tensor
+    tokens: int
+
+
+def observe(
+    walk: Walk, i: int, block: nn.Module, states: HiddenStates, names: set[str]
+) -> dict[str, Inputs]:
+    """Run the calibration states through the block; the inputs of the linears in `names`."""
+    found: dict[str, Inputs] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].flatten(0, -2).float()
+            if name not in found:
+                zeros = torch.zeros(x.shape[1], device=x.device)
+                found[name] = Inputs(zeros.new_zeros(len(zeros), len(zeros)), zeros, 0)
+            seen = found[name]
+            _add_gram(seen.gram, x)
+            seen.magnitude += x.abs().sum(0)
+            seen.tokens += len(x)
+
+        return hook
+
+    handles = [block.get_submodule(n).register_forward_pre_hook(watch(n)) for n in names]
+    try:
+        for rows in walk.slices(states):
+            walk.run(i, block, states[rows])
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, seen in found.items():
+        _mirror(seen.gram)
+        seen.gram /= seen.tokens
+        seen.magnitude /= seen.tokens
+        if not bool(seen.gram.isfinite().all()):
+            raise OptimError(
+                f"block {i}: the inputs of {name} are not finite on the calibration text",
+                fix="check the model's weights; a 16-bit overflow would show in its own output too",
+                code=USAGE,
+            )
+    return found
+
+
+def _add_gram(gram: Tensor, x: Tensor) -> None:
+    """gram += XᵀX, the upper blocks only; `observe` mirrors them at the end."""
+    width = gram.shape[0]
+    for start in range(0, width, GRAM_STRIP):
+        strip = slice(start, start + GRAM_STRIP)
+        gram[strip, start:].addmm_(x[:, strip].T, x[:, start:])
+
+
+def _mirror(gram: Tensor) -> None:
+    for start in range(0, gram.shape[0], GRAM_STRIP):
+        end = start + GRAM_STRIP
+        gram[end:, start:end] = gram[start:end, end:].T
+
+
+def leaders_of(block: nn.Module, run: Callable[[], Tensor]) -> tuple[dict[str, str], Tensor]:
+    """For each linear that ran, the first one that read the very same tensor; and the output."""
+    first: dict[int, str] = {}
+    leaders: dict[str, str] = {}
+    kept: list[Tensor] = []  # alive, so that identities stay unique
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            kept.append(args[0])
+            leaders[name] = first.setdefault(id(args[0]), name)
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(watch(n)) for n, m in linears(block).items()]
+    try:
+        return leaders, run()
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,84 @@
+"""Round a linear some rows at a time: plainly, or with all that is known of its inputs."""
+
+import torch
+from torch import Tensor
+
+from optim.quant import awq, gptq
+from optim.quant.grid import Grid, make_grid, nearest, ranges, restore, round_to
+from optim.quant.refit import refit_scales
+from optim.runtime.formats.packed import Scheme
+from optim.runtime.walk import StoredLinear
+
+ROW_BYTES = 32 * 2**20  # float32 rows of a linear that are solved at a time
+
+
+class RoundedLinear(StoredLinear):
+    """A linear as it is stored after rounding: integers and a grid; `dense` is what runs."""
+
+    def __init__(self, q: Tensor, grid: Grid, bias: Tensor | None) -> None:
+        super().__init__(q.to(torch.uint8), bias)
+        self.grid = grid
+
+    def dense(self, rows: slice = slice(None)) -> Tensor:
+        """Rows of the weight the integers stand for, float32 `[rows, in]`."""
+        part = Grid(self.grid.scale[rows], self.grid.zero[rows], self.grid.scheme)
+        return restore(self.weight[rows], part)
+
+
+class NearestLinear(StoredLinear):
+    """A linear rounded plainly, on the fly: what the method is compared with, at no memory."""
+
+    def __init__(self, linear: StoredLinear, scheme: Scheme, dtype: torch.dtype) -> None:
+        super().__init__(linear.weight, linear.bias)
+        self.scheme, self.scale_dtype = scheme, dtype
+
+    def dense(self, rows: slice = slice(None)) -> Tensor:
+        """Rows of the rounded weight, float32 `[rows, in]`."""
+        return restore(*nearest(self.weight[rows].float(), self.scheme, self.scale_dtype))
+
+    def rounded(self) -> RoundedLinear:
+        """The same with its integers, to be stored."""
+        parts = [
+            nearest(self.weight[rows].float(), self.scheme, self.scale_dtype)
+            for rows in row_slices(self)
+        ]
+        return join_rows(parts, self.dense_bias())
+
+
+def row_slices(linear: StoredLinear) -> list[slice]:
+    """Rows of a linear in parts of at most ROW_BYTES of float32."""
+    step = max(1, ROW_BYTES // (4 * linear.in_features))
+    return [slice(i, i + step) for i in range(0, linear.out_features, step)]
+
+
+def join_rows(parts: list[tuple[Tensor, Grid]], bias: Tensor | None) -> RoundedLinear:
+    """(integers, grid) of consecutive rows as one linear."""
+    grids = [grid for _, grid in parts]
+    scale, zero = torch.cat([g.scale for g in grids]), torch.cat([g.zero for g in grids])
+    q = torch.cat([q.to(torch.uint8) for q, _ in parts])
+    return RoundedLinear(q, Grid(scale, zero, grids[0].scheme), bias)
+
+
+def round_rows(
+    weight: Tensor,
+    scheme: Scheme,
+    gram: Tensor,
+    fed: gptq.Feedback | None,
+    clip: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Grid]:
+    """Rows of a weight `[rows, in]` -> (integers, grid) with the least output error found.
+
+    Clip each group's range, round (with error feedback if `fed`), then refit the scales; a row
+    keeps plain rounding where feedback measures worse.
+    """
+    if clip:
+        grid = awq.search_clip(weight, gram, scheme, dtype)
+    else:
+        grid = make_grid(*ranges(weight, scheme), scheme, dtype)
+    q = round_to(weight, grid)
+    if fed is not None:
+        other = gptq.round_with_feedback(weight, grid, fed)
+        error, plain = (gptq.row_error(weight, x, grid, gram) for x in (other, q))
+        q = torch.where((error < plain)[:, None], other, q)
+    return q, refit_scales(weight, q, grid, gram, dtype) if clip else grid
