@@ -2,7 +2,7 @@
 
 Row after row, value i takes the bits [i*b, (i+1)*b) of a stream that is cut into int32 words; a
 value may straddle two words (b = 3) and the last word is padded with zeros. Eight values take
-exactly b bytes, so both directions work on uint8 columns and never make anything wider.
+exactly b bytes, so both directions work on columns of bytes and make nothing much wider.
 """
 
 import torch
@@ -33,6 +33,8 @@ def unpack_rows(packed: Tensor, bits: int, count: int) -> Tensor:
     """int32 [rows, ceil(count*bits/32)] -> uint8 [rows, count]; the inverse of `pack_rows`."""
     rows, octets = packed.shape[0], -(-count // 8)
     stream = packed.contiguous().view(torch.uint8)
+    if 8 % bits == 0:
+        return _spread(stream, bits)[:, :count].contiguous()
     if stream.shape[1] < octets * bits:
         stream = torch.nn.functional.pad(stream, (0, octets * bits - stream.shape[1]))
     grouped = stream[:, : octets * bits].view(rows, octets, bits)
@@ -42,6 +44,21 @@ def unpack_rows(packed: Tensor, bits: int, count: int) -> Tensor:
         values[:, :, value] |= piece >> shift if shift >= 0 else piece << -shift
     values &= (1 << bits) - 1
     return values.view(rows, -1)[:, :count].contiguous()
+
+
+def _spread(stream: Tensor, bits: int) -> Tensor:
+    """uint8 [rows, n] -> uint8 [rows, n * 8/bits]: each field of a byte becomes a byte.
+
+    A byte is widened to as many bytes as it has fields; shifts by 8 - bits put each in its place.
+    """
+    fields = 8 // bits
+    byte = stream.to({1: torch.uint8, 2: torch.int16, 4: torch.int32}[fields])
+    mask = ((1 << bits) - 1) * sum(256**i for i in range(fields))
+    wide = byte.clone()
+    for i in range(1, fields):
+        wide |= byte << i * (8 - bits)
+    wide &= mask
+    return wide.view(torch.uint8)
 
 
 def _pieces(bits: int) -> list[tuple[int, int, int]]:
