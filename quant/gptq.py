@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optim.quant.grid import Grid, restore
+from optim.quant.grid import Grid
 
 BLOCK = 128
 
@@ -112,9 +112,3 @@ def _round_rows(target, w, scale, zero, factor, top):  # type: ignore[no-untyped
             q[r, k] = level
             error[r, k] = w[r, k] - (level - zero[r, k]) * scale[r, k]
     return q, error
-
-
-def row_error(weight: Tensor, q: Tensor, grid: Grid, gram: Tensor) -> Tensor:
-    """diag(E H Eᵀ) `[rows]`: each row's mean squared output error over H's tokens."""
-    e = weight - restore(q, grid)
-    return ((e @ gram) * e).sum(-1)

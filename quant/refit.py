@@ -11,7 +11,6 @@ whose solution also takes back error *across* groups, which no choice of range c
 import torch
 from torch import Tensor
 
-from optim.quant.gptq import row_error
 from optim.quant.grid import Grid, grouped
 
 RIDGE = 1e-4
@@ -35,9 +34,13 @@ def refit_scales(weight: Tensor, q: Tensor, grid: Grid, gram: Tensor, dtype: tor
     )
     diagonal = a.diagonal(dim1=1, dim2=2)
     ridge = RIDGE * diagonal.mean(-1, keepdim=True) + 1e-20
-    a = a + torch.diag_embed(ridge.expand_as(diagonal))
-    scale = torch.linalg.solve(a, b + ridge * grid.scale).to(dtype).float()
-    scale = torch.where((scale > 0) & scale.isfinite(), scale, grid.scale)
-    new = Grid(scale, grid.zero, grid.scheme)
-    better = row_error(weight, q, new, gram) < row_error(weight, q, grid, gram)
+    damped = a + torch.diag_embed(ridge.expand_as(diagonal))
+    scale = torch.linalg.solve(damped, b + ridge * grid.scale).to(dtype).float()
+    usable = (scale > 0).all(-1) & scale.isfinite().all(-1)
+    better = usable & (_error(a, b, scale) < _error(a, b, grid.scale))
     return Grid(torch.where(better[:, None], scale, grid.scale), grid.zero, grid.scheme)
+
+
+def _error(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """Each row's output error `[out]` at these scales, less what does not depend on them."""
+    return ((scale[:, None] @ a).squeeze(1) * scale - 2 * b * scale).sum(-1)

@@ -67,18 +67,16 @@ def round_rows(
     clip: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Grid]:
-    """Rows of a weight `[rows, in]` -> (integers, grid) with the least output error found.
+    """Rows of a weight `[rows, in]` -> (integers, grid): clip, then round.
 
-    Clip each group's range, round (with error feedback if `fed`), then refit the scales; a row
-    keeps plain rounding where feedback measures worse.
+    Rounding is with error feedback if `fed`; else the scales are refitted to the plain integers.
+    (After feedback a refit gained nothing on held-back text: benchmarks/NOTES.md.)
     """
     if clip:
         grid = awq.search_clip(weight, gram, scheme, dtype)
     else:
         grid = make_grid(*ranges(weight, scheme), scheme, dtype)
-    q = round_to(weight, grid)
     if fed is not None:
-        other = gptq.round_with_feedback(weight, grid, fed)
-        error, plain = (gptq.row_error(weight, x, grid, gram) for x in (other, q))
-        q = torch.where((error < plain)[:, None], other, q)
-    return q, refit_scales(weight, q, grid, gram, dtype) if clip else grid
+        return gptq.round_with_feedback(weight, grid, fed), grid
+    q = round_to(weight, grid)
+    return q, refit_scales(weight, q, grid, gram, dtype)

@@ -9,8 +9,8 @@ head is in memory, and the weights are what the artifact stores, whatever kernel
 
 import math
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,22 +82,23 @@ def evaluate(
             USAGE,
         )
     windows = evaluation_windows(text, tokenizer, window=window, max_windows=max_windows)
-    return evaluate_windows(checkpoint, base, windows, device, progress)
+    return evaluate_windows([checkpoint], base, windows, device, progress)[0]
 
 
 def evaluate_windows(
-    checkpoint: Checkpoint,
+    checkpoints: Sequence[Checkpoint],
     base: Checkpoint | None,
     windows: Tensor,
     device: str = "auto",
     progress: Progress = lambda at, total, text: None,
-) -> Evaluation:
-    """`evaluate` on token windows int64 `[n, length]` that are already there."""
+) -> list[Evaluation]:
+    """`evaluate` of several models against one base, on token windows int64 `[n, length]`."""
     place = pick_device(device)
-    models = [m for m in (checkpoint, base) if m is not None]
+    models = [*checkpoints, *([base] if base else [])]
     steps = sum(_block_count(m) for m in models)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        walked, done = [], 0
+        walked: list[tuple[Walk, HiddenStates]] = []
+        done = 0
         for k, model in enumerate(models):
             walk = Walk(PlainView(model), place)
 
@@ -106,8 +107,9 @@ def evaluate_windows(
 
             walked.append((walk, _hidden(walk, windows, Path(folder) / str(k), step)))
             done += len(walk)
-        rows = [_measure(walked, windows, i) for i in range(len(windows))]
-    return _summary(rows, windows, base is not None)
+        reference = walked.pop() if base else None
+        rows = torch.stack([_measure(walked, reference, windows, i) for i in range(len(windows))])
+    return [_summary(rows[:, k], windows, base is not None) for k in range(len(checkpoints))]
 
 
 def _block_count(checkpoint: Checkpoint) -> int:
@@ -127,47 +129,51 @@ def _hidden(walk: Walk, windows: Tensor, path: Path, step: Callable[[int], None]
 
 
 def _measure(
-    walked: list[tuple[Walk, HiddenStates]], windows: Tensor, i: int
-) -> tuple[float, float, float, float]:
-    """Sums over one window's predictions: nll, base nll, KL, agreements on the likeliest token."""
+    walked: list[tuple[Walk, HiddenStates]],
+    reference: tuple[Walk, HiddenStates] | None,
+    windows: Tensor,
+    i: int,
+) -> Tensor:
+    """Window i's means `[models, 4]`: nll, base nll, KL, share of equal likeliest tokens."""
     ids = windows[i : i + 1]
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(len(walked), 4, dtype=torch.float64)
     vocab = int(walked[0][0].model.config.get_text_config().vocab_size)
-    step = max(1, LOGIT_BYTES // (4 * vocab * len(walked)))
-    for start in range(0, ids.shape[1] - 1, step):
-        part = slice(start, min(start + step, ids.shape[1] - 1))
+    last = ids.shape[1] - 1
+    step = max(1, LOGIT_BYTES // (8 * vocab))
+    for start in range(0, last, step):
+        part = slice(start, min(start + step, last))
         target = ids[0, part.start + 1 : part.stop + 1, None]
-        logs = [
-            w.logits(ids[:, part], states[slice(i, i + 1)][:, part])[0].log_softmax(-1).cpu()
-            for w, states in walked
-        ]
-        sums[0] -= logs[0].gather(1, target).double().sum()
-        if len(logs) == 2:
-            sums[1] -= logs[1].gather(1, target).double().sum()
-            sums[2] += (logs[1].exp() * (logs[1] - logs[0])).sum(-1).double().sum()
-            sums[3] += (logs[0].argmax(-1) == logs[1].argmax(-1)).double().sum()
-    nll, base, kl, same = sums.tolist()
-    return nll, base, kl, same
+        base = None if reference is None else _log_probs(reference, ids, i, part)
+        for k, model in enumerate(walked):
+            logs = _log_probs(model, ids, i, part)
+            sums[k, 0] -= logs.gather(1, target).double().sum()
+            if base is not None:
+                sums[k, 1] -= base.gather(1, target).double().sum()
+                sums[k, 2] += (base.exp() * (base - logs)).sum(-1).double().sum()
+                sums[k, 3] += (base.argmax(-1) == logs.argmax(-1)).double().sum()
+    return sums / last
 
 
-def _summary(
-    rows: list[tuple[float, float, float, float]], windows: Tensor, compared: bool
-) -> Evaluation:
-    per = windows.shape[1] - 1
-    nll, base, kl, same = (torch.tensor(rows, dtype=torch.float64) / per).T
+def _log_probs(model: tuple[Walk, HiddenStates], ids: Tensor, i: int, part: slice) -> Tensor:
+    """log p `[t, vocab]` after each token of `part` of window i."""
+    walk, states = model
+    hidden = states[slice(i, i + 1)][:, part]
+    return walk.logits(ids[:, part], hidden)[0].log_softmax(-1).cpu()
+
+
+def _summary(rows: Tensor, windows: Tensor, compared: bool) -> Evaluation:
+    nll, base, kl, same = rows.T
     found = Evaluation(
         perplexity=math.exp(nll.mean()),
         nll=float(nll.mean()),
         nll_error=_standard_error(nll),
-        tokens=per * len(rows),
+        tokens=len(rows) * (windows.shape[1] - 1),
         windows=len(rows),
         window=windows.shape[1],
         text_sha256=token_hash(windows),
     )
     if not compared:
         return found
-    from dataclasses import replace
-
     return replace(
         found,
         base_perplexity=math.exp(base.mean()),

@@ -1,0 +1,103 @@
+"""What each form of the solver loses on `demo`, on two texts: the table of docs/awq.md.
+
+    python benchmarks/quality.py [--windows FILE.npz] [--samples 16] [--bits 4 3] [--forms rtn awq]
+
+`--windows` is an .npz with token ids of `demo`: `calibration` [n, 512], `evaluation` [m, 1024].
+Without it both come from the built-in texts. Text A is `evaluation` (its first 10 windows), text B
+is builtin:eval (chats, code, several languages). "Taken back" is the share of plain rounding's loss
+of log-likelihood that a form recovers. If llm-compressor is installed, its AWQ runs beside ours.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from optim.quant.run import plan, quantize
+from optim.recipes.build import build_recipe
+from optim.runtime.checkpoint import Checkpoint, open_checkpoint
+from optim.runtime.corpus import calibration_windows, evaluation_windows
+from optim.runtime.evaluate import Evaluation, evaluate_windows
+
+FORMS = {
+    "rtn": {"quantize.method": "rtn"},
+    "gptq": {"quantize.method": "gptq"},
+    "awq": {"quantize.method": "awq", "quantize.compensate": False},
+    "awq+feedback": {"quantize.method": "awq", "quantize.compensate": True},
+}
+
+
+def texts(path: str | None, samples: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Calibration windows and the evaluation windows of each text."""
+    tokenizer = open_checkpoint("demo").tokenizer()
+    b = evaluation_windows("builtin:eval", tokenizer, window=1024, max_windows=10)
+    if path is None:
+        calibration = calibration_windows(
+            "builtin:mixed", tokenizer, num_samples=samples, seq_len=512, seed=0
+        )
+        return calibration, {"builtin:eval": b}
+    data = np.load(path)
+    a = torch.from_numpy(data["evaluation"][:10].astype(np.int64))
+    return torch.from_numpy(data["calibration"][:samples].astype(np.int64)), {"A": a, "B": b}
+
+
+def make(form: str, bits: int, sym: bool, windows: torch.Tensor, folder: Path) -> Checkpoint:
+    """One artifact; prints what it cost."""
+    out = folder / f"{form}-{bits}{'-sym' if sym else ''}"
+    keys = {"model": "demo", "output": str(out), "quantize.bits": bits, "quantize.sym": sym}
+    recipe = build_recipe(None, keys | {"quantize.group_size": 64} | FORMS[form], [])
+    start, cpu = time.monotonic(), time.process_time()
+    given = None if form == "rtn" else windows
+    quantize(plan(recipe), lambda at, total, text: None, given)
+    wall, used = time.monotonic() - start, time.process_time() - cpu
+    print(f"# {out.name}: {wall:.0f} s wall, {used:.0f} s CPU", flush=True)
+    return open_checkpoint(str(out))
+
+
+def row(name: str, text: str, found: Evaluation, lost: float) -> dict[str, object]:
+    """One line of the table."""
+    assert found.delta_nll is not None
+    return {
+        "form": name,
+        "text": text,
+        "ppl": round(found.perplexity, 3),
+        "base": round(found.base_perplexity or 0, 3),
+        "delta_nll": round(found.delta_nll, 4),
+        "error": round(found.delta_nll_error or 0, 4),
+        "kl": round(found.kl or 0, 4),
+        "taken_back": round(1 - found.delta_nll / lost, 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--windows")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
+    parser.add_argument("--sym", action="store_true")
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
+    options = parser.parse_args()
+    calibration, evaluations = texts(options.windows, options.samples)
+    base = open_checkpoint("demo")
+    with tempfile.TemporaryDirectory() as folder:
+        for bits in options.bits:
+            made = {
+                form: make(form, bits, options.sym, calibration, Path(folder))
+                for form in dict.fromkeys(["rtn", *options.forms])
+            }
+            for text, windows in evaluations.items():
+                found = dict(
+                    zip(made, evaluate_windows(list(made.values()), base, windows), strict=True)
+                )
+                lost = found["rtn"].delta_nll
+                assert lost is not None
+                for form, result in found.items():
+                    print(json.dumps(row(f"{form} w{bits}", text, result, lost)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
