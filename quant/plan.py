@@ -7,7 +7,7 @@ folder. All problems are found together and raised as one error.
 import math
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,13 +93,12 @@ def plan(
     rows = _planned(checkpoint, shapes, schemes)
     output_bytes = sum(row.nbytes for row in rows)
     disk = output_bytes + 2 * _state_bytes(recipe, checkpoint)
-    problems = [*_shape_problems(shapes, schemes), *_output_problems(output, force, disk)]
+    problems = [*_pattern_problems(recipe.quantize, shapes), *_shape_problems(shapes, schemes)]
+    problems += _output_problems(output, force, disk)
     if not schemes:
         problems.append(OptimError("the recipe leaves every linear as it is", code=USAGE))
     if problems:
         raise _together(problems)
-    family = str(checkpoint.text_config.get("model_type"))
-    unknown = f"family {family} is not in the table: its groups are found from the graph"
     return Plan(
         recipe=recipe.model_copy(update={"output": str(output)}),
         checkpoint=checkpoint,
@@ -113,8 +112,18 @@ def plan(
         output_bytes=output_bytes,
         peak_bytes=_peak_bytes(recipe, checkpoint, shapes, walk),
         disk_bytes=disk,
-        notes=() if family in FAMILIES else (unknown,),
+        notes=tuple(_notes(checkpoint, schemes)),
     )
+
+
+def _notes(checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> Iterator[str]:
+    """What one should know beforehand, though nothing is wrong."""
+    family = checkpoint.text_config.get("model_type")
+    if family not in FAMILIES:
+        yield f"family {family} is not in the table: its groups are found from the graph"
+    formats = set(schemes.values())
+    if len(formats) > 1 and not all(scheme.symmetric for scheme in formats):
+        yield "transformers will not load this mixture of asymmetric formats; `optim run` does"
 
 
 def linear_shapes(checkpoint: Checkpoint, walk: Walk) -> dict[str, tuple[int, int]]:
@@ -222,6 +231,18 @@ def _peak_bytes(
         work += 4 * sum({columns: columns**2 for _, columns in inside}.values()) + 8 * widest**2
         work += 4 * TOKENS_PER_BATCH * widest * 4
     return 500_000_000 + max(work, 2 * outer)
+
+
+def _pattern_problems(quantize: Rounding, names: Collection[str]) -> list[OptimError]:
+    """Patterns that name no linear at all: most likely a slip, and it would go unnoticed."""
+    given = [*quantize.targets, *(p for p in quantize.ignore if p != "lm_head")]
+    given += [pattern for override in quantize.overrides for pattern in override.targets]
+    fix = f"names are like {next(iter(names), '')}, expressions like re:.*down_proj"
+    return [
+        OptimError(f"{pattern!r} matches none of the {len(names)} linears", fix, USAGE)
+        for pattern in given
+        if not any(matches(pattern, name) for name in names)
+    ]
 
 
 def _shape_problems(

@@ -15,11 +15,12 @@ from optim.runtime.architectures import Decoder as Facts
 from optim.runtime.attention import Rule
 from optim.runtime.checkpoint import Checkpoint
 from optim.runtime.decoder import Attention, Block, Decoder
-from optim.runtime.formats.packed import SUFFIXES, Scheme, SchemeOf, parse_config
+from optim.runtime.formats.packed import SUFFIXES, Scheme, SchemeOf
 from optim.runtime.formats.packed_linear import PackedLinear, fuse
 from optim.runtime.kernels import cpu_step
 from optim.runtime.layers import ACTIVATIONS, MLP, HeadNorm, LayerNorm, Mixture, Norm, RMSNorm
 from optim.runtime.linear import DenseLinear, Joined, held_dtype
+from optim.runtime.plain import schemes_of
 from optim.runtime.rope import Rope, ropes
 from optim.runtime.shape import Layer, Shape, resolve
 
@@ -35,8 +36,7 @@ class Loader:
     _scheme_of: SchemeOf = field(init=False)
 
     def __post_init__(self) -> None:
-        config = self.checkpoint.quantization
-        self._scheme_of = parse_config(config) if config else lambda _: None
+        self._scheme_of = schemes_of(self.checkpoint)
 
     def has(self, name: str) -> bool:
         return name in self.checkpoint.tensors

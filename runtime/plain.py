@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from optim.runtime.checkpoint import Checkpoint
-from optim.runtime.formats.packed import SUFFIXES, dequantize, parse_config, unpack
+from optim.runtime.formats.packed import SUFFIXES, SchemeOf, dequantize, parse_config, unpack
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+
+def schemes_of(checkpoint: Checkpoint) -> SchemeOf:
+    """Canonical module name -> how it is packed; quantization_config has the published names."""
+    config = checkpoint.quantization
+    if not config:
+        return lambda _name: None
+    scheme_of = parse_config(config)
+    return lambda name: scheme_of(checkpoint.disk_name(f"{name}.weight").removesuffix(".weight"))
 
 
 class PlainView:
@@ -23,8 +32,7 @@ class PlainView:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.name = checkpoint, checkpoint.name
-        config = checkpoint.quantization
-        self._scheme_of = parse_config(config) if config else lambda _name: None
+        self._scheme_of = schemes_of(checkpoint)
         self._packed = {
             n.removesuffix(".weight_packed")
             for n in checkpoint.tensors

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from optim.runtime.checkpoint import Checkpoint
-from optim.runtime.formats.packed import SUFFIXES, SchemeOf, parse_config
+from optim.runtime.formats.packed import SUFFIXES, SchemeOf
+from optim.runtime.plain import schemes_of
 
 BLOCK = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.\d+\.")
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
@@ -40,8 +41,7 @@ class SizeRow:
 
 def stored(checkpoint: Checkpoint) -> list[Stored]:
     """Every tensor of the model: what it is stored as, its weights and its bytes."""
-    config = checkpoint.quantization
-    scheme_of: SchemeOf = parse_config(config) if config else lambda _name: None
+    scheme_of = schemes_of(checkpoint)
     pieces: dict[str, dict[str, str]] = {}
     found = []
     for name, info in checkpoint.tensors.items():

@@ -100,7 +100,8 @@ def write_config(schemes: Mapping[str, Scheme], ignored: Iterable[str] = ()) -> 
         "quantization_status": "compressed",
         # Read by transformers alone: unpack at load. Its packed way rejects asymmetric weights
         # (compressed-tensors 0.20 expects their zero points unpacked), and unpacks all the same.
-        "dequantize": True,
+        # But this way takes every module for one of the first group: wrong where there are more.
+        "dequantize": len(ordered) == 1,
         "version": LAYOUT_VERSION,
         "global_compression_ratio": None,
         "kv_cache_scheme": None,

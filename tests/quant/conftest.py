@@ -1,4 +1,4 @@
-"""A whole run on a tiny model; one thread, because two wait for each other on tensors this small."""
+"""A whole run on a tiny model; one thread, because two wait for each other on small tensors."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
