@@ -4,6 +4,7 @@ H = XᵀX / n stands for every token in the searches that follow: their cost doe
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +25,17 @@ class Inputs:
     tokens: int
 
 
+class _AllSeen(Exception):
+    """Raised before the block's last linear: what it computes is not needed."""
+
+
 def observe(
-    walk: Walk, i: int, block: nn.Module, states: HiddenStates, names: set[str]
+    walk: Walk, i: int, block: nn.Module, states: HiddenStates, names: set[str], last: str | None
 ) -> dict[str, Inputs]:
-    """Run the calibration states through the block; the inputs of the linears in `names`."""
+    """Run the calibration states through the block; the inputs of the linears in `names`.
+
+    `last` is the linear that runs last, if that is known: the block is left when it is reached.
+    """
     found: dict[str, Inputs] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -43,10 +51,16 @@ def observe(
 
         return hook
 
+    def leave(_module: nn.Module, _args: tuple[Tensor, ...]) -> None:
+        raise _AllSeen
+
     handles = [block.get_submodule(n).register_forward_pre_hook(watch(n)) for n in names]
+    if last is not None:
+        handles.append(block.get_submodule(last).register_forward_pre_hook(leave))
     try:
         for rows in walk.slices(states):
-            walk.run(i, block, states[rows])
+            with suppress(_AllSeen):
+                walk.run(i, block, states[rows])
     finally:
         for handle in handles:
             handle.remove()

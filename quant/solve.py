@@ -114,7 +114,10 @@ class BlockSolver:
         probe: Probe,
         notes: list[str],
     ) -> dict[str, RoundedLinear]:
-        inputs = observe(self.walk, i, block, states, {leaders[n] for n in schemes if n in leaders})
+        needed = {leaders[n] for n in schemes if n in leaders}
+        # Which expert runs last differs from batch to batch.
+        last = None if any(".experts." in n for n in leaders) else list(leaders)[-1]
+        inputs = observe(self.walk, i, block, states, needed, last)
         starved = self._starved(block, schemes, leaders, inputs)
         if starved:
             notes.append(f"rounded plainly, too few tokens seen: {', '.join(starved)}")
