@@ -26,23 +26,27 @@ class RoundedLinear(StoredLinear):
 
 
 class NearestLinear(StoredLinear):
-    """A linear rounded plainly, on the fly: what the method is compared with, at no memory."""
+    """A linear rounded plainly, on the fly: what the method is compared with, at no memory.
+
+    Its folds are those that `linear` has now, whatever becomes of them later.
+    """
 
     def __init__(self, linear: StoredLinear, scheme: Scheme, dtype: torch.dtype) -> None:
         super().__init__(linear.weight, linear.bias)
+        self.in_scale, self.out_scale = linear.in_scale, linear.out_scale
         self.scheme, self.scale_dtype = scheme, dtype
 
     def dense(self, rows: slice = slice(None)) -> Tensor:
         """Rows of the rounded weight, float32 `[rows, in]`."""
-        return restore(*nearest(self.weight[rows].float(), self.scheme, self.scale_dtype))
+        return restore(*self._nearest(rows))
 
     def rounded(self) -> RoundedLinear:
         """The same with its integers, to be stored."""
-        parts = [
-            nearest(self.weight[rows].float(), self.scheme, self.scale_dtype)
-            for rows in row_slices(self)
-        ]
+        parts = [self._nearest(rows) for rows in row_slices(self)]
         return join_rows(parts, self.dense_bias())
+
+    def _nearest(self, rows: slice) -> tuple[Tensor, Grid]:
+        return nearest(super().dense(rows), self.scheme, self.scale_dtype)
 
 
 def row_slices(linear: StoredLinear) -> list[slice]:
