@@ -112,6 +112,8 @@ def run(
     chat: flags.Chat = False,
     stats: flags.Stats = False,
     context: flags.Context = None,
+    kv_bits: flags.KvBits = 16,
+    kv_policy: flags.KvPolicy = "full",
     device: flags.Device = "auto",
     threads: flags.Threads = None,
     json: flags.Json = False,
@@ -138,7 +140,9 @@ def run(
         "stop": tuple(stop) if stop else None,
     }
     given = {key: value for key, value in sampling.items() if value is not None}
-    options = command.RunOptions(system, raw, chat, stats, json, context, threads, device, given)
+    options = command.RunOptions(
+        system, raw, chat, stats, json, context, kv_bits, kv_policy, threads, device, given
+    )
     raise typer.Exit(command.run(model, prompt, options))
 
 
@@ -160,6 +164,7 @@ def evaluate(
     window: flags.Window = 1024,
     max_windows: flags.MaxWindows = None,
     max_ppl_increase: flags.MaxIncrease = None,
+    record: flags.Record = False,
     device: flags.Device = "auto",
     threads: flags.Threads = None,
     json: flags.Json = False,
@@ -169,7 +174,8 @@ def evaluate(
     from optim.cli import evaluate as command
 
     asked = command.Asked(against, text, window, max_windows, device, threads)
-    command.evaluate(model, asked, max_ppl_increase=max_ppl_increase, as_json=json, quiet=quiet)
+    what = command.Then(max_ppl_increase, record, json, quiet)
+    command.evaluate(model, asked, what)
 
 
 @app.command(
@@ -183,6 +189,9 @@ def bench(
     new_tokens: flags.NewTokens = 64,
     batch: flags.Batch = 1,
     repeat: flags.Repeat = 3,
+    context: flags.Context = None,
+    kv_bits: flags.KvBits = 16,
+    kv_policy: flags.KvPolicy = "full",
     device: flags.Device = "auto",
     threads: flags.Threads = None,
     json: flags.Json = False,
@@ -200,6 +209,9 @@ def bench(
         repeat,
         threads,
         device,
+        kv_bits,
+        kv_policy,
+        context,
     )
     command.bench(model, asked, as_json=json, quiet=quiet)
 

@@ -19,24 +19,36 @@ class Asked:
     threads: int | None
 
 
-def evaluate(
-    source: str, asked: Asked, *, max_ppl_increase: float | None, as_json: bool, quiet: bool
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Then:
+    """What to do with the result."""
+
+    max_ppl_increase: float | None
+    record: bool
+    as_json: bool
+    quiet: bool
+
+
+def evaluate(source: str, asked: Asked, then: Then) -> None:
     """Measure, print, and raise OptimError (3) if perplexity rose by more than was allowed."""
-    if max_ppl_increase is not None and asked.against is None:
+    if then.max_ppl_increase is not None and asked.against is None:
         fix = "add --against BASE, the model it was made from"
         raise OptimError("--max-ppl-increase needs a model to compare with", fix, USAGE)
-    ui.notes.quiet = quiet
+    ui.notes.quiet = then.quiet
     from optim.runtime.evaluate import evaluate as measure
+    from optim.runtime.record import record, recordable
 
+    folder = recordable(source) if then.record else None
     with ui.progress("eval") as step:
         found = measure(source, **asdict(asked), progress=step).as_dict()
-    if as_json:
+    if folder is not None:
+        record(folder, {"text": asked.text, "against": asked.against, **found})
+    if then.as_json:
         ui.emit(found)
     else:
         _show(source, asked, found)
-    if max_ppl_increase is not None:
-        _hold(found["ppl_ratio"] - 1, max_ppl_increase)
+    if then.max_ppl_increase is not None:
+        _hold(found["ppl_ratio"] - 1, then.max_ppl_increase)
 
 
 def _hold(increase: float, allowed: float) -> None:

@@ -97,6 +97,10 @@ Raw = Annotated[bool, Option("--raw", help="Continue the prompt; no chat templat
 Chat = Annotated[bool, Option("--chat", help="A conversation even if input is piped.")]
 Stats = Annotated[bool, Option("--stats", help="Show speed after each reply.")]
 Context = Annotated[int | None, Option("--context", min=1, help="Tokens kept. Default: model's.")]
+KvBits = Annotated[int, Option("--kv-bits", help="Bits of the KV cache: 16, 8 or 4.")]
+KvPolicy = Annotated[
+    str, Option("--kv-policy", help="full; or stream: first and latest tokens, without an end.")
+]
 Temperature = Annotated[
     float | None, Option("--temperature", help="0 is greedy.", rich_help_panel=SAMPLING)
 ]
@@ -124,6 +128,9 @@ Text = Annotated[
 ]
 Window = Annotated[int, Option("--window", min=2, help="Tokens a window.")]
 MaxWindows = Annotated[int | None, Option("--max-windows", min=1, help="Default: all.")]
+Record = Annotated[
+    bool, Option("--record", help="Keep the result in the artifact's manifest and model card.")
+]
 MaxIncrease = Annotated[
     float | None,
     Option("--max-ppl-increase", min=0, help="Exit 3 beyond it; 0.02 is 2 % over --against."),
