@@ -21,6 +21,9 @@ class Asked:
     repeat: int = 3
     threads: int | None = None
     device: str = "auto"
+    kv_bits: int = 16
+    kv_policy: str = "full"
+    context: int | None = None
 
 
 def bench(source: str, asked: Asked, *, as_json: bool, quiet: bool) -> None:
@@ -29,8 +32,10 @@ def bench(source: str, asked: Asked, *, as_json: bool, quiet: bool) -> None:
     Raises OptimError: 2 for a length that is no number, 4 for a peer that is not installed.
     """
     ui.notes.quiet = quiet
+    from optim.runtime.cache import Policy
     from optim.runtime.measure import bandwidth, measure
 
+    Policy(asked.kv_bits, asked.kv_policy)  # refuses what no cache has
     jobs = _jobs(source, asked)
     runs = []
     with ui.progress("bench") as step:
@@ -64,6 +69,9 @@ def _jobs(source: str, asked: Asked) -> list[Any]:
             repeat=asked.repeat,
             threads=asked.threads,
             device=asked.device,
+            kv_bits=asked.kv_bits,
+            kv_policy=asked.kv_policy,
+            context=asked.context,
         )
 
     base = [job(asked.against)] if asked.against else []

@@ -38,6 +38,8 @@ class RunOptions:
     stats: bool = False
     as_json: bool = False
     context: int | None = None
+    kv_bits: int = 16
+    kv_policy: str = "full"
     threads: int | None = None
     device: str = "auto"
     sampling: dict[str, Any] = field(default_factory=dict)  # as Sampling names them; no None
@@ -93,16 +95,18 @@ def _utf8(text: str, name: str) -> str:
 
 
 def _open(source: str, options: RunOptions) -> Session:
+    from optim.runtime.cache import Policy
     from optim.runtime.engine import Sampling, Session
     from optim.runtime.model import load_model
 
-    sampling = Sampling(**options.sampling)
+    sampling, policy = Sampling(**options.sampling), Policy(options.kv_bits, options.kv_policy)
     model: Model = load_model(source, device=options.device, threads=options.threads)
     return Session(
         model,
         system=_utf8(options.system, "the system prompt"),
         sampling=sampling,
         context=options.context,
+        policy=policy,
     )
 
 

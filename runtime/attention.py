@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from optim.runtime.cache import LayerCache
+from optim.runtime.cache import Layer, LayerCache
 
 ROWS = 128  # query positions a block
 
@@ -25,47 +25,36 @@ class Rule:
     cap: float | None = None
 
 
-def attend(q: Tensor, cache: LayerCache, start: int, rule: Rule, padding: Tensor | None) -> Tensor:
+def attend(q: Tensor, cache: Layer, start: int, rule: Rule, padding: Tensor | None) -> Tensor:
     """What `q` `[B, T, heads, D]` at start..start+T see in `cache`: `[B, T, heads * D]`.
 
     The keys and values of those positions are in the cache already.
     """
-    if cache.transposed or rule.cap is not None:
-        blocks = [
-            _rows(block, cache, start + i * ROWS, rule, padding)
-            for i, block in enumerate(torch.split(q, ROWS, 1))
-        ]
-        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
-    return _fused(q, cache, start, rule, padding)
+    if isinstance(cache, LayerCache) and not cache.transposed and rule.cap is None:
+        return _fused(q, cache, start, rule, padding)
+    blocks = [
+        _rows(block, cache, start + i * ROWS, rule, padding)
+        for i, block in enumerate(torch.split(q, ROWS, 1))
+    ]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
 
 
-def _rows(q: Tensor, cache: LayerCache, start: int, rule: Rule, padding: Tensor | None) -> Tensor:
+def _rows(q: Tensor, cache: Layer, start: int, rule: Rule, padding: Tensor | None) -> Tensor:
     b, t, heads, d = q.shape
-    kv = cache.keys.shape[0] // b if cache.transposed else cache.keys.shape[1]
+    kv = cache.rows // b
     group, end = heads // kv, start + t
     first = max(0, start - rule.window + 1) if rule.window else 0
-    keys, values = _views(cache, first, end)
     rows = q.view(b, t, kv, group, d).permute(0, 2, 3, 1, 4).reshape(b * kv, group * t, d)
-    scores = torch.baddbmm(
-        keys.new_zeros(1), rows.to(keys.dtype), keys, beta=0, alpha=rule.scale
-    ).float()
+    scores = cache.scores(rows, first, end, rule.scale)
     if rule.cap is not None:
         scores = torch.tanh(scores / rule.cap) * rule.cap
     mask = visible(start, t, first, rule.window, padding, q.device)
     if mask is not None:
         hidden = ~mask[:, None, None]
         scores.view(b, kv, group, t, -1).masked_fill_(hidden, torch.finfo(scores.dtype).min)
-    out = torch.bmm(torch.softmax(scores, -1).to(values.dtype), values)
+    out = cache.mix(torch.softmax(scores, -1), first, end)
     out = out.view(b, kv, group, t, d).permute(0, 3, 1, 2, 4)
     return out.reshape(b, t, heads * d).to(q.dtype)
-
-
-def _views(cache: LayerCache, first: int, end: int) -> tuple[Tensor, Tensor]:
-    """Keys `[B * kv, D, n]` and values `[B * kv, n, D]` of positions first..end."""
-    if cache.transposed:
-        return cache.keys[..., first:end], cache.values[:, first:end]
-    keys, values = cache.keys[:, :, first:end], cache.values[:, :, first:end]
-    return keys.flatten(0, 1).transpose(1, 2), values.flatten(0, 1)
 
 
 def visible(

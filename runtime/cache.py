@@ -4,60 +4,160 @@ On a CPU, keys lie transposed (`[B * kv_heads, D, N]`, fp32), so that a query ro
 one plain matrix product. On a GPU both lie `[B, kv_heads, N, D]`, as fused attention wants them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from optim.recipes.errors import USAGE, OptimError
+
 CHUNK = 128  # positions a buffer grows by, at least
+BITS = (4, 8, 16)
+KINDS = ("full", "stream")
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What a cache keeps: `bits` a value (16: as computed), and "full" or "stream" positions.
+
+    OptimError (2) for anything else.
+    """
+
+    bits: int = 16
+    kind: str = "full"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("bits", self.bits, BITS), ("policy", self.kind, KINDS)):
+            if value not in known:
+                listing = ", ".join(map(str, known))
+                raise OptimError(f"no cache has the {name} {value!r}", f"known: {listing}", USAGE)
 
 
 class Cache(Protocol):
-    """What generation knows of a cache: how much it holds, may hold, and how to cut it back."""
+    """What generation knows of a cache: how much it has seen, may see, and how to cut it back."""
 
     length: int
     limit: int
 
-    def truncate(self, length: int) -> None: ...
+    def truncate(self, length: int) -> None:
+        """Forget from position `length` on; look at `length` for what is left."""
 
     @property
     def nbytes(self) -> int: ...
+    @property
+    def summary(self) -> str: ...
+
+
+class LayeredCache(Cache, Protocol):
+    """What a decoder knows of it."""
+
+    layers: Sequence["Layer"]
+    padding: Tensor | None
+
+    @property
+    def step(self) -> int:
+        """So many tokens may be computed at once."""
+
+    @property
+    def span(self) -> int:
+        """So many positions it holds at most."""
+
+    def place(self, count: int) -> int:
+        """Make room for `count` positions more; where in the layers the first of them goes."""
+
+
+class Layer(Protocol):
+    """One layer of a cache: `rows` (`B * kv_heads`) of at most N positions."""
+
+    @property
+    def rows(self) -> int: ...
+
+    def write(self, k: Tensor, v: Tensor, start: int) -> None:
+        """Put `k`, `v` `[B, T, kv_heads, D]` at positions start..start+T."""
+
+    def scores(self, rows: Tensor, first: int, end: int, scale: float) -> Tensor:
+        """`rows` `[B * kv, R, D]` times the keys of positions first..end: `[B * kv, R, n]`."""
+
+    def mix(self, weights: Tensor, first: int, end: int) -> Tensor:
+        """The values of positions first..end, weighted by `[B * kv, R, n]`: `[B * kv, R, D]`."""
+
+    def grow(self, length: int) -> None:
+        """Make room for `length` positions, keeping what is there."""
+
+    def keys_at(self, first: int, end: int) -> Tensor:
+        """Keys of positions first..end: fp32 `[B * kv, n, D]`."""
+
+    def put_keys(self, rows: Tensor, start: int) -> None:
+        """Put `rows` `[B * kv, n, D]` in place of the keys from `start` on."""
+
+    def buffers(self) -> list[tuple[Tensor, int]]:
+        """All buffers, each with the axis of its positions."""
+
+
+def by_rows(x: Tensor) -> Tensor:
+    """`[B, T, kv, D]` as `[B * kv, T, D]`."""
+    return x.transpose(1, 2).flatten(0, 1)
 
 
 @dataclass(slots=True)
 class LayerCache:
-    """Keys and values of one layer; `read(n)` gives views of the first n positions."""
+    """Keys and values as they are: fp32 on a CPU, the model's dtype on a GPU."""
 
     transposed: bool
     keys: Tensor
     values: Tensor
 
+    @property
+    def rows(self) -> int:
+        return self._values().shape[0]
+
     def write(self, k: Tensor, v: Tensor, start: int) -> None:
-        """Put `k`, `v` `[B, T, kv_heads, D]` at positions start..start+T."""
-        b, t, h, d = k.shape
-        end = start + t
-        if self.transposed:
-            self.keys.view(b, h, d, -1)[..., start:end].copy_(k.permute(0, 2, 3, 1))
-            self.values.view(b, h, -1, d)[:, :, start:end].copy_(v.transpose(1, 2))
-        else:
-            self.keys[:, :, start:end].copy_(k.transpose(1, 2))
-            self.values[:, :, start:end].copy_(v.transpose(1, 2))
+        self.put_keys(by_rows(k), start)
+        rows = by_rows(v)
+        self._values()[:, start : start + rows.shape[1]].copy_(rows)
+
+    def scores(self, rows: Tensor, first: int, end: int, scale: float) -> Tensor:
+        keys = self._keys()[:, first:end].transpose(1, 2)
+        zero = keys.new_zeros(1)
+        return torch.baddbmm(zero, rows.to(keys.dtype), keys, beta=0, alpha=scale).float()
+
+    def mix(self, weights: Tensor, first: int, end: int) -> Tensor:
+        values = self._values()[:, first:end]
+        return torch.bmm(weights.to(values.dtype), values)
 
     def grow(self, length: int) -> None:
-        """Make room for `length` positions, keeping what is there."""
-        self.keys = _longer(self.keys, -1 if self.transposed else -2, length)
-        self.values = _longer(self.values, -2, length)
+        (_, k_axis), (_, v_axis) = self.buffers()
+        self.keys = longer(self.keys, k_axis, length)
+        self.values = longer(self.values, v_axis, length)
+
+    def keys_at(self, first: int, end: int) -> Tensor:
+        return self._keys()[:, first:end].float()
+
+    def put_keys(self, rows: Tensor, start: int) -> None:
+        self._keys()[:, start : start + rows.shape[1]].copy_(rows)
+
+    def buffers(self) -> list[tuple[Tensor, int]]:
+        return [(self.keys, -1 if self.transposed else -2), (self.values, -2)]
+
+    def _keys(self) -> Tensor:
+        """A view `[B * kv, N, D]`."""
+        return self.keys.transpose(1, 2) if self.transposed else self.keys.flatten(0, 1)
+
+    def _values(self) -> Tensor:
+        return self.values if self.transposed else self.values.flatten(0, 1)
 
 
-def _longer(old: Tensor, dim: int, length: int) -> Tensor:
+def longer(old: Tensor, axis: int, length: int) -> Tensor:
+    """`old` with room for `length` positions along `axis`."""
     size = list(old.shape)
-    kept = size[dim]
+    kept = size[axis]
     if kept >= length:
         return old  # a growth that was interrupted
-    size[dim] = length
+    size[axis] = length
     new = old.new_zeros(size)
-    new.narrow(dim, 0, kept).copy_(old)
+    new.narrow(axis, 0, kept).copy_(old)
     return new
 
 
@@ -68,11 +168,24 @@ class StaticCache:
     `length` positions are filled. `padding` `[B]` counts the pad tokens on the left of each row.
     """
 
-    layers: list[LayerCache]
+    layers: Sequence[Layer]
     limit: int
     length: int = 0
     padding: Tensor | None = None
     capacity: int = field(default=0)
+
+    @property
+    def step(self) -> int:
+        return self.limit
+
+    @property
+    def span(self) -> int:
+        return self.limit
+
+    def place(self, count: int) -> int:
+        """Make room for `count` positions more; where the first of them goes."""
+        self.reserve(self.length + count)
+        return self.length
 
     def reserve(self, length: int) -> None:
         """Grow every layer so that `length` positions fit."""
@@ -90,28 +203,23 @@ class StaticCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+        return sum(buffer.nbytes for layer in self.layers for buffer, _ in layer.buffers())
+
+    @property
+    def summary(self) -> str:
+        return f"{self.length} of {self.limit} tokens"
 
 
-def static_cache(
-    *,
-    layers: int,
-    batch: int,
-    kv_heads: int,
-    head_dim: int,
-    limit: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    padding: Tensor | None = None,
-) -> StaticCache:
-    """An empty cache; memory is taken as the text grows."""
-    transposed = device.type == "cpu"
+def static_layers(
+    count: int, batch: int, kv_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
+) -> list[Layer]:
+    """Empty layers; memory is taken as the text grows."""
 
     def empty() -> LayerCache:
-        if transposed:
+        if device.type == "cpu":
             k = torch.zeros(batch * kv_heads, head_dim, 0, dtype=dtype, device=device)
             return LayerCache(True, k, k.new_zeros(batch * kv_heads, 0, head_dim))
         k = torch.zeros(batch, kv_heads, 0, head_dim, dtype=dtype, device=device)
         return LayerCache(False, k, k.clone())
 
-    return StaticCache([empty() for _ in range(layers)], limit, padding=padding)
+    return [empty() for _ in range(count)]

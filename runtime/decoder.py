@@ -12,8 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.attention import Rule, attend
-from optim.runtime.cache import LayerCache, StaticCache, static_cache
+from optim.runtime.cache import Layer, LayerCache, LayeredCache, Policy, StaticCache, static_layers
+from optim.runtime.cache_packed import packed_layers
+from optim.runtime.cache_stream import Turn, stream_cache
 from optim.runtime.kernels import cpu_step
 from optim.runtime.layers import MLP, HeadNorm, Mixture, Norm
 from optim.runtime.rope import Rope, rotate
@@ -47,10 +50,10 @@ class Attention:
     rule: Rule
     one_token: cpu_step.Attend | None
 
-    def __call__(self, x: Tensor, cache: LayerCache, step: Step) -> Tensor:
+    def __call__(self, x: Tensor, cache: Layer, step: Step) -> Tensor:
         b, t, _ = x.shape
         y = self._project(x)
-        if t == 1 and self.one_token is not None:
+        if t == 1 and self.one_token is not None and isinstance(cache, LayerCache):
             angles = step.angles[self.rope] if self.rope else None
             where = cache.keys, cache.values, step.start
             seen = self.one_token(y.view(b, -1, self.head_dim), *where, angles, step.padding)
@@ -91,7 +94,7 @@ class Block:
     residual_scale: float
     norm_after_add: bool
 
-    def __call__(self, h: Tensor, cache: LayerCache, step: Step) -> Tensor:
+    def __call__(self, h: Tensor, cache: Layer, step: Step) -> Tensor:
         """`h` `[B, T, hidden]` -> the same shape."""
         a = _norm(self.after_attention, self.attention(self._before(h), cache, step))
         if self.parallel:
@@ -131,41 +134,59 @@ class Decoder:
         return self.shape.max_context
 
     def new_cache(
-        self, batch: int, limit: int, device: torch.device, padding: Tensor | None
-    ) -> StaticCache:
-        """An empty cache for `batch` rows of at most `limit` positions."""
-        return static_cache(
-            layers=len(self.blocks),
-            batch=batch,
-            kv_heads=self.shape.kv_heads,
-            head_dim=self.shape.head_dim,
-            limit=limit,
-            device=device,
-            dtype=torch.float32 if device.type == "cpu" else self.dtype,
-            padding=padding,
-        )
+        self,
+        batch: int,
+        limit: int,
+        device: torch.device,
+        padding: Tensor | None,
+        policy: Policy,
+    ) -> LayeredCache:
+        """An empty cache for `batch` rows of at most `limit` positions.
 
-    def __call__(self, ids: Tensor, cache: StaticCache, all_logits: bool) -> Tensor:
+        OptimError (2) where `policy` does not fit this family, or a batch.
+        """
+        count, heads, dim = len(self.blocks), self.shape.kv_heads, self.shape.head_dim
+        if policy.bits == 16:
+            dtype = torch.float32 if device.type == "cpu" else self.dtype
+            layers = static_layers(count, batch, heads, dim, device, dtype)
+        else:
+            layers = packed_layers(count, batch, heads, dim, device, policy.bits)
+        if policy.kind == "stream":
+            return stream_cache(layers, self._turns(limit), limit, batch)
+        return StaticCache(layers, limit, padding=padding)
+
+    def _turns(self, limit: int) -> list[Turn | None]:
+        """How each block's keys are moved to other positions."""
+        if self.positions is not None:
+            what = "a family with learned positions cannot stream"
+            raise OptimError(what, "--kv-policy full", USAGE)
+
+        def turn(rope: Rope) -> Turn:
+            return lambda keys, by: rope.turn(keys, by, limit)
+
+        kinds = [block.attention.rope for block in self.blocks]
+        return [turn(self.ropes[kind]) if kind else None for kind in kinds]
+
+    def __call__(self, ids: Tensor, cache: LayeredCache, all_logits: bool) -> Tensor:
         """fp32 logits after `ids` `[B, T]`, which follow what is in `cache`: the last, or all T."""
-        end = cache.length + ids.shape[1]
-        cache.reserve(end)
+        end = min(cache.length + ids.shape[1], cache.span)
         logits = []
-        for chunk in torch.split(ids, CHUNK, 1):
+        for chunk in torch.split(ids, min(CHUNK, cache.step), 1):
             h = self._hidden(chunk, cache, end)
             if all_logits:
                 logits.append(self._logits(h))
         return torch.cat(logits, 1) if all_logits else self._logits(h[:, -1:])[:, 0]
 
-    def _hidden(self, ids: Tensor, cache: StaticCache, end: int) -> Tensor:
-        start, t = cache.length, ids.shape[1]
+    def _hidden(self, ids: Tensor, cache: LayeredCache, end: int) -> Tensor:
         h, step = self._begin(ids, cache, end)
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             h = block(h, layer, step)
-        cache.length = start + t
+        cache.length += ids.shape[1]
         return h
 
-    def _begin(self, ids: Tensor, cache: StaticCache, end: int) -> tuple[Tensor, Step]:
-        places = torch.arange(cache.length, cache.length + ids.shape[1], device=ids.device)[None]
+    def _begin(self, ids: Tensor, cache: LayeredCache, end: int) -> tuple[Tensor, Step]:
+        start, t = cache.place(ids.shape[1]), ids.shape[1]
+        places = torch.arange(cache.length, cache.length + t, device=ids.device)[None]
         if cache.padding is not None:
             places = (places - cache.padding[:, None]).clamp_(min=0)
         h = self.embed[ids].to(self.dtype)
@@ -176,7 +197,7 @@ class Decoder:
         if self.positions is not None:
             h = h + self.positions[places + POSITION_OFFSET].to(h.dtype)
         angles = {kind: rope.angles(places, end) for kind, rope in self.ropes.items()}
-        return h, Step(cache.length, angles, cache.padding)
+        return h, Step(start, angles, cache.padding)
 
     def _logits(self, h: Tensor) -> Tensor:
         h = _norm(self.norm, h)

@@ -8,7 +8,7 @@ from time import perf_counter
 import torch
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.cache import Cache
+from optim.runtime.cache import Cache, Policy
 from optim.runtime.model import Model
 from optim.runtime.sampling import Sampler, Sampling
 from optim.runtime.stops import StopText
@@ -86,6 +86,7 @@ class Session:
         system: str = "",
         sampling: Sampling | None = None,
         context: int | None = None,
+        policy: Policy | None = None,
     ) -> None:
         if context and context > model.max_context:
             raise OptimError(
@@ -98,7 +99,7 @@ class Session:
         self.sampling = sampling or Sampling()
         self.messages: list[Message] = []
         self.stats = Stats()
-        self._cache = model.new_cache(length=context or model.max_context)
+        self._cache = model.new_cache(length=context or model.max_context, policy=policy)
         self._tokens: list[int] = []  # what the cache holds, and perhaps one more
 
     def reply(self, text: str) -> Generator[str, None, None]:
@@ -128,7 +129,7 @@ class Session:
         return {
             "weights": f"{model.weight_bytes / 1e6:.0f} MB a token",
             "device": model.place,
-            "context": f"{cache.length} of {cache.limit} tokens",
+            "context": cache.summary,
             "cache": f"{cache.nbytes / 1e6:.0f} MB",
         }
 
@@ -164,7 +165,7 @@ class Session:
         pairs = zip(held, ids[:-1], strict=False)
         shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(held), len(ids) - 1))
         self._cache.truncate(shared)
-        return shared
+        return self._cache.length
 
     def _next(self, tokens: Generator[int, None, str]) -> int | None:
         """The next token, timed and counted; None at the end."""

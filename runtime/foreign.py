@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.build import Loader
+from optim.runtime.cache import Policy
 from optim.runtime.checkpoint import Checkpoint
 
 
@@ -35,6 +36,10 @@ class ForeignCache:
         held = (t for layer in self.past.layers for t in vars(layer).values())
         return sum(t.nbytes for t in held if isinstance(t, Tensor))
 
+    @property
+    def summary(self) -> str:
+        return f"{self.length} of {self.limit} tokens"
+
 
 @dataclass(slots=True)
 class Foreign:
@@ -45,9 +50,20 @@ class Foreign:
     dtype: torch.dtype
 
     def new_cache(
-        self, batch: int, limit: int, device: torch.device, padding: Tensor | None
+        self,
+        batch: int,
+        limit: int,
+        device: torch.device,
+        padding: Tensor | None,
+        policy: Policy,
     ) -> ForeignCache:
-        """An empty cache for at most `limit` positions; it grows with the text."""
+        """An empty cache for at most `limit` positions; it grows with the text.
+
+        OptimError (2) for a `policy` other than the plain one.
+        """
+        if policy != Policy():
+            what = f"{self.model.config.model_type} runs through transformers, with a plain cache"
+            raise OptimError(what, "leave out --kv-bits and --kv-policy", USAGE)
         return ForeignCache(limit, padding)
 
     def __call__(self, ids: Tensor, cache: ForeignCache, all_logits: bool) -> Tensor:

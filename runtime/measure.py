@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from optim.recipes.errors import OptimError
+from optim.runtime.cache import Policy
 
 WORKER = "import sys; from optim.runtime.measure import worker; worker(sys.stdin, sys.stdout)"
 MARK = "optim-measure:"  # libraries may print to stdout too
@@ -36,6 +37,9 @@ class Job:
     repeat: int = 3
     threads: int | None = None
     device: str = "auto"
+    kv_bits: int = 16
+    kv_policy: str = "full"
+    context: int | None = None
 
 
 @dataclass(slots=True)
@@ -83,12 +87,14 @@ class OptimEngine:
         from optim.runtime.model import load_model
 
         self._model = load_model(job.source, device=job.device, threads=job.threads)
+        self._policy, self._context = Policy(job.kv_bits, job.kv_policy), job.context
         self.place, self.weight_bytes = self._model.place, self._model.weight_bytes
 
     def run(self, prompt: int, new: int, batch: int) -> tuple[float, float]:
         model = self._model
         ids = torch.randint(10, int(model.config["vocab_size"]), (batch, prompt))
-        cache = model.new_cache(batch=batch, length=prompt + new)
+        length = self._context or prompt + new
+        cache = model.new_cache(batch=batch, length=length, policy=self._policy)
         start = time.perf_counter()
         token = model.forward(ids, cache).argmax(-1, keepdim=True)
         _wait(model.device)

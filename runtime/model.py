@@ -10,7 +10,7 @@ from torch import Tensor
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.architectures import FAMILIES
 from optim.runtime.build import build
-from optim.runtime.cache import Cache
+from optim.runtime.cache import Cache, Policy
 from optim.runtime.checkpoint import Checkpoint, open_checkpoint
 from optim.runtime.machine import compute_dtype, pick_device, release_memory
 
@@ -26,7 +26,12 @@ class Runner(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
     def new_cache(
-        self, batch: int, limit: int, device: torch.device, padding: Tensor | None
+        self,
+        batch: int,
+        limit: int,
+        device: torch.device,
+        padding: Tensor | None,
+        policy: Policy,
     ) -> Any: ...
     def __call__(self, ids: Tensor, cache: Any, all_logits: bool) -> Tensor: ...
 
@@ -65,15 +70,21 @@ class Model:
         return self._tokenizer
 
     def new_cache(
-        self, batch: int = 1, length: int | None = None, padding: Sequence[int] | None = None
+        self,
+        batch: int = 1,
+        length: int | None = None,
+        padding: Sequence[int] | None = None,
+        policy: Policy | None = None,
     ) -> Cache:
         """An empty cache for at most `length` positions (default: the model's context).
 
-        `padding` counts the pad tokens at the left of each row of a batch.
+        `padding` counts the pad tokens at the left of each row of a batch. Raises OptimError (2)
+        where the model, or a batch, cannot have such a `policy`.
         """
         pads = None if padding is None else torch.tensor(padding, device=self.device)
         limit = length or self.max_context
-        cache: Cache = self.decoder.new_cache(batch, limit, self.device, pads)
+        kind = policy or Policy()
+        cache: Cache = self.decoder.new_cache(batch, limit, self.device, pads, kind)
         return cache
 
     @torch.inference_mode()

@@ -26,10 +26,24 @@ class Rope:
 
     def angles(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """cos and signed sin `[B, T, 1, r]` (fp32) for `positions` `[B, T]` of a text of `end`."""
-        inverse, factor = self.scaled(end) if self.scaled else self.frequencies
-        turns = positions[..., None, None].float() * inverse.to(positions.device)
-        cos, sin = turns.cos() * factor, turns.sin() * factor
-        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        inverse, factor = self._at(end)
+        cos, sin = _waves(positions[..., None, None], inverse)
+        return cos * factor, sin * factor
+
+    def turn(self, keys: Tensor, by: int, end: int) -> Tensor:
+        """`keys` `[..., D]`, already rotated for their positions, moved on `by` positions."""
+        inverse, _ = self._at(end)
+        return rotate(keys, *_waves(torch.tensor([by], device=keys.device), inverse))
+
+    def _at(self, end: int) -> Frequencies:
+        return self.scaled(end) if self.scaled else self.frequencies
+
+
+def _waves(positions: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and signed sin; in fp64, as a stream's positions have no end."""
+    turns = positions.double() * inverse.to(positions.device)
+    cos, sin = turns.cos().float(), turns.sin().float()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

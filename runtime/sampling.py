@@ -36,6 +36,8 @@ class Sampling:
         penalty = self.repetition_penalty
         _check("repetition_penalty", penalty, 0 < penalty < math.inf, "1 is off")
         _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "give at least 1")
+        seed = self.seed or 0
+        _check("seed", seed, -(2**63) <= seed < 2**63, "give one from 0 to 2**63 - 1")
         _check("stop", self.stop, all(self.stop), "a stop text has at least one character")
 
 

@@ -4,19 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from optim.runtime.cache import CHUNK, LayerCache, StaticCache, static_cache
+from optim.runtime.cache import CHUNK, LayerCache, StaticCache, static_layers
 
 
 def _cache(limit: int, transposed: bool) -> StaticCache:
-    cache = static_cache(
-        layers=2,
-        batch=3,
-        kv_heads=2,
-        head_dim=5,
-        limit=limit,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-    )
+    made = static_layers(2, 3, 2, 5, torch.device("cpu"), torch.float32)
+    cache = StaticCache(made, limit)
     if not transposed:  # the GPU's layout, on the CPU
         empty = torch.zeros(3, 2, 0, 5)
         cache.layers = [LayerCache(False, empty, empty.clone()) for _ in range(2)]
@@ -42,6 +35,7 @@ def test_what_is_written_is_read_across_growth(transposed: bool) -> None:
             layer.write(sign * k[:, span], sign * v[:, span], start)
         cache.length = start + 96
     for sign, layer in zip((1, -1), cache.layers, strict=True):
+        assert isinstance(layer, LayerCache)
         keys, values = _read(layer, 3 * CHUNK)
         assert torch.equal(keys, sign * k)
         assert torch.equal(values, sign * v)
@@ -71,4 +65,6 @@ def test_an_interrupted_growth_is_repeated() -> None:
     cache.reserve(10)
     cache.layers[0].grow(8 * CHUNK)  # as if stopped before the second layer
     cache.reserve(2 * CHUNK)
-    assert all(layer.keys.shape[-1] >= 2 * CHUNK for layer in cache.layers)
+    assert all(
+        buffer.shape[axis] >= 2 * CHUNK for x in cache.layers for buffer, axis in x.buffers()
+    )

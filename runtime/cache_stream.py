@@ -1,0 +1,116 @@
+"""A cache without an end: the first tokens and the latest ones (StreamingLLM, arXiv 2309.17453).
+
+Softmax needs somewhere to put its weight, and models put it on the first tokens: kept as "sinks",
+they hold the model together while the middle of the text is forgotten. Distances are counted in the
+cache: the sinks follow right before the window. Rotary scores depend on distances alone, so
+the window keeps its keys, and only the sinks' are turned on when something is forgotten.
+
+What is forgotten is forgotten a quarter of the window at a time, so each token sees the sinks and
+the latest three quarters of the window, or more.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.cache import CHUNK, Layer
+
+SINKS = 4
+SMALLEST = 16  # positions a cache must have
+
+Turn = Callable[[Tensor, int], Tensor]
+"""Turns keys `[rows, n, D]` on by so many positions."""
+
+
+@dataclass(slots=True)
+class StreamCache:
+    """At most `capacity` positions of a text of any length.
+
+    `length` tokens have been seen; `gone` of them, right after the sinks, are forgotten. `turns`
+    has one function a layer; None: its keys know no position.
+    """
+
+    layers: Sequence[Layer]
+    turns: Sequence[Turn | None]
+    capacity: int
+    length: int = 0
+    gone: int = 0
+    room: int = 0
+    limit: int = 1 << 62
+    padding: Tensor | None = None
+    sinks: list[Tensor] = field(default_factory=list)  # their keys, before anything was forgotten
+
+    @property
+    def step(self) -> int:
+        return (self.capacity - SINKS) // 4
+
+    @property
+    def span(self) -> int:
+        return self.capacity
+
+    def place(self, count: int) -> int:
+        """Make room for `count` (at most `step`) positions; where the first of them goes."""
+        held = self.length - self.gone
+        if held + count > self.capacity:
+            self._forget(self.step)
+            held = self.length - self.gone
+        self._reserve(held + count)
+        return held
+
+    def _forget(self, count: int) -> None:
+        """Drop `count` positions after the sinks; the rest moves down."""
+        seen, end = self.length, self.length - self.gone
+        self.length = 0  # whoever interrupts this finds an empty cache
+        if not self.sinks:
+            self.sinks = [layer.keys_at(0, SINKS).clone() for layer in self.layers]
+        for layer in self.layers:
+            for buffer, axis in layer.buffers():
+                kept = buffer.narrow(axis, SINKS + count, end - SINKS - count).clone()
+                buffer.narrow(axis, SINKS, end - SINKS - count).copy_(kept)
+        self.gone += count
+        for layer, turn, keys in zip(self.layers, self.turns, self.sinks, strict=True):
+            if turn is not None:
+                layer.put_keys(turn(keys, self.gone), 0)
+        self.length = seen
+
+    def _reserve(self, length: int) -> None:
+        if length > self.room:
+            wanted = max(length, self.room + self.room // 2)
+            self.room = min(self.capacity, -(-wanted // CHUNK) * CHUNK)
+            for layer in self.layers:
+                layer.grow(self.room)
+
+    def truncate(self, length: int) -> None:
+        """Forget from token `length` on.
+
+        Where so much of what comes before is gone already that less than half the cache would be
+        left, forget everything: it has to be computed again.
+        """
+        if length >= self.length:
+            return
+        self.length = length
+        if self.gone and length - self.gone < self.capacity // 2:
+            self.length = self.gone = 0
+            self.sinks = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for layer in self.layers for buffer, _ in layer.buffers())
+
+    @property
+    def summary(self) -> str:
+        return f"{self.length - self.gone} of {self.capacity} tokens, {self.gone} forgotten"
+
+
+def stream_cache(
+    layers: Sequence[Layer], turns: Sequence[Turn | None], capacity: int, batch: int
+) -> StreamCache:
+    """An empty cache of `capacity` positions. OptimError (2) if that is too few, or for a batch."""
+    if capacity < SMALLEST:
+        what = f"a streaming cache of {capacity} tokens is too small"
+        raise OptimError(what, f"--context {SMALLEST} or more", USAGE)
+    if batch != 1:
+        raise OptimError("a streaming cache holds one text", "--kv-policy full", USAGE)
+    return StreamCache(layers, turns, capacity)
