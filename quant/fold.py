@@ -95,6 +95,8 @@ def _is_norm(module: nn.Module) -> bool:
 
 def query_repeats(block: nn.Module, group: Group) -> tuple[int, int] | None:
     """(query heads a KV head, head dim) where the source is an attention's values, else None."""
+    if not isinstance(block.get_submodule(group.source), StoredLinear):
+        return None  # a norm inside the attention: its channels are no heads
     parent: Any = block.get_submodule(group.source.rpartition(".")[0])
     repeats = int(getattr(parent, "num_key_value_groups", 1))
     return (repeats, int(parent.head_dim)) if repeats > 1 else None

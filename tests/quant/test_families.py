@@ -132,7 +132,7 @@ def test_more_bits_diverge_less(
     for folder in folders:
         compress(base, folder, bits=int(folder.name))
     kl = _divergences(folders, base)
-    assert len(kl) == 4 and 0 < kl[0] and kl == sorted(kl)
+    assert len(kl) == 4 and kl[0] > 0 and kl == sorted(kl)
 
 
 def test_manifest_tells_what_was_done(
