@@ -157,7 +157,7 @@ def _lock(folder: Path) -> FileLock:
 def _read_journal(path: Path) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().splitlines():
             try:
                 lines.append(json.loads(line))
             except ValueError:
