@@ -58,6 +58,24 @@ def _field(words, shift: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _zero(at, ok, MIDDLE: tl.constexpr, SHIFT: tl.constexpr, STORED: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """zero + bias of N outputs in one group."""
+    if STORED:
+        return tl.load(at, ok, other=0).to(tl.float32) + SHIFT
+    else:
+        return tl.full((N,), MIDDLE + SHIFT, dtype=tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add_product(part, a, b, DOT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """part + a b on tensor cores, or each product apart, to be summed over the inputs later."""
+    if DOT:
+        return tl.dot(a, b, part, input_precision="ieee")
+    else:
+        return part + a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :]
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _matmul(  # type: ignore[no-untyped-def]
     x,  # [M, K]
     words,  # int32 [tiles * SLICE, N]
@@ -91,20 +109,15 @@ def _matmul(  # type: ignore[no-untyped-def]
     lane = tl.arange(0, SLICE)
     row_ok, col_ok = rows < M, cols < N
     from_x = x + rows[:, None].to(tl.int64) * K
-    if DOT:
-        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    else:
-        total = tl.zeros((BLOCK_M, SLICE, BLOCK_N), dtype=tl.float32)
+    SHAPE: tl.constexpr = (BLOCK_M, BLOCK_N) if DOT else (BLOCK_M, SLICE, BLOCK_N)
+    total = tl.zeros(SHAPE, dtype=tl.float32)
     for tile in range(split * tiles_each, min(split * tiles_each + tiles_each, tiles)):
         at = (tile * SLICE + lane)[:, None].to(tl.int64) * N + cols[None, :]
         packed = tl.load(words + at, col_ok[None, :], other=0, eviction_policy="evict_first")
         for first in tl.static_range(0, PER, RUN):
             group = min((tile * PER + first) // slices, groups - 1)  # the last tile may pass K
             s = tl.load(scale + group * N + cols, col_ok, other=0).to(tl.float32)
-            if HAS_ZERO:
-                z = tl.load(zero + group * N + cols, col_ok, other=0).to(tl.float32) + SHIFT
-            else:
-                z = tl.full((BLOCK_N,), MIDDLE + SHIFT, dtype=tl.float32)
+            z = _zero(zero + group * N + cols, col_ok, MIDDLE, SHIFT, HAS_ZERO, BLOCK_N)
             part = tl.zeros_like(total)
             sums = tl.zeros((BLOCK_M, SLICE), dtype=tl.float32)
             for i in tl.static_range(first, first + RUN):
@@ -112,10 +125,7 @@ def _matmul(  # type: ignore[no-untyped-def]
                 a = tl.load(from_x + k[None, :], row_ok[:, None] & (k < K)[None, :], other=0)
                 b = _field(packed, i * BITS, BITS, DTYPE)
                 sums += a.to(tl.float32)
-                if DOT:
-                    part = tl.dot(a, b, part, input_precision="ieee")
-                else:
-                    part += a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :]
+                part = _add_product(part, a, b, DOT)
             if DOT:
                 total += (part - tl.sum(sums, 1)[:, None] * z[None, :]) * s[None, :]
             else:
