@@ -64,14 +64,12 @@ def quantize(made: Plan, progress: Progress, windows: Tensor | None = None) -> R
         with torch.inference_mode():
             _Job(made, workspace, windows, progress).run()
         facts = finish(made, workspace, windows)
-    except OptimError as error:
-        if error.code == USAGE or not workspace.done:
+    except BaseException as error:
+        bad_input = isinstance(error, OptimError) and error.code == USAGE
+        if bad_input or not workspace.done:
             workspace.discard()
         else:
             workspace.close()
-        raise
-    except BaseException:
-        workspace.close()
         raise
     return Report(
         output=str(made.output),

@@ -187,9 +187,7 @@ class Walk:
         for name, child in list(module.named_modules()):
             path = f"{prefix}{name}." if name else prefix
             if isinstance(child, nn.Linear):
-                bias = self._read(path + "bias").to(self.device) if child.bias is not None else None
-                stored = StoredLinear(self._read(path + "weight").to(self.device), bias)
-                module.set_submodule(name, stored)
+                module.set_submodule(name, self._linear(path, child.weight, child.bias))
             elif _is_fused_experts(child):
                 module.set_submodule(name, self._experts(child, path))
         for name, parameter in module.named_parameters():
@@ -203,13 +201,22 @@ class Walk:
                 )
         return module.eval()
 
+    def _linear(self, path: str, weight: Tensor, bias: Tensor | None) -> StoredLinear:
+        """The stored linear at `path`, shaped like `weight` and `bias` of the skeleton."""
+        read = [
+            _shaped(path + key, self._read(path + key), like).to(self.device)
+            for key, like in (("weight", weight), ("bias", bias))
+            if like is not None
+        ]
+        return StoredLinear(read[0], read[1] if len(read) == 2 else None)
+
     def _experts(self, fused: Any, path: str) -> Experts:
         experts: list[nn.Module] = []
         for e in range(fused.gate_up_proj.shape[0]):
             expert = nn.Module()
-            for part in EXPERT_PARTS:
-                weight = self._read(f"{path}{e}.{part}.weight").to(self.device)
-                setattr(expert, part, StoredLinear(weight, None))
+            like = (*fused.gate_up_proj[e].chunk(2), fused.down_proj[e])
+            for part, weight in zip(EXPERT_PARTS, like, strict=True):
+                setattr(expert, part, self._linear(f"{path}{e}.{part}.", weight, None))
             experts.append(expert)
         return Experts(experts, fused.act_fn)
 
@@ -364,14 +371,18 @@ def _is_fused_experts(module: nn.Module) -> bool:
 def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     path, _, key = name.rpartition(".")
     owner = module.get_submodule(path)
-    expected = getattr(owner, key).shape
-    if value.shape != expected:
+    value = _shaped(name, value, getattr(owner, key))
+    setattr(owner, key, nn.Parameter(value, requires_grad=False))
+
+
+def _shaped(name: str, value: Tensor, like: Tensor) -> Tensor:
+    if value.shape != like.shape:
         raise OptimError(
-            f"{name} has shape {list(value.shape)}, the configuration says {list(expected)}",
+            f"{name} has shape {list(value.shape)}, the configuration says {list(like.shape)}",
             fix="config.json and the weights do not belong together",
             code=2,
         )
-    setattr(owner, key, nn.Parameter(value, requires_grad=False))
+    return value
 
 
 def _refill_buffers(model: Any, module: nn.Module) -> None:

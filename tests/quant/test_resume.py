@@ -1,0 +1,74 @@
+"""`optim quantize` killed with SIGKILL at random moments, then run again: the same bytes.
+
+`OPTIM_KILLS` sets how often; the issue's bar is ten.
+"""
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+KILLS = int(os.environ.get("OPTIM_KILLS", "2"))
+
+
+def _command(model: Path, output: Path, text: Path) -> list[str]:
+    recipe = ("-m", "awq", "--group-size", "32", "--calibration", str(text))
+    sizes = ("--num-samples", "4", "--seq-len", "32", "--device", "cpu", "--threads", "1")
+    where = ("-o", output.name)
+    return [sys.executable, "-m", "optim.cli", "quantize", str(model), *recipe, *sizes, *where]
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def _journalled(partial: Path) -> int:
+    journal = partial / "journal.jsonl"
+    return len(journal.read_bytes().splitlines()) if journal.is_file() else 0
+
+
+def _kill_once(command: list[str], folder: Path, rng: random.Random) -> bool:
+    """Kill the run some time after its workspace appears; whether it died before its end.
+
+    The work lasts far less than the start of Python, so the clock starts at the workspace.
+    """
+    partial = folder / "out.partial"
+    steps = _journalled(partial) if rng.random() < 0.5 else 0
+    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE)
+    until = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < until:
+        if _journalled(partial) > steps:
+            time.sleep(rng.random() * 0.6)
+            break
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
+
+
+def test_killed_at_random_moments(
+    make_model: Callable[..., Path], some_text: Path, tmp_path: Path
+) -> None:
+    model, whole, broken = make_model("llama"), tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    command = _command(model, Path("out"), some_text)
+    subprocess.run(command, cwd=whole, check=True, capture_output=True)
+    rng, killed = random.Random(KILLS), 0
+    while killed < KILLS:
+        died = _kill_once(command, broken, rng)
+        killed += died
+        assert died or (broken / "out").is_dir()
+        if (broken / "out").exists():  # this run came to its end: begin another
+            assert _hashes(broken / "out") == _hashes(whole / "out")
+            shutil.rmtree(broken / "out")
+    subprocess.run(command, cwd=broken, check=True, capture_output=True)
+    assert _hashes(broken / "out") == _hashes(whole / "out")
+    assert [p.name for p in broken.iterdir()] == ["out"]
