@@ -3,25 +3,13 @@
  * One call stands for some twenty small operators, whose dispatch costs more than their work.
  */
 #include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
-typedef void Task(void *);
-typedef void Parallel(Task *, void *, unsigned threads, unsigned flags); /* GOMP_parallel */
+#include "cpu.h"
+#include "cpu_half.h"
 
-typedef struct {
-    int64_t batch, heads, kv_heads, dim, rotary; /* rotary: channels that turn, 0 for none */
-    int64_t capacity, position, window;          /* window 0: everything is seen */
-    int64_t angle_stride;                        /* 0: all rows share cos and sin */
-    float scale, cap;                            /* cap 0: none */
-    float *qkv;                                  /* [batch, heads + 2 kv, dim], turned in place */
-    const float *cos, *sin;                      /* [rotary] a row; sin signed */
-    float *keys, *values; /* [batch kv, dim, capacity], [batch kv, capacity, dim] */
-    const int64_t *padding;                      /* [batch] or NULL */
-    float *out;                                  /* [batch, heads, dim] */
-    float *scratch;                              /* per unit: group * (position + 1) */
-    int64_t next;
-} Step;
+enum { TILE = 64 }; /* positions of keys and values widened to float at a time */
 
 /* exp for x <= 0: 2^n * e^r with |r| <= ln2 / 2; relative error below 1e-7. */
 static inline float expo(float x) {
@@ -77,40 +65,84 @@ static void add_lines(float *restrict y, int64_t n, const float *lines, int64_t 
         for (int64_t j = 0; j < n; j++) y[j] += factors[i] * lines[i * stride + j];
 }
 
-/* One row of the batch, one key head, the group of query heads that share it. */
-static void unit(Step *p, int64_t u) {
+/* `rows` of `n` numbers `stride` apart, as float; fp16 are widened into `room`. */
+static const float *lines_of(const Step *p, const void *from, int64_t at, int64_t rows, int64_t n,
+                             int64_t *stride, float *room) {
+    if (!p->half) return (const float *)from + at;
+    const uint16_t *half = (const uint16_t *)from + at;
+    for (int64_t i = 0; i < rows; i++) widen(half + i * *stride, room + i * n, n);
+    *stride = n;
+    return room;
+}
+
+static void store(const Step *p, void *to, int64_t at, float value) {
+    if (p->half)
+        ((uint16_t *)to)[at] = narrow(value);
+    else
+        ((float *)to)[at] = value;
+}
+
+/* scores[g * end ..] of `group` queries over keys first..first + n, a tile of positions a time. */
+static void score(const Step *p, const float *q, int64_t u, int64_t first, int64_t n, int64_t group,
+                  float *scores) {
+    const int64_t d = p->dim, end = p->position + 1;
+    float room[p->half ? TILE * d : 1];
+    for (int64_t t = 0; t < n; t += TILE) {
+        const int64_t count = n - t < TILE ? n - t : TILE;
+        int64_t stride = p->capacity;
+        const float *keys =
+            lines_of(p, p->keys, u * d * p->capacity + first + t, d, count, &stride, room);
+        for (int64_t g = 0; g < group; g++) {
+            float *s = scores + g * end + t;
+            memset(s, 0, count * sizeof(float));
+            add_lines(s, count, keys, stride, q + g * d, d);
+        }
+    }
+}
+
+/* out[g] = the values of positions first..first + n, weighted by scores[g * end ..]. */
+static void mix(const Step *p, const float *scores, int64_t u, int64_t first, int64_t n,
+                int64_t group, float *out) {
+    const int64_t d = p->dim, end = p->position + 1;
+    float room[p->half ? TILE * d : 1];
+    memset(out, 0, group * d * sizeof(float));
+    for (int64_t t = 0; t < n; t += TILE) {
+        const int64_t count = n - t < TILE ? n - t : TILE;
+        int64_t stride = d;
+        const float *values =
+            lines_of(p, p->values, (u * p->capacity + first + t) * d, count, d, &stride, room);
+        for (int64_t g = 0; g < group; g++)
+            add_lines(out + g * d, d, values, stride, scores + g * end + t, count);
+    }
+}
+
+void optim_attend_head(const Step *p, int64_t u) {
     const int64_t row = u / p->kv_heads, kv = u % p->kv_heads, d = p->dim;
     const int64_t group = p->heads / p->kv_heads, end = p->position + 1;
     float *base = p->qkv + row * (p->heads + 2 * p->kv_heads) * d;
     float *q = base + kv * group * d, *k = base + (p->heads + kv) * d, *v = k + p->kv_heads * d;
-    const float *cos = p->cos + row * p->angle_stride, *sin = p->sin + row * p->angle_stride;
     if (p->rotary) {
+        const float *cos = p->cos + row * p->angle_stride, *sin = p->sin + row * p->angle_stride;
         for (int64_t g = 0; g < group; g++) turn(q + g * d, cos, sin, p->rotary);
         turn(k, cos, sin, p->rotary);
     }
-    float *keys = p->keys + u * d * p->capacity, *values = p->values + u * p->capacity * d;
-    for (int64_t i = 0; i < d; i++) keys[i * p->capacity + p->position] = k[i];
-    for (int64_t i = 0; i < d; i++) values[p->position * d + i] = v[i];
+    for (int64_t i = 0; i < d; i++) store(p, p->keys, (u * d + i) * p->capacity + end - 1, k[i]);
+    for (int64_t i = 0; i < d; i++) store(p, p->values, (u * p->capacity + end - 1) * d + i, v[i]);
 
     int64_t first = p->window && end > p->window ? end - p->window : 0;
     if (p->padding && p->padding[row] > first) first = p->padding[row];
     const int64_t n = end - first;
-    for (int64_t g = 0; g < group; g++) {
-        float *s = p->scratch + (u * group + g) * end;
-        float *o = p->out + (row * p->heads + kv * group + g) * d;
-        for (int64_t j = 0; j < n; j++) s[j] = 0;
-        add_lines(s, n, keys + first, p->capacity, q + g * d, d);
-        softmax(s, n, p->scale, p->cap);
-        for (int64_t i = 0; i < d; i++) o[i] = 0;
-        add_lines(o, d, values + first * d, d, s, n);
-    }
+    float *scores = p->scratch + u * group * end;
+    score(p, q, u, first, n, group, scores);
+    for (int64_t g = 0; g < group; g++) softmax(scores + g * end, n, p->scale, p->cap);
+    mix(p, scores, u, first, n, group, p->out + (row * p->heads + kv * group) * d);
 }
 
 static void units(void *data) {
     Step *p = data;
     int64_t u;
     while ((u = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) < p->batch * p->kv_heads)
-        unit(p, u);
+        optim_attend_head(p, u);
 }
 
 /* Returns nonzero if there is no memory. */
@@ -133,7 +165,6 @@ int optim_attend(Step *p, int threads, Parallel *parallel) {
     return 0;
 }
 
-/* y = x / sqrt(mean(x^2) + eps) * weight, for each row of n. */
 void optim_rms_norm(const float *x, const float *weight, float *y, int64_t rows, int64_t n,
                     float eps) {
     for (int64_t r = 0; r < rows; r++, x += n, y += n) {
@@ -145,11 +176,21 @@ void optim_rms_norm(const float *x, const float *weight, float *y, int64_t rows,
     }
 }
 
-/* y = silu(gate) * up, where a row of h is gate and up, n each. */
 void optim_swiglu(const float *h, float *y, int64_t rows, int64_t n) {
     for (int64_t r = 0; r < rows; r++, h += 2 * n, y += n)
         for (int64_t i = 0; i < n; i++) {
             const float x = h[i], e = expo(x > 0 ? -x : x); /* e^-|x| */
             y[i] = x * (x > 0 ? 1 : e) / (1 + e) * h[n + i];
         }
+}
+
+static float tanh_gelu(float x) {
+    const float u = 1.5957691216f * (x + 0.044715f * x * x * x); /* x * sigmoid(u) */
+    const float e = expo(u > 0 ? -u : u);
+    return x * (u > 0 ? 1 : e) / (1 + e);
+}
+
+void optim_geglu_tanh(const float *h, float *y, int64_t rows, int64_t n) {
+    for (int64_t r = 0; r < rows; r++, h += 2 * n, y += n)
+        for (int64_t i = 0; i < n; i++) y[i] = tanh_gelu(h[i]) * h[n + i];
 }

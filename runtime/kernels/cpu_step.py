@@ -18,6 +18,7 @@ class _Step(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "dim", "rotary")),
         *((name, ctypes.c_int64) for name in ("capacity", "position", "window", "angle_stride")),
+        ("half", ctypes.c_int64),
         ("scale", ctypes.c_float),
         ("cap", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("qkv", "cos", "sin", "keys", "values")),
@@ -55,6 +56,7 @@ class Attend:
         step, batch = self._step, qkv.shape[0]
         out = torch.empty(batch, step.heads * step.dim)
         step.batch, step.position, step.capacity = batch, position, values.shape[1]
+        step.half = keys.dtype == torch.float16
         step.rotary = 0
         if angles is not None:
             cos, sin = angles

@@ -1,6 +1,6 @@
 """C kernels: compiled once into the cache folder, loaded with ctypes, never required.
 
-A library's file name carries the hash of its source, compiler, flags and CPU, and it appears by a
+A library's file name carries the hash of its sources, compiler, flags and CPU, and it appears by a
 rename: two processes at once do no harm, and a moved cache never runs on the wrong machine.
 Threads are torch's own OpenMP team, so that two pools never fight over the cores.
 OPTIM_NO_C=1 turns C kernels off.
@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -37,19 +38,21 @@ class NoKernel(Exception):
 
 
 @cache
-def library(name: str) -> ctypes.CDLL:
-    """The compiled `name`.c of this folder. Raises NoKernel with the reason."""
+def library(name: str, *others: str) -> ctypes.CDLL:
+    """The compiled `name`.c of this folder, and what it calls. Raises NoKernel with the reason."""
     if os.environ.get("OPTIM_NO_C", "0") not in ("", "0"):
         raise NoKernel("turned off by OPTIM_NO_C")
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
         raise NoKernel("no C compiler (cc, gcc or clang) on PATH")
-    source = Path(__file__).with_name(f"{name}.c")
+    folder = Path(__file__).parent
+    sources = [folder / f"{part}.c" for part in (name, *others)]
     try:
-        file = cache_folder() / "kernels" / f"{name}-{_key(source, compiler)}.so"
+        key = _key([*sources, *sorted(folder.glob("*.h"))], compiler)
+        file = cache_folder() / "kernels" / f"{name}-{key}.so"
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            _compile(source, compiler, file)
+            _compile(sources, compiler, file)
         return ctypes.CDLL(str(file))
     except OSError as error:
         raise NoKernel(f"{error}") from error
@@ -73,8 +76,9 @@ def team() -> ctypes.c_void_p | None:
     return None
 
 
-def _key(source: Path, compiler: str) -> str:
-    facts = [source.read_text(encoding="utf-8"), os.path.realpath(compiler), *FLAGS, _cpu()]
+def _key(sources: Sequence[Path], compiler: str) -> str:
+    texts = [source.read_text(encoding="utf-8") for source in sources]
+    facts = [*texts, os.path.realpath(compiler), *FLAGS, _cpu()]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
 
 
@@ -86,12 +90,12 @@ def _cpu() -> str:
     return next((x for x in lines if x.startswith(("flags", "Features"))), platform.machine())
 
 
-def _compile(source: Path, compiler: str, target: Path) -> None:
+def _compile(sources: Sequence[Path], compiler: str, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         built = Path(folder) / target.name
         problem = ""
         for flag in TARGETS:
-            command = [compiler, *FLAGS, flag, str(source), "-o", str(built)]
+            command = [compiler, *FLAGS, flag, *map(str, sources), "-o", str(built)]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
             except subprocess.TimeoutExpired:

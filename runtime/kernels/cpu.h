@@ -1,0 +1,60 @@
+/* What the C kernels know of one another. */
+#ifndef OPTIM_CPU_H
+#define OPTIM_CPU_H
+#include <stdint.h>
+
+typedef void Task(void *);
+typedef void Parallel(Task *, void *, unsigned threads, unsigned flags); /* GOMP_parallel */
+
+/* One packed linear, cpu_w4a8.c. */
+typedef struct {
+    int64_t inputs, outputs;  /* of the layer; memory is padded to whole chunks and blocks */
+    int64_t bits, chunk;      /* stored bits: 4 or 8 */
+    int64_t chunks, scales;   /* chunks of a row; scales of a row (divides chunks) */
+    int64_t scale_is_bf16;
+    const char *weight;       /* [blocks][cols * bits / 32][ROWS] words */
+    const void *scale;        /* [blocks][scales][ROWS] */
+    const uint8_t *zero;      /* [blocks][scales][ROWS], NULL: `middle` everywhere */
+    float middle;
+    const float *bias;        /* [blocks][ROWS] or NULL */
+} Linear;
+
+typedef struct {
+    int8_t *values; /* [tokens][chunks * chunk] */
+    float *scales;  /* [tokens][chunks] */
+    float *sums;    /* [tokens][chunks] */
+} Activations;
+
+/* Token `token` of `x` [tokens][inputs], rounded for `l`. */
+void optim_round(const Linear *l, const float *x, Activations *a, int64_t token);
+/* Outputs of the blocks from..end of `l`, for all tokens: y [tokens][outputs]. */
+void optim_blocks(const Linear *l, const Activations *a, float *y, int64_t tokens, int64_t from,
+                  int64_t end);
+int optim_rows(void); /* outputs of a block */
+
+/* Attention of one new token a row, cpu_step.c. */
+typedef struct {
+    int64_t batch, heads, kv_heads, dim, rotary; /* rotary: channels that turn, 0 for none */
+    int64_t capacity, position, window;          /* window 0: everything is seen */
+    int64_t angle_stride;                        /* 0: all rows share cos and sin */
+    int64_t half;                                /* keys and values are fp16, not float */
+    float scale, cap;                            /* cap 0: none */
+    float *qkv;                                  /* [batch, heads + 2 kv, dim], turned in place */
+    const float *cos, *sin;                      /* [rotary] a row; sin signed */
+    void *keys, *values; /* [batch kv, dim, capacity], [batch kv, capacity, dim] */
+    const int64_t *padding;                      /* [batch] or NULL */
+    float *out;                                  /* [batch, heads, dim] */
+    float *scratch;                              /* a query head: position + 1 */
+    int64_t next;
+} Step;
+
+/* One row of the batch, one key head, the group of query heads that share it. */
+void optim_attend_head(const Step *p, int64_t unit);
+/* y = x / sqrt(mean(x^2) + eps) * weight, for each row of n; y may be x. */
+void optim_rms_norm(const float *x, const float *weight, float *y, int64_t rows, int64_t n,
+                    float eps);
+/* y = silu(gate) * up, where a row of h is gate and up, n each; tanh: gelu's approximation. */
+void optim_swiglu(const float *h, float *y, int64_t rows, int64_t n);
+void optim_geglu_tanh(const float *h, float *y, int64_t rows, int64_t n);
+
+#endif
