@@ -23,11 +23,17 @@ FLOOR = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """One linear of a fold group: weight `[out, in]` fp32, its input's gram `[in, in]`."""
+    """One linear of a fold group: weight `[rows, in]` fp32, its input's gram `[in, in]`."""
 
     weight: Tensor
     gram: Tensor
     scheme: Scheme
+
+
+def sampled_rows(rows: int, columns: int) -> slice:
+    """The evenly spaced rows of a weight `[rows, columns]` that the scale search looks at."""
+    wanted = min(MOST_ROWS, max(LEAST_ROWS, SEARCH_WORK // columns**2))
+    return slice(0, rows, max(1, rows // wanted))
 
 
 def search_scale(
@@ -45,18 +51,17 @@ def search_scale(
     s = x^r / w^(1-r) ("duo scaling"). With `repeats` = (query heads a KV head, head dim) the scale
     is made equal over the query heads that share a KV head.
     """
-    sampled = [_sample(reader) for reader in readers]
     x = magnitude.clamp(min=FLOOR)
-    w = torch.cat([_relative(r) for r in sampled]).mean(0)
+    w = torch.cat([_relative(r) for r in readers]).mean(0)
     best = torch.ones_like(magnitude)
-    best_loss = _loss(sampled, best, dtype)
+    best_loss = _loss(readers, best, dtype)
 
     def scale_at(i: int, duo: bool) -> Tensor:
         scale = _candidate(x, w, i / n_grid, duo)
         return scale if repeats is None else share_heads(scale, *repeats)
 
     def loss_at(i: int, duo: bool) -> float:
-        return _loss(sampled, scale_at(i, duo), dtype)
+        return _loss(readers, scale_at(i, duo), dtype)
 
     for duo in forms:
         found, loss = _search_ratio(partial(loss_at, duo=duo), n_grid)
@@ -78,13 +83,6 @@ def share_heads(scale: Tensor, queries: int, head_dim: int) -> Tensor:
     """Average `[kv * queries * head_dim]` over the query heads of each KV head, and repeat it."""
     heads = scale.view(-1, queries, head_dim)
     return heads.mean(1, keepdim=True).expand_as(heads).reshape(-1)
-
-
-def _sample(reader: Reader) -> Reader:
-    rows, columns = reader.weight.shape
-    wanted = min(MOST_ROWS, max(LEAST_ROWS, SEARCH_WORK // columns**2))
-    step = max(1, rows // wanted)
-    return Reader(reader.weight[::step] * step**0.5, reader.gram, reader.scheme)
 
 
 def _candidate(x: Tensor, w: Tensor, ratio: float, duo: bool) -> Tensor:

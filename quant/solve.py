@@ -214,7 +214,7 @@ class BlockSolver:
         if not seen:
             return None
         readers = [
-            awq.Reader(linear_at(block, n).dense(), inputs[leaders[n]].gram, schemes[n])
+            awq.Reader(_sample(linear_at(block, n)), inputs[leaders[n]].gram, schemes[n])
             for n in seen
         ]
         tokens = {leaders[n]: inputs[leaders[n]] for n in seen}.values()
@@ -230,6 +230,12 @@ class BlockSolver:
             dtype=self.dtype,
         )
         return None if bool((scale == 1).all()) else scale
+
+
+def _sample(linear: StoredLinear) -> Tensor:
+    """The rows that the scale search looks at, standing for all of them in a sum of squares."""
+    rows = awq.sampled_rows(linear.out_features, linear.in_features)
+    return linear.dense(rows) * float(rows.step) ** 0.5
 
 
 def _small_parameters(block: nn.Module) -> list[tuple[str, nn.Parameter]]:

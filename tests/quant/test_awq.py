@@ -9,7 +9,9 @@ from torch import Tensor
 from optim.quant import awq
 from optim.quant.awq import Reader, search_clip, search_scale, share_heads
 from optim.quant.grid import Grid, make_grid, nearest, ranges, restore, round_to
+from optim.quant.solve import _sample
 from optim.runtime.formats.packed import Scheme
+from optim.runtime.walk import StoredLinear
 
 SCHEMES = st.builds(
     Scheme, st.sampled_from([2, 3, 4, 8]), st.sampled_from([-1, 16, 32]), st.booleans()
@@ -127,7 +129,7 @@ def test_clipping_gains_at_few_bits() -> None:
 def test_the_search_samples_tall_linears(monkeypatch: pytest.MonkeyPatch) -> None:
     x = _inputs(64, seed=6)
     reader = _reader(600, x, Scheme(4, 32, False))
-    few = awq._sample(reader)
+    few = Reader(_sample(StoredLinear(reader.weight, None)), reader.gram, reader.scheme)
     assert awq.LEAST_ROWS <= len(few.weight) < 600
     whole, part = _loss(reader, torch.ones(64)), _loss(few, torch.ones(64))
     assert abs(part / whole - 1) < 0.2  # weighted so that it stands for all rows
