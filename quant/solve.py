@@ -235,7 +235,8 @@ class BlockSolver:
 def _sample(linear: StoredLinear) -> Tensor:
     """The rows that the scale search looks at, standing for all of them in a sum of squares."""
     rows = awq.sampled_rows(linear.out_features, linear.in_features)
-    return linear.dense(rows) * float(rows.step) ** 0.5
+    step: int = rows.step
+    return linear.dense(rows) * step**0.5
 
 
 def _small_parameters(block: nn.Module) -> list[tuple[str, nn.Parameter]]:
