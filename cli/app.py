@@ -111,6 +111,9 @@ def run(
     raw: flags.Raw = False,
     chat: flags.Chat = False,
     stats: flags.Stats = False,
+    batch: flags.BatchFile = None,
+    batch_size: flags.BatchSize = 8,
+    output: flags.Rows = None,
     context: flags.Context = None,
     kv_bits: flags.KvBits = 16,
     kv_policy: flags.KvPolicy = "full",
@@ -126,7 +129,7 @@ def run(
     max_tokens: flags.MaxTokens = None,
     stop: flags.Stop = None,
 ) -> None:
-    """Chat with a model, or answer one prompt."""
+    """Chat with a model, answer one prompt, or a file of them."""
     from optim.cli import run as command
 
     sampling = {
@@ -143,7 +146,9 @@ def run(
     options = command.RunOptions(
         system, raw, chat, stats, json, context, kv_bits, kv_policy, threads, device, given
     )
-    raise typer.Exit(command.run(model, prompt, options))
+    if batch is None:
+        raise typer.Exit(command.run(model, prompt, options))
+    raise typer.Exit(command.run_file(model, batch, prompt, options, output, batch_size))
 
 
 @app.command(rich_help_panel="Look", epilog="Example: optim inspect smollm2-awq --verify")

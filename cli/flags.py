@@ -97,6 +97,13 @@ Raw = Annotated[bool, Option("--raw", help="Continue the prompt; no chat templat
 Chat = Annotated[bool, Option("--chat", help="A conversation even if input is piped.")]
 Stats = Annotated[bool, Option("--stats", help="Show speed after each reply.")]
 Context = Annotated[int | None, Option("--context", min=1, help="Tokens kept. Default: model's.")]
+BatchFile = Annotated[
+    str | None, Option("--batch", metavar="FILE", help="Answer a file of JSON lines; - is a pipe.")
+]
+BatchSize = Annotated[int, Option("--batch-size", min=1, help="Prompts of a --batch at once.")]
+Rows = Annotated[
+    str | None, Option("-o", "--output", metavar="FILE", help="Where a --batch's rows go.")
+]
 KvBits = Annotated[int, Option("--kv-bits", help="Bits of the KV cache: 16, 8 or 4.")]
 KvPolicy = Annotated[
     str, Option("--kv-policy", help="full; or stream: first and latest tokens, without an end.")

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optim.cli import chat as chats
@@ -21,8 +22,10 @@ from optim.cli.lines import decode, editor, plain
 from optim.recipes.errors import USAGE, OptimError
 
 if TYPE_CHECKING:
+    from optim.runtime.cache import Policy
     from optim.runtime.engine import Session
     from optim.runtime.model import Model
+    from optim.runtime.sampling import Sampling
 
 INTERRUPTED = 130
 SILENCE = 10  # seconds to wait for the first byte of a pipe when there is a prompt too
@@ -64,6 +67,33 @@ def run(source: str, prompt: str | None, options: RunOptions) -> int:
     return _once(session, text, options)
 
 
+def run_file(
+    source: str,
+    path: str,
+    prompt: str | None,
+    options: RunOptions,
+    output: str | None,
+    size: int,
+) -> int:
+    """Answer the JSON lines of `path`; returns the exit code (1 if a line failed).
+
+    Raises OptimError: code 2 for a file without lines, flags that do not go together, or an
+    output that exists.
+    """
+    from optim.cli.batch import How, read_lines, run_batch
+
+    if prompt is not None or options.chat or options.as_json:
+        fix = "optim run MODEL --batch FILE.jsonl [-o ROWS.jsonl]"
+        raise OptimError("--batch goes without a prompt, --chat and --json", fix, USAGE)
+    if output is not None and Path(output).exists():
+        raise OptimError(f"{output} exists", "choose another name, or remove it", USAGE)
+    lines = read_lines(path)
+    sampling, policy, model = _load(source, options)
+    context = model.context(options.context)
+    how = How(_utf8(options.system, "the system prompt"), options.raw, sampling, context)
+    return run_batch(model, lines, how, output, size, policy)
+
+
 def _at_terminal() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()
 
@@ -94,13 +124,20 @@ def _utf8(text: str, name: str) -> str:
     return decode(text.encode(errors="surrogateescape"), name)
 
 
-def _open(source: str, options: RunOptions) -> Session:
+def _load(source: str, options: RunOptions) -> tuple[Sampling, Policy, Model]:
+    """What is typed is checked before the weights are read."""
     from optim.runtime.cache import Policy
-    from optim.runtime.engine import Sampling, Session
     from optim.runtime.model import load_model
+    from optim.runtime.sampling import Sampling
 
     sampling, policy = Sampling(**options.sampling), Policy(options.kv_bits, options.kv_policy)
-    model: Model = load_model(source, device=options.device, threads=options.threads)
+    return sampling, policy, load_model(source, device=options.device, threads=options.threads)
+
+
+def _open(source: str, options: RunOptions) -> Session:
+    from optim.runtime.engine import Session
+
+    sampling, policy, model = _load(source, options)
     return Session(
         model,
         system=_utf8(options.system, "the system prompt"),

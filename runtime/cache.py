@@ -92,8 +92,17 @@ class Layer(Protocol):
     def put_keys(self, rows: Tensor, start: int) -> None:
         """Put `rows` `[B * kv, n, D]` in place of the keys from `start` on."""
 
-    def buffers(self) -> list[tuple[Tensor, int]]:
-        """All buffers, each with the axis of its positions."""
+    def drop(self, first: int, count: int, end: int) -> None:
+        """Forget `count` positions from `first` on; those after them, up to `end`, move down."""
+
+    def state(self, length: int) -> dict[str, Tensor]:
+        """What the first `length` positions are, to be saved."""
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`, into an empty layer."""
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 def by_rows(x: Tensor) -> Tensor:
@@ -128,9 +137,8 @@ class LayerCache:
         return torch.bmm(weights.to(values.dtype), values)
 
     def grow(self, length: int) -> None:
-        (_, k_axis), (_, v_axis) = self.buffers()
-        self.keys = longer(self.keys, k_axis, length)
-        self.values = longer(self.values, v_axis, length)
+        self.keys = longer(self.keys, -1 if self.transposed else -2, length)
+        self.values = longer(self.values, -2, length)
 
     def keys_at(self, first: int, end: int) -> Tensor:
         return self._keys()[:, first:end].float()
@@ -138,8 +146,23 @@ class LayerCache:
     def put_keys(self, rows: Tensor, start: int) -> None:
         self._keys()[:, start : start + rows.shape[1]].copy_(rows)
 
-    def buffers(self) -> list[tuple[Tensor, int]]:
-        return [(self.keys, -1 if self.transposed else -2), (self.values, -2)]
+    def drop(self, first: int, count: int, end: int) -> None:
+        for x in (self._keys(), self._values()):
+            x[:, first : end - count] = x[:, first + count : end].clone()
+
+    def state(self, length: int) -> dict[str, Tensor]:
+        keys, values = self._keys()[:, :length], self._values()[:, :length]
+        return {"keys": keys.contiguous(), "values": values.contiguous()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        length = state["keys"].shape[1]
+        self.grow(length)
+        self._keys()[:, :length] = state["keys"]
+        self._values()[:, :length] = state["values"]
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
 
     def _keys(self) -> Tensor:
         """A view `[B * kv, N, D]`."""
@@ -203,7 +226,7 @@ class StaticCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.nbytes for layer in self.layers for buffer, _ in layer.buffers())
+        return sum(layer.nbytes for layer in self.layers)
 
     @property
     def summary(self) -> str:

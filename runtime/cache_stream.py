@@ -61,19 +61,19 @@ class StreamCache:
 
     def _forget(self, count: int) -> None:
         """Drop `count` positions after the sinks; the rest moves down."""
-        seen, end = self.length, self.length - self.gone
-        self.length = 0  # whoever interrupts this finds an empty cache
-        if not self.sinks:
-            self.sinks = [layer.keys_at(0, SINKS).clone() for layer in self.layers]
-        for layer in self.layers:
-            for buffer, axis in layer.buffers():
-                kept = buffer.narrow(axis, SINKS + count, end - SINKS - count).clone()
-                buffer.narrow(axis, SINKS, end - SINKS - count).copy_(kept)
-        self.gone += count
-        for layer, turn, keys in zip(self.layers, self.turns, self.sinks, strict=True):
+        seen, gone, end = self.length, self.gone + count, self.length - self.gone
+        sinks = self.sinks or [layer.keys_at(0, SINKS).clone() for layer in self.layers]
+        self.clear()  # whoever interrupts this finds an empty cache
+        for layer, turn, keys in zip(self.layers, self.turns, sinks, strict=True):
+            layer.drop(SINKS, count, end)
             if turn is not None:
-                layer.put_keys(turn(keys, self.gone), 0)
-        self.length = seen
+                layer.put_keys(turn(keys, gone), 0)
+        self.length, self.gone, self.sinks = seen, gone, sinks
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.length = self.gone = 0
+        self.sinks = []
 
     def _reserve(self, length: int) -> None:
         if length > self.room:
@@ -92,12 +92,11 @@ class StreamCache:
             return
         self.length = length
         if self.gone and length - self.gone < self.capacity // 2:
-            self.length = self.gone = 0
-            self.sinks = []
+            self.clear()
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.nbytes for layer in self.layers for buffer, _ in layer.buffers())
+        return sum(layer.nbytes for layer in self.layers)
 
     @property
     def summary(self) -> str:

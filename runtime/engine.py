@@ -88,18 +88,12 @@ class Session:
         context: int | None = None,
         policy: Policy | None = None,
     ) -> None:
-        if context and context > model.max_context:
-            raise OptimError(
-                f"a context of {context} is more than the model's {model.max_context}",
-                f"--context {model.max_context} at most",
-                USAGE,
-            )
         self.model = model
         self.system = system
         self.sampling = sampling or Sampling()
         self.messages: list[Message] = []
         self.stats = Stats()
-        self._cache = model.new_cache(length=context or model.max_context, policy=policy)
+        self._cache = model.new_cache(length=model.context(context), policy=policy)
         self._tokens: list[int] = []  # what the cache holds, and perhaps one more
 
     def reply(self, text: str) -> Generator[str, None, None]:

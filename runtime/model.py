@@ -69,6 +69,16 @@ class Model:
             self._tokenizer = self.checkpoint.tokenizer()
         return self._tokenizer
 
+    def context(self, asked: int | None) -> int:
+        """`asked`, or the model's own. Raises OptimError (2) if that is more than it has."""
+        if asked and asked > self.max_context:
+            raise OptimError(
+                f"a context of {asked} is more than the model's {self.max_context}",
+                f"--context {self.max_context} at most",
+                USAGE,
+            )
+        return asked or self.max_context
+
     def new_cache(
         self,
         batch: int = 1,

@@ -94,6 +94,8 @@ def test_greedy_takes_the_likeliest_after_the_penalty() -> None:
         {"repetition_penalty": 0},
         {"max_tokens": 0},
         {"stop": ("",)},
+        {"seed": 2**63},
+        {"seed": -(2**63) - 1},
     ],
 )
 def test_nonsense_is_refused_by_name(bad: dict[str, float]) -> None:
