@@ -112,14 +112,14 @@ def _loss(readers: list[Reader], scale: Tensor, dtype: torch.dtype) -> float:
 SHRINKS = tuple(1 - i / 20 for i in range(10))
 
 
-def search_clip(weight: Tensor, gram: Tensor, scheme: Scheme, dtype: torch.dtype) -> Grid:
+def search_clip(weight: Tensor, blocks: Tensor, scheme: Scheme, dtype: torch.dtype) -> Grid:
     """The grid of each (row, group) of `weight` `[out, in]` with the least output error.
 
-    Groups are taken apart: the error of a group is e H_gg eᵀ with H_gg its diagonal block. First
+    Groups are taken apart: the error of a group is e H_gg eᵀ with H_gg its diagonal block, one of
+    `blocks` `[groups, size, size]`. First
     both ends are shrunk together, then each end alone around the best.
     """
     low, high = ranges(weight, scheme)
-    blocks = _diagonal_blocks(gram, low.shape[1])
     best_loss = torch.full_like(low, float("inf"))
     best_low, best_high = low.clone(), high.clone()
 
@@ -140,8 +140,9 @@ def search_clip(weight: Tensor, gram: Tensor, scheme: Scheme, dtype: torch.dtype
     return make_grid(best_low, best_high, scheme, dtype)
 
 
-def _diagonal_blocks(gram: Tensor, groups: int) -> Tensor:
-    size = gram.shape[0] // groups
+def diagonal_blocks(gram: Tensor, scheme: Scheme) -> Tensor:
+    """The part of a Gram matrix `[in, in]` that each group sees: `[groups, size, size]`."""
+    size = gram.shape[0] // scheme.groups(gram.shape[0])
     return torch.stack([gram[i : i + size, i : i + size] for i in range(0, gram.shape[0], size)])
 
 

@@ -6,8 +6,8 @@ so column k is rounded after adding what the columns after it owe:
 
     q_k = round(w_k + Σ_{j>k} e_j F_kj),   F = (L / diag L)ᵀ without its diagonal
 
-One Cholesky, in place, and no inverse. Columns are ordered by rising diagonal and taken from the
-last, so the most active come first ("act-order"); groups and scales are those of the unpermuted
+One Cholesky, in place of H, and no inverse. Columns are ordered by rising diagonal and taken from
+the last, so the most active come first ("act-order"); groups and scales are those of the unpermuted
 weight, so the format needs no column index. Rows do not touch each other.
 """
 
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from optim.quant.grid import Grid
 
-BLOCK = 128
+BLOCK = 128  # columns rounded before what they owe is passed on
+STRIP = 512  # columns factored at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,24 +34,53 @@ class Feedback:
 
 
 def feedback(gram: Tensor, damping: float) -> Feedback:
-    """The feedback of a Gram matrix `[in, in]` fp32, which is left as it is.
+    """The feedback of a Gram matrix `[in, in]` fp32, whose memory it takes over.
 
     `damping` is a share of the mean diagonal; it is raised tenfold until the factor exists (too
     few tokens for the width). Channels that were never active round plainly.
     """
-    diagonal = gram.diagonal()
-    mean = diagonal.mean().clamp(min=1e-20)
+    diagonal = gram.diagonal().clone()
     order = diagonal.argsort()
-    while True:
-        h = gram[order[:, None], order]
-        h.diagonal().add_(damping * mean)
-        info = torch.empty((), dtype=torch.int32, device=h.device)
-        # The transposed view is what LAPACK calls contiguous: the factor replaces h in place.
-        torch.linalg.cholesky_ex(h.mT, out=(h.mT, info))
-        if int(info) == 0:
-            h /= h.diagonal().clone()[:, None]
-            return Feedback(order, h.triu_(1), damping)
+    _permute(gram, order.tolist())
+    diagonal = diagonal[order]
+    mean = diagonal.mean().clamp(min=1e-20)
+    while not _factor(gram, diagonal + damping * mean):
         damping *= 10
+    gram /= gram.diagonal().clone()
+    return Feedback(order, gram.tril_(-1).mT, damping)
+
+
+def _permute(gram: Tensor, order: list[int]) -> None:
+    """gram[order][:, order] in place: columns a strip at a time, rows along each cycle."""
+    for strip in torch.split(gram, BLOCK):
+        strip.copy_(strip[:, order])
+    left = set(range(len(order)))
+    while left:
+        first = at = left.pop()
+        kept = gram[first].clone()
+        while order[at] != first:
+            gram[at] = gram[order[at]]
+            at = order[at]
+            left.remove(at)
+        gram[at] = kept
+
+
+def _factor(h: Tensor, diagonal: Tensor) -> bool:
+    """Cholesky of h with this diagonal into its lower triangle; the upper one keeps h.
+
+    False where h is not positive definite; h can then be tried again.
+    """
+    for start in range(0, len(h), STRIP):
+        part, after = slice(start, start + STRIP), slice(start + STRIP, None)
+        done, upper = h[part, :start], h[part, part].triu(1)
+        corner = upper + upper.T + torch.diag(diagonal[part]) - done @ done.T
+        corner, info = torch.linalg.cholesky_ex(corner)
+        if int(info) != 0:
+            return False
+        below = torch.addmm(h[part, after].T, h[after, :start], done.T, alpha=-1)
+        h[after, part] = torch.linalg.solve_triangular(corner.T, below, upper=True, left=False)
+        h[part, part] = corner + upper
+    return True
 
 
 def round_with_feedback(weight: Tensor, grid: Grid, fed: Feedback) -> Tensor:

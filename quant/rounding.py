@@ -66,21 +66,21 @@ def join_rows(parts: list[tuple[Tensor, Grid]], bias: Tensor | None) -> RoundedL
 def round_rows(
     weight: Tensor,
     scheme: Scheme,
-    gram: Tensor,
-    fed: gptq.Feedback | None,
-    clip: bool,
+    blocks: Tensor | None,
+    known: gptq.Feedback | Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Grid]:
-    """Rows of a weight `[rows, in]` -> (integers, grid): clip, then round.
+    """Rows of a weight `[rows, in]` -> (integers, grid): clip if there are `blocks`, then round.
 
-    Rounding is with error feedback if `fed`; else the scales are refitted to the plain integers.
-    (After feedback a refit gained nothing on held-back text: benchmarks/NOTES.md.)
+    Rounding is with error feedback if that is `known`; else that is the Gram matrix, and the scales
+    are refitted to the plain integers. (After feedback a refit gained nothing on held-back text:
+    benchmarks/NOTES.md.)
     """
-    if clip:
-        grid = awq.search_clip(weight, gram, scheme, dtype)
+    if blocks is not None:
+        grid = awq.search_clip(weight, blocks, scheme, dtype)
     else:
         grid = make_grid(*ranges(weight, scheme), scheme, dtype)
-    if fed is not None:
-        return gptq.round_with_feedback(weight, grid, fed), grid
+    if isinstance(known, gptq.Feedback):
+        return gptq.round_with_feedback(weight, grid, known), grid
     q = round_to(weight, grid)
-    return q, refit_scales(weight, q, grid, gram, dtype)
+    return q, refit_scales(weight, q, grid, known, dtype)

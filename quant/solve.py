@@ -6,6 +6,7 @@ measured against plain rounding of the same block; a block that got worse is rou
 says so.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -152,16 +153,19 @@ class BlockSolver:
     def _round_readers(
         self, readers: Mapping[str, StoredLinear], schemes: Mapping[str, Scheme], gram: Tensor
     ) -> dict[str, RoundedLinear]:
-        """The linears that read one input, some rows at a time; `gram` is that of their input."""
+        """The linears that read one input, some rows at a time; uses up `gram`, the input's."""
         recipe = self.recipe
         assert not isinstance(recipe, Rtn)
-        feeds = isinstance(recipe, Gptq) or recipe.compensate
-        fed = gptq.feedback(gram, recipe.damping) if feeds else None
         clip = isinstance(recipe, Awq) and recipe.clip
+        used = {schemes[name] for name in readers}
+        blocks = {s: awq.diagonal_blocks(gram, s) if clip else None for s in used}
+        feeds = isinstance(recipe, Gptq) or recipe.compensate
+        known = gptq.feedback(gram, recipe.damping) if feeds else gram
         out = {}
         for name, linear in readers.items():
+            scheme = schemes[name]
             parts = [
-                round_rows(linear.dense(rows), schemes[name], gram, fed, clip, self.dtype)
+                round_rows(linear.dense(rows), scheme, blocks[scheme], known, self.dtype)
                 for rows in row_slices(linear)
             ]
             out[name] = join_rows(parts, linear.dense_bias())
@@ -235,8 +239,7 @@ class BlockSolver:
 def _sample(linear: StoredLinear) -> Tensor:
     """The rows that the scale search looks at, standing for all of them in a sum of squares."""
     rows = awq.sampled_rows(linear.out_features, linear.in_features)
-    step: int = rows.step
-    return linear.dense(rows) * step**0.5
+    return linear.dense(rows) * math.sqrt(rows.step)
 
 
 def _small_parameters(block: nn.Module) -> list[tuple[str, nn.Parameter]]:

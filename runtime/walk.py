@@ -105,7 +105,7 @@ class Walk:
         self.model = _meta_model(checkpoint)
         self.prefix, self.blocks = _find_blocks(self.model)
         self.calls: list[Call] = []
-        self._outer_loaded = False
+        self._loaded: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -148,7 +148,7 @@ class Walk:
 
     def prepare(self, windows: Tensor) -> None:
         """Record what the parent passes to every block for windows of this length."""
-        self._load_outer()
+        self._load_outer(head=False)
         self.calls = []
         self._through(windows[:1], [])
 
@@ -156,7 +156,7 @@ class Walk:
         """Free embeddings and head; they are read again when next asked for."""
         self.model = _meta_model(self.checkpoint)
         self.blocks = self.model.get_submodule(self.prefix)
-        self._outer_loaded = False
+        self._loaded = set()
 
     @staticmethod
     def slices(windows: "Tensor | HiddenStates") -> list[slice]:
@@ -166,8 +166,10 @@ class Walk:
 
     def logits(self, windows: Tensor, states: Tensor) -> Tensor:
         """Final hidden states `[n, t, hidden]` of `windows` `[n, t]` -> logits `[n, t, vocab]`."""
-        self._load_outer()
-        return self._through(windows, [states.to(self.device, self.dtype)])[1].float()
+        self._load_outer(head=True)
+        out = self._through(windows, [states.to(self.device, self.dtype)])[1]
+        logits: Tensor = out.logits.float()
+        return logits
 
     def block(self, i: int) -> nn.Module:
         """Block i with its weights read, on the device, in their stored dtype."""
@@ -220,20 +222,18 @@ class Walk:
             experts.append(expert)
         return Experts(experts, fused.act_fn)
 
-    def _load_outer(self) -> None:
-        """Fill what stands outside the blocks: embeddings, final norm, head."""
-        if self._outer_loaded:
-            return
+    def _load_outer(self, head: bool) -> None:
+        """Fill what stands outside the blocks: embeddings, final norm, the head if asked for."""
         names = set(self.checkpoint.tensors)
-        tied = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        ends = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         for name, module in list(self.model.named_modules()):
-            if name.startswith(self.prefix + ".") or name == self.prefix:
+            inside = name.startswith(self.prefix + ".") or name == self.prefix
+            if inside or name in self._loaded or (module is ends[0] and not head):
                 continue
-            self._load_module(name, module, names, tied)
-        self.model.get_input_embeddings().register_forward_hook(
-            lambda _module, _args, out: out.to(self.dtype)  # rotary tables take this dtype
-        )
-        self._outer_loaded = True
+            self._load_module(name, module, names, ends)
+            self._loaded.add(name)
+            if module is ends[1]:  # rotary tables take this dtype
+                module.register_forward_hook(lambda _module, _args, out: out.to(self.dtype))
 
     def _load_module(
         self, name: str, module: nn.Module, names: set[str], tied: tuple[Any, Any]
@@ -256,8 +256,9 @@ class Walk:
                 keep = isinstance(module, nn.Embedding)
                 _set_parameter(module, key, value if keep else value.to(self.dtype))
 
-    def _through(self, windows: Tensor, put: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Run the parent with tapped blocks; returns (what block 0 got, the logits)."""
+    def _through(self, windows: Tensor, put: list[Tensor]) -> tuple[Tensor, Any]:
+        """Run the parent with tapped blocks; returns (what block 0 got, its output: with `put`,
+        what the last block is to give, the logits)."""
         taken: list[Tensor] = []
         record: list[Call] | None = [] if not self.calls else None
         first, last = self.blocks[0], self.blocks[-1]
@@ -276,14 +277,14 @@ class Walk:
             block.forward = tap(block)
         try:
             ids = windows.to(self.device)
-            keep = {} if put else {"logits_to_keep": 1}
-            out = self.model(input_ids=ids, use_cache=False, **keep)
+            run = self.model if put else self.model.base_model
+            out = run(input_ids=ids, use_cache=False)
         finally:
             for block in self.blocks:
                 del block.forward
         if record is not None:
             self.calls = record
-        return taken[0], out.logits
+        return taken[0], out
 
 
 class HiddenStates:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from optim.quant import awq
-from optim.quant.awq import Reader, search_clip, search_scale, share_heads
+from optim.quant.awq import Reader, diagonal_blocks, search_clip, search_scale, share_heads
 from optim.quant.grid import Grid, make_grid, nearest, ranges, restore, round_to
 from optim.quant.solve import _sample
 from optim.runtime.formats.packed import Scheme
@@ -109,7 +109,7 @@ def _group_losses(weight: Tensor, grid: Grid, gram: Tensor) -> Tensor:
 def test_clipping_never_loses_in_any_group(scheme: Scheme, rows: int, seed: int) -> None:
     x = _inputs(64, seed)
     reader = _reader(rows, x, scheme, seed)
-    found = search_clip(reader.weight, reader.gram, scheme, torch.bfloat16)
+    found = search_clip(reader.weight, diagonal_blocks(reader.gram, scheme), scheme, torch.bfloat16)
     full = make_grid(*ranges(reader.weight, scheme), scheme, torch.bfloat16)
     before = _group_losses(reader.weight, full, reader.gram)
     after = _group_losses(reader.weight, found, reader.gram)
@@ -120,7 +120,7 @@ def test_clipping_never_loses_in_any_group(scheme: Scheme, rows: int, seed: int)
 def test_clipping_gains_at_few_bits() -> None:
     x = _inputs(64, seed=5)
     reader, scheme = _reader(64, x, Scheme(2, 32, False)), Scheme(2, 32, False)
-    found = search_clip(reader.weight, reader.gram, scheme, torch.float32)
+    found = search_clip(reader.weight, diagonal_blocks(reader.gram, scheme), scheme, torch.float32)
     full = make_grid(*ranges(reader.weight, scheme), scheme, torch.float32)
     gain = _group_losses(reader.weight, found, reader.gram).sum()
     assert gain < 0.8 * _group_losses(reader.weight, full, reader.gram).sum()
