@@ -20,6 +20,7 @@ from optim.runtime.formats.packed_linear import PackedLinear, fuse
 from optim.runtime.kernels import cpu_step
 from optim.runtime.layers import ACTIVATIONS, MLP, HeadNorm, LayerNorm, Mixture, Norm, RMSNorm
 from optim.runtime.linear import DenseLinear, Joined, held_dtype
+from optim.runtime.one_call import one_call
 from optim.runtime.plain import schemes_of
 from optim.runtime.rope import Rope, ropes
 from optim.runtime.shape import Layer, Shape, resolve
@@ -120,8 +121,18 @@ def build(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> t
         project_out=_optional(loader, f"{stem}.project_out"),
         head=head,
         dtype=dtype,
+        cache_dtype=_cache_dtype(loader, checkpoint.tensors[f"{facts.embed}.weight"].dtype),
+        one_call=one_call(blocks, shape),
     )
     return decoder, loader.weight_bytes
+
+
+def _cache_dtype(loader: Loader, stored: torch.dtype) -> torch.dtype:
+    """Keys and values of a model of 16 bits take 16: on a CPU fp16, if the C kernel reads it."""
+    if loader.device.type != "cpu":
+        return loader.dtype
+    short = stored != torch.float32 and cpu_step.usable() and cpu_step.reads_half()
+    return torch.float16 if short else loader.dtype
 
 
 def _ropes(checkpoint: Checkpoint, facts: Facts, shape: Shape) -> dict[str, Rope]:

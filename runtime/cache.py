@@ -1,6 +1,6 @@
 """The key/value cache: one pair of buffers a layer, grown in chunks, cut back at will.
 
-On a CPU, keys lie transposed (`[B * kv_heads, D, N]`, fp32), so that a query row times all keys is
+On a CPU, keys lie transposed (`[B * kv_heads, D, N]`), so that a query row times all keys is
 one plain matrix product. On a GPU both lie `[B, kv_heads, N, D]`, as fused attention wants them.
 """
 
@@ -15,6 +15,7 @@ from optim.recipes.errors import USAGE, OptimError
 
 CHUNK = 128  # positions a buffer grows by, at least
 BITS = (4, 8, 16)
+HALF_MAX = 65504.0
 KINDS = ("full", "stream")
 
 
@@ -112,7 +113,10 @@ def by_rows(x: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class LayerCache:
-    """Keys and values as they are: fp32 on a CPU, the model's dtype on a GPU."""
+    """Keys and values as they are: fp16 or fp32 on a CPU, the model's dtype on a GPU.
+
+    A CPU multiplies fp16 slowly, so it is widened there first.
+    """
 
     transposed: bool
     keys: Tensor
@@ -125,15 +129,15 @@ class LayerCache:
     def write(self, k: Tensor, v: Tensor, start: int) -> None:
         self.put_keys(by_rows(k), start)
         rows = by_rows(v)
-        self._values()[:, start : start + rows.shape[1]].copy_(rows)
+        self._values()[:, start : start + rows.shape[1]] = self._fitting(rows)
 
     def scores(self, rows: Tensor, first: int, end: int, scale: float) -> Tensor:
-        keys = self._keys()[:, first:end].transpose(1, 2)
+        keys = self._wide(self._keys()[:, first:end].transpose(1, 2))
         zero = keys.new_zeros(1)
         return torch.baddbmm(zero, rows.to(keys.dtype), keys, beta=0, alpha=scale).float()
 
     def mix(self, weights: Tensor, first: int, end: int) -> Tensor:
-        values = self._values()[:, first:end]
+        values = self._wide(self._values()[:, first:end])
         return torch.bmm(weights.to(values.dtype), values)
 
     def grow(self, length: int) -> None:
@@ -144,7 +148,7 @@ class LayerCache:
         return self._keys()[:, first:end].float()
 
     def put_keys(self, rows: Tensor, start: int) -> None:
-        self._keys()[:, start : start + rows.shape[1]].copy_(rows)
+        self._keys()[:, start : start + rows.shape[1]] = self._fitting(rows)
 
     def drop(self, first: int, count: int, end: int) -> None:
         for x in (self._keys(), self._values()):
@@ -163,6 +167,12 @@ class LayerCache:
     @property
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
+
+    def _wide(self, x: Tensor) -> Tensor:
+        return x.float() if self.transposed else x
+
+    def _fitting(self, x: Tensor) -> Tensor:
+        return x.clamp(-HALF_MAX, HALF_MAX) if self.keys.dtype == torch.float16 else x
 
     def _keys(self) -> Tensor:
         """A view `[B * kv, N, D]`."""

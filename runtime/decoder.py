@@ -17,7 +17,7 @@ from optim.runtime.attention import Rule, attend
 from optim.runtime.cache import Layer, LayerCache, LayeredCache, Policy, StaticCache, static_layers
 from optim.runtime.cache_packed import packed_layers
 from optim.runtime.cache_stream import Turn, stream_cache
-from optim.runtime.kernels import cpu_step
+from optim.runtime.kernels import cpu_blocks, cpu_step
 from optim.runtime.layers import MLP, HeadNorm, Mixture, Norm
 from optim.runtime.rope import Rope, rotate
 from optim.runtime.shape import Shape
@@ -128,6 +128,8 @@ class Decoder:
     project_out: nn.Module | None
     head: nn.Module
     dtype: torch.dtype
+    cache_dtype: torch.dtype
+    one_call: cpu_blocks.Blocks | None
 
     @property
     def max_context(self) -> int:
@@ -147,8 +149,7 @@ class Decoder:
         """
         count, heads, dim = len(self.blocks), self.shape.kv_heads, self.shape.head_dim
         if policy.bits == 16:
-            dtype = torch.float32 if device.type == "cpu" else self.dtype
-            layers = static_layers(count, batch, heads, dim, device, dtype)
+            layers = static_layers(count, batch, heads, dim, device, self.cache_dtype)
         else:
             layers = packed_layers(count, batch, heads, dim, device, policy.bits)
         if policy.kind == "stream":
@@ -179,8 +180,11 @@ class Decoder:
 
     def _hidden(self, ids: Tensor, cache: LayeredCache, end: int) -> Tensor:
         h, step = self._begin(ids, cache, end)
-        for block, layer in zip(self.blocks, cache.layers, strict=True):
-            h = block(h, layer, step)
+        if self.one_call is not None and (pairs := _one_token(ids, cache)):
+            self.one_call(h, pairs, step.start, step.angles)
+        else:
+            for block, layer in zip(self.blocks, cache.layers, strict=True):
+                h = block(h, layer, step)
         cache.length += ids.shape[1]
         return h
 
@@ -208,3 +212,12 @@ class Decoder:
             logits = logits * self.shape.logit_scale
         cap = self.shape.logit_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _one_token(ids: Tensor, cache: LayeredCache) -> list[tuple[Tensor, Tensor]]:
+    """Every layer's keys and values where the C step can go on from them; else none."""
+    if ids.numel() != 1 or cache.padding is not None:
+        return []
+    plain = [layer for layer in cache.layers if isinstance(layer, LayerCache)]
+    whole = len(plain) == len(cache.layers)
+    return [(layer.keys, layer.values) for layer in plain] if whole else []

@@ -145,6 +145,8 @@ static void units(void *data) {
         optim_attend_head(p, u);
 }
 
+int optim_reads_half(void) { return FAST_HALF; }
+
 /* Returns nonzero if there is no memory. */
 int optim_attend(Step *p, int threads, Parallel *parallel) {
     const int64_t work = p->batch * p->heads * (p->position + 1);

@@ -12,7 +12,7 @@ from torch import Tensor
 from optim.runtime.kernels.native import NoKernel, library, team
 
 
-class _Step(ctypes.Structure):
+class CStep(ctypes.Structure):
     """`Step` of cpu_step.c."""
 
     _fields_ = (
@@ -34,7 +34,7 @@ class Attend:
         self, heads: int, kv_heads: int, dim: int, scale: float, window: int | None, cap: float
     ) -> None:
         self._run, self._team = load().optim_attend, team()
-        self._step = _Step(heads=heads, kv_heads=kv_heads, dim=dim, scale=scale, cap=cap)
+        self._step = CStep(heads=heads, kv_heads=kv_heads, dim=dim, scale=scale, cap=cap)
         self._step.window = window or 0
         self._address = ctypes.addressof(self._step)
 
@@ -50,7 +50,8 @@ class Attend:
         """Turn and store the new key and value, and attend: `[B, heads * dim]`.
 
         `qkv` fp32 contiguous `[B, heads + 2 kv_heads, dim]`, overwritten; `keys`
-        `[B * kv_heads, dim, N]` and `values` `[B * kv_heads, N, dim]` fp32 with N > `position`;
+        `[B * kv_heads, dim, N]` and `values` `[B * kv_heads, N, dim]`, fp32 or fp16 (where
+        `reads_half`), with N > `position`;
         `angles` cos and signed sin `[1 or B, 1, 1, rotary]`; `padding` int64 `[B]`.
         """
         step, batch = self._step, qkv.shape[0]
@@ -98,6 +99,11 @@ def load() -> ctypes.CDLL:
     lib.optim_swiglu.argtypes = [pointer, pointer, integer, integer]
     lib.optim_swiglu.restype = None
     return lib
+
+
+def reads_half() -> bool:
+    """Whether keys and values may be fp16 here."""
+    return bool(load().optim_reads_half())
 
 
 @cache

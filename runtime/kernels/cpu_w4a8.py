@@ -70,7 +70,7 @@ class Weight:
             middle=2.0 ** (scheme.bits - 1),
             bias=None if self.bias is None else self.bias.data_ptr(),
         )
-        self._address = ctypes.addressof(self._layer)
+        self.address = ctypes.addressof(self._layer)
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +81,7 @@ class Weight:
         """`[tokens, in]` -> float32 `[tokens, out]`, bias included."""
         x, tokens, threads = x.float().contiguous(), x.shape[0], torch.get_num_threads()
         y = torch.empty(tokens, self.outputs)
-        if self._run(self._address, x.data_ptr(), y.data_ptr(), tokens, threads, self._team):
+        if self._run(self.address, x.data_ptr(), y.data_ptr(), tokens, threads, self._team):
             raise MemoryError
         return y
 

@@ -1,0 +1,148 @@
+"""All blocks of a decoder for one token in one C call (`cpu_blocks.c`).
+
+What the C code computes is `optim.runtime.decoder.Block` with packed linears, RMS norms and a gated
+feed-forward; a test runs both over every kind of block.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from optim.runtime.kernels import cpu_step, cpu_w4a8
+from optim.runtime.kernels.native import NoKernel, library, team
+
+Angles = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What all blocks share. `tanh_gelu`: the activation, else silu."""
+
+    hidden: int
+    middle: int
+    heads: int
+    kv_heads: int
+    dim: int
+    eps: float
+    scale: float
+    cap: float
+    residual: float
+    tanh_gelu: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BlockWeights:
+    """One block: RMS weights fp32 (None where the family has none), packed linears."""
+
+    before_attention: Tensor
+    after_attention: Tensor | None
+    before_mlp: Tensor
+    after_mlp: Tensor | None
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    qkv: cpu_w4a8.Weight
+    out: cpu_w4a8.Weight
+    up: cpu_w4a8.Weight
+    down: cpu_w4a8.Weight
+    rope: str | None
+    window: int | None
+
+
+NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "query_norm", "key_norm")
+LINEARS = ("qkv", "out", "up", "down")
+
+
+class _Block(ctypes.Structure):
+    """`Block` of cpu_blocks.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in (*NORMS, *LINEARS)),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "keys", "values")),
+        *((name, ctypes.c_int64) for name in ("capacity", "window")),
+    )
+
+
+class _Decoder(ctypes.Structure):
+    """`Decoder` of cpu_blocks.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("count", "hidden", "middle", "tanh_gelu")),
+        *((name, ctypes.c_float) for name in ("eps", "residual")),
+        ("h", ctypes.c_void_p),
+        ("step", cpu_step.CStep),
+        ("blocks", ctypes.c_void_p),
+    )
+
+
+class Blocks:
+    """The blocks with their weights; call it once a token."""
+
+    def __init__(self, weights: Sequence[BlockWeights], sizes: Sizes) -> None:
+        """Raises NoKernel where the C code cannot be built."""
+        self._run, self._team, self._weights = load().optim_decode, team(), weights
+        self._blocks = (_Block * len(weights))(*map(_block, weights))
+        self._decoder = _Decoder(
+            count=len(weights),
+            hidden=sizes.hidden,
+            middle=sizes.middle,
+            tanh_gelu=sizes.tanh_gelu,
+            eps=sizes.eps,
+            residual=sizes.residual,
+            blocks=ctypes.addressof(self._blocks),
+        )
+        step = self._decoder.step
+        step.batch, step.heads, step.kv_heads, step.dim = 1, sizes.heads, sizes.kv_heads, sizes.dim
+        step.scale, step.cap = sizes.scale, sizes.cap
+        self._address = ctypes.addressof(self._decoder)
+
+    def __call__(
+        self,
+        h: Tensor,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        position: int,
+        angles: dict[str, Angles],
+    ) -> None:
+        """Send `h` (fp32 contiguous `[1, 1, hidden]`, overwritten) through all blocks.
+
+        `pairs` keys `[kv, dim, N]` and values `[kv, N, dim]` of every block, fp32 or fp16, with
+        N > `position`; `angles` cos and signed sin `[1, 1, 1, rotary]` of every rotary kind.
+        """
+        step = self._decoder.step
+        turns: dict[str | None, tuple[int, int | None, int | None]] = {None: (0, None, None)}
+        for kind, (cos, sin) in angles.items():
+            turns[kind] = cos.shape[-1], cos.data_ptr(), sin.data_ptr()
+        step.position, step.half = position, pairs[0][0].dtype == torch.float16
+        for block, weights, (keys, values) in zip(self._blocks, self._weights, pairs, strict=True):
+            rotary, block.cos, block.sin = turns[weights.rope]
+            step.rotary = rotary or step.rotary
+            block.keys, block.values = keys.data_ptr(), values.data_ptr()
+            block.capacity = values.shape[1]
+        self._decoder.h = h.data_ptr()
+        if self._run(self._address, torch.get_num_threads(), self._team):
+            raise MemoryError
+
+
+def _block(weights: BlockWeights) -> _Block:
+    def address(tensor: Tensor | None) -> int | None:
+        return None if tensor is None else tensor.data_ptr()
+
+    return _Block(
+        window=weights.window or 0,
+        **{name: address(getattr(weights, name)) for name in NORMS},
+        **{name: getattr(weights, name).address for name in LINEARS},
+    )
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """The compiled kernel. Raises NoKernel with the reason."""
+    cpu_w4a8.check()
+    if not cpu_step.usable():
+        raise NoKernel("the kernels of a decode step do not work here")
+    lib = library("cpu_blocks", "cpu_w4a8", "cpu_step")
+    lib.optim_decode.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
+    return lib

@@ -1,0 +1,99 @@
+"""Which decoders can send one token through all their blocks in one C call, and how.
+
+Packed linears that the W4A8 kernel runs, RMS norms, a gated feed-forward, blocks in sequence. The
+others, and batches, long inputs and other caches, go block by block.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from optim.runtime.formats.packed_linear import PackedLinear
+from optim.runtime.kernels import cpu_blocks, cpu_w4a8
+from optim.runtime.kernels.native import NoKernel
+from optim.runtime.layers import MLP, Norm, RMSNorm
+
+if TYPE_CHECKING:
+    from optim.runtime.decoder import Block
+    from optim.runtime.shape import Shape
+
+ACTIVATIONS = {"silu": False, "swish": False, "gelu_pytorch_tanh": True, "gelu_new": True}
+
+
+class _Other(Exception):
+    """This decoder has a part that the C code lacks."""
+
+
+def one_call(blocks: Sequence["Block"], shape: "Shape") -> cpu_blocks.Blocks | None:
+    """`blocks` as the C code runs them; None if it cannot."""
+    try:
+        _need(shape.activation in ACTIVATIONS and not shape.parallel and not shape.norm_after_add)
+        weights = [_weights(block) for block in blocks]
+        widths = {w.down.inputs for w in weights}
+        _need(len(widths) == 1 and len({_eps(block) for block in blocks}) == 1)
+        sizes = cpu_blocks.Sizes(
+            hidden=shape.hidden,
+            middle=widths.pop(),
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            dim=shape.head_dim,
+            eps=_eps(blocks[0]),
+            scale=shape.attention_scale,
+            cap=shape.attention_cap or 0.0,
+            residual=shape.residual_scale,
+            tanh_gelu=ACTIVATIONS[shape.activation],
+        )
+        return cpu_blocks.Blocks(weights, sizes)
+    except (_Other, NoKernel):
+        return None
+
+
+def _need(fact: bool) -> None:
+    if not fact:
+        raise _Other
+
+
+def _weights(block: "Block") -> cpu_blocks.BlockWeights:
+    attention, mlp = block.attention, block.mlp
+    _need(attention.one_token is not None and not attention.interleaved)
+    _need(attention.norm is None or not attention.norm.full)
+    if not isinstance(mlp, MLP) or not mlp.gated:
+        raise _Other
+    return cpu_blocks.BlockWeights(
+        before_attention=_always(block.before_attention),
+        after_attention=_rms(block.after_attention),
+        before_mlp=_always(block.before_mlp),
+        after_mlp=_rms(block.after_mlp),
+        query_norm=attention.norm.query if attention.norm else None,
+        key_norm=attention.norm.key if attention.norm else None,
+        qkv=_packed(attention.qkv),
+        out=_packed(attention.out),
+        up=_packed(mlp.up),
+        down=_packed(mlp.down),
+        rope=attention.rope,
+        window=attention.rule.window,
+    )
+
+
+def _packed(linear: nn.Module) -> cpu_w4a8.Weight:
+    weight = linear.kernel if isinstance(linear, PackedLinear) else None
+    if not isinstance(weight, cpu_w4a8.Weight):
+        raise _Other
+    return weight
+
+
+def _rms(norm: Norm | None) -> Tensor | None:
+    _need(norm is None or isinstance(norm, RMSNorm))
+    return norm.weight if norm else None
+
+
+def _always(norm: Norm | None) -> Tensor:
+    weight = _rms(norm)
+    if weight is None:
+        raise _Other
+    return weight
+
+
+def _eps(block: "Block") -> float:
+    return block.before_mlp.eps if block.before_mlp else 0.0
