@@ -9,7 +9,7 @@ from optim.quant.refit import refit_scales
 from optim.runtime.formats.packed import Scheme
 from optim.runtime.walk import StoredLinear
 
-ROW_BYTES = 32 * 2**20  # float32 rows of a linear that are solved at a time
+ROW_BYTES = 16 * 2**20  # float32 rows of a linear that are solved at a time
 
 
 class RoundedLinear(StoredLinear):
@@ -42,8 +42,8 @@ class NearestLinear(StoredLinear):
 
     def rounded(self) -> RoundedLinear:
         """The same with its integers, to be stored."""
-        parts = [self._nearest(rows) for rows in row_slices(self)]
-        return join_rows(parts, self.dense_bias())
+        parts = ((q.to(torch.uint8), g) for q, g in map(self._nearest, row_slices(self)))
+        return join_rows(list(parts), self.dense_bias())
 
     def _nearest(self, rows: slice) -> tuple[Tensor, Grid]:
         return nearest(super().dense(rows), self.scheme, self.scale_dtype)
@@ -56,10 +56,10 @@ def row_slices(linear: StoredLinear) -> list[slice]:
 
 
 def join_rows(parts: list[tuple[Tensor, Grid]], bias: Tensor | None) -> RoundedLinear:
-    """(integers, grid) of consecutive rows as one linear."""
+    """(integers as bytes, grid) of consecutive rows as one linear."""
     grids = [grid for _, grid in parts]
     scale, zero = torch.cat([g.scale for g in grids]), torch.cat([g.zero for g in grids])
-    q = torch.cat([q.to(torch.uint8) for q, _ in parts])
+    q = torch.cat([q for q, _ in parts])
     return RoundedLinear(q, Grid(scale, zero, grids[0].scheme), bias)
 
 
@@ -70,7 +70,7 @@ def round_rows(
     known: gptq.Feedback | Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Grid]:
-    """Rows of a weight `[rows, in]` -> (integers, grid): clip if there are `blocks`, then round.
+    """Rows of a weight `[rows, in]` -> (integers as bytes, grid): clip if there are `blocks`.
 
     Rounding is with error feedback if that is `known`; else that is the Gram matrix, and the scales
     are refitted to the plain integers. (After feedback a refit gained nothing on held-back text:
@@ -81,6 +81,6 @@ def round_rows(
     else:
         grid = make_grid(*ranges(weight, scheme), scheme, dtype)
     if isinstance(known, gptq.Feedback):
-        return gptq.round_with_feedback(weight, grid, known), grid
+        return gptq.round_with_feedback(weight, grid, known).to(torch.uint8), grid
     q = round_to(weight, grid)
-    return q, refit_scales(weight, q, grid, known, dtype)
+    return q.to(torch.uint8), refit_scales(weight, q, grid, known, dtype)

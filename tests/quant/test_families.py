@@ -60,7 +60,8 @@ def _runs_the_same(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ids = _ids(2, 20)
     model = load_model(str(folder), device="cpu")
     got = model.forward(ids, model.new_cache(batch=2), all_logits=True)
-    _close(got, _walked(folder, ids, tmp_path / "states"), 1e-4)
+    # Keys and values are cached in 16 bits.
+    _close(got, _walked(folder, ids, tmp_path / "states"), 3e-3)
 
 
 def _loads_in_transformers(folder: Path, tmp_path: Path) -> None:
