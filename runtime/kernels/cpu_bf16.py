@@ -30,7 +30,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     y = torch.empty(tokens, outputs)
     run, threads = load().optim_bf16, torch.get_num_threads()
     pointers = weight.data_ptr(), x.data_ptr(), y.data_ptr()
-    run(*pointers, outputs, inputs, tokens, threads, team())
+    if run(*pointers, outputs, inputs, tokens, threads, team()):
+        raise MemoryError
     return y
 
 
@@ -45,7 +46,6 @@ def load() -> ctypes.CDLL:
     lib = library("cpu_bf16")
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     lib.optim_bf16.argtypes = [*[pointer] * 3, *[integer] * 3, ctypes.c_int, pointer]
-    lib.optim_bf16.restype = None
     return lib
 
 
