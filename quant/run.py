@@ -6,7 +6,7 @@ is journalled, so a killed run finds both the shard and the inputs of the next b
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from optim.quant.plan import Plan, plan
 from optim.quant.rounding import RoundedLinear
 from optim.quant.solve import BlockSolver, Solved
 from optim.recipes.errors import USAGE, OptimError
-from optim.recipes.schema import Rtn
+from optim.recipes.schema import Recipe, Rtn
 from optim.runtime.artifact import Workspace, tensor_sha256
 from optim.runtime.checkpoint import Checkpoint
 from optim.runtime.corpus import calibration_windows, token_hash
@@ -58,7 +58,10 @@ def quantize(made: Plan, progress: Progress, windows: Tensor | None = None) -> R
     machine gave out (the workspace stays, and the same command goes on).
     """
     start = time.monotonic()
-    windows = _calibrate(made) if windows is None else windows
+    if windows is None:
+        windows = _calibrate(made)
+    else:
+        made = replace(made, recipe=_given(made.recipe, windows))
     workspace = Workspace(made.output, _identity(made, windows), made.force)
     try:
         with torch.inference_mode():
@@ -80,6 +83,14 @@ def quantize(made: Plan, progress: Progress, windows: Tensor | None = None) -> R
         blocks=facts["blocks"],
         notes=[*made.notes, *facts["notes"]],
     )
+
+
+def _given(recipe: Recipe, windows: Tensor) -> Recipe:
+    """The recipe as it was carried out on tokens that came from elsewhere."""
+    samples, length = windows.shape
+    facts = {"dataset": "given tokens", "num_samples": samples, "seq_len": length}
+    calibration = recipe.calibration.model_copy(update=facts)
+    return recipe.model_copy(update={"calibration": calibration})
 
 
 def _calibrate(made: Plan) -> Tensor | None:
