@@ -10,6 +10,7 @@ moves, so that one sees where the peak is.
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -125,7 +126,12 @@ def measure(blocks: int, method: str, trace: bool) -> int:
     """Peak bytes of quantizing a model of `blocks` blocks."""
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
-        write_model(model, blocks)
+        # In a process of its own: a child's ru_maxrss begins at what its parent once had.
+        writer = multiprocessing.get_context("spawn").Process(
+            target=write_model, args=(model, blocks)
+        )
+        writer.start()
+        writer.join()
         command = [sys.executable, "-m", "optim.cli", "quantize", str(model), "-m", method]
         command += ["--num-samples", "2", "--seq-len", "256", "--device", "cpu"]
         return peak([*command, "-o", str(Path(folder) / "out")], trace)
