@@ -110,7 +110,8 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _engines() -> dict[str, Callable[[Job], Engine]]:
+def engines() -> dict[str, Callable[[Job], Engine]]:
+    """What can run a job, by name."""
     from optim.runtime.peers import LlamaCpp, Transformers
 
     return {"optim": OptimEngine, "transformers": Transformers, "llama.cpp": LlamaCpp}
@@ -121,7 +122,7 @@ def run_here(job: Job) -> dict[str, Any]:
     if job.threads:
         torch.set_num_threads(job.threads)
     start = time.perf_counter()
-    engine = _engines()[job.engine](job)
+    engine = engines()[job.engine](job)
     load_seconds = time.perf_counter() - start
     timings = []
     for length in job.prompt_tokens:

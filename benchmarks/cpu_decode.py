@@ -1,0 +1,239 @@
+"""Decode and prefill on a CPU, ours beside llama.cpp and transformers: one run, one table.
+
+    python benchmarks/cpu_decode.py                     # threads 1 and 2, contexts 64 and 1024
+    python benchmarks/cpu_decode.py --threads 1 --cpu-time --rounds 5    # on a busy machine
+
+Every engine lives in a process of its own and waits; rounds go from engine to engine, so that what
+else the machine does falls on all of them. Our artifacts are made by plain rounding (`-m rtn`) and
+llama.cpp's files from the demo's own GGUF: both say how fast, not how well. `--cpu-time` counts the
+CPU seconds of a process instead of the wall's: only for one thread, where others work too.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+import transformers
+
+from optim.runtime.demo import demo_file
+from optim.runtime.measure import MARK, Job, engines, peak_bytes
+
+FILES = {"Q4_0": 2, "Q4_1": 3, "Q4_K_M": 15}  # llama_ftype
+OURS = {
+    "g64": ["--group-size", "64"],
+    "g32": ["--group-size", "32"],
+    "g64 head8": ["--group-size", "64", "--lm-head-bits", "8"],
+    "g32 head8": ["--group-size", "32", "--lm-head-bits", "8"],
+}
+PROMPT = "What is the capital of France?"
+
+
+@dataclass(slots=True)
+class Seconds:
+    """All rounds of one engine at one context."""
+
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+
+
+def make_artifacts(folder: Path, wanted: list[str]) -> dict[str, str]:
+    for name in wanted:
+        out = ["-o", str(folder / name), "--quiet"]
+        subprocess.run(["optim", "quantize", "demo", "-m", "rtn", *OURS[name], *out], check=True)
+    return {f"optim {name}": str(folder / name) for name in wanted}
+
+
+def make_ggufs(folder: Path) -> dict[str, str]:
+    """The demo's file in llama.cpp's formats; nothing where llama-cpp-python is missing."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        print("llama-cpp-python is not installed: left out", file=sys.stderr)
+        return {}
+    import llama_cpp  # type: ignore[import-not-found,unused-ignore]
+
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.allow_requantize = True
+    made = {}
+    for name, kind in FILES.items():
+        options.ftype, path = kind, folder / f"{name}.gguf"
+        names = str(demo_file()).encode(), str(path).encode()
+        if llama_cpp.llama_model_quantize(*names, options):
+            raise SystemExit(f"llama.cpp could not write {name}")
+        made[f"llama.cpp {name}"] = str(path)
+    return made
+
+
+def serve(text: str, cpu_time: bool) -> None:
+    """The worker: loads a Job, then answers lines `prompt new` with `prefill decode` seconds."""
+    if cpu_time:
+        time.perf_counter = time.process_time  # the clock that engines ask
+    job = Job(**json.loads(text))
+    torch.set_num_threads(job.threads or 1)
+    start = time.perf_counter()
+    engine = engines()[job.engine](job)
+    facts = {"place": engine.place, "load_seconds": time.perf_counter() - start}
+    print(MARK + json.dumps(facts | {"loaded_bytes": peak_bytes()}), flush=True)
+    for line in sys.stdin:
+        prompt, new = map(int, line.split())
+        print(MARK + json.dumps(engine.run(prompt, new, 1)), flush=True)
+
+
+class Remote:
+    """An engine in its own process."""
+
+    def __init__(self, job: Job, cpu_time: bool) -> None:
+        command = [sys.executable, __file__, "--serve", json.dumps(asdict(job))]
+        self.process = subprocess.Popen(
+            [*command, *(["--cpu-time"] if cpu_time else [])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": str(job.threads)},
+        )
+        self.facts: dict[str, Any] = self.answer()
+
+    def answer(self) -> Any:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            if line.startswith(MARK):
+                return json.loads(line.removeprefix(MARK))
+        raise SystemExit(f"{self.process.args} ended with {self.process.wait()}")
+
+    def run(self, prompt: int, new: int) -> tuple[float, float]:
+        assert self.process.stdin
+        print(prompt, new, file=self.process.stdin, flush=True)
+        prefill, decode = self.answer()
+        return prefill, decode
+
+
+@contextmanager
+def remotes(jobs: dict[str, Job], cpu_time: bool) -> Iterator[dict[str, Remote]]:
+    with ExitStack() as stack:
+        made = {}
+        for name, job in jobs.items():
+            made[name] = Remote(job, cpu_time)
+            stack.callback(made[name].process.kill)
+        yield made
+
+
+def measure(
+    engines: dict[str, Remote], contexts: list[int], new: int, rounds: int
+) -> dict[int, dict[str, Seconds]]:
+    """Rounds in turn; the first of each context is warm-up."""
+    results: dict[int, dict[str, Seconds]] = {}
+    for context in contexts:
+        seconds = results[context] = {name: Seconds() for name in engines}
+        for at in range(rounds + 1):
+            for name, engine in engines.items():
+                prefill, decode = engine.run(context, new)
+                if at:
+                    seconds[name].prefill.append(prefill)
+                    seconds[name].decode.append(decode)
+    return results
+
+
+def rates(tokens: int, seconds: list[float]) -> dict[str, float]:
+    low, _, high = quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
+    return {"median": tokens / median(seconds), "low": tokens / high, "high": tokens / low}
+
+
+def run_memory(source: str) -> int:
+    """Peak resident bytes of `optim run` with one answer."""
+    command = ["optim", "run", source, PROMPT, "--max-tokens", "32", "--threads", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, _, usage = os.wait4(process.pid, 0)
+    return usage.ru_maxrss * 1024
+
+
+def row(name: str, kind: str, rate: dict[str, float], peers: dict[str, float]) -> str:
+    spread = f"{rate['median']:7.1f} ({rate['low']:.1f}-{rate['high']:.1f})"
+    ratios = "  ".join(f"{rate['median'] / peer:.2f}x" for peer in peers.values())
+    return f"{name:20s} {kind:8s} {spread:26s} {ratios}"
+
+
+def show(threads: int, context: int, found: dict[str, dict[str, dict[str, float]]]) -> None:
+    for kind in ("decode", "prefill"):
+        peers = {n: r[kind]["median"] for n, r in found.items() if not n.startswith("optim")}
+        print(f"\n{threads} threads, {context} tokens; {kind} tok/s (quartiles); against: ", end="")
+        print(", ".join(peers) or "nobody")
+        for name, rate in found.items():
+            print(row(name, kind, rate[kind], peers))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--contexts", default="64,1024")
+    parser.add_argument("--ours", default=",".join(OURS))
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--no-transformers", action="store_true")
+    parser.add_argument("--json", type=Path, help="write all results here")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        return serve(options.serve, options.cpu_time)
+    contexts = [int(c) for c in options.contexts.split(",")]
+    with tempfile.TemporaryDirectory() as folder:
+        ours = make_artifacts(Path(folder), options.ours.split(","))
+        sources = ours | make_ggufs(Path(folder))
+        if not options.no_transformers:
+            sources["transformers bf16"] = "demo"
+        report: dict[str, Any] = {
+            "cpu": platform.processor() or platform.machine(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "clock": "cpu" if options.cpu_time else "wall",
+            "run_peak_bytes": {name: run_memory(source) for name, source in ours.items()},
+            "results": [],
+        }
+        for threads in map(int, options.threads.split(",")):
+            measure_at(threads, contexts, sources, options, report)
+    for name, peak in report["run_peak_bytes"].items():
+        print(f"{name}: `optim run` peaks at {peak / 1e6:.0f} MB")
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def measure_at(
+    threads: int, contexts: list[int], sources: dict[str, str], options: Any, report: dict[str, Any]
+) -> None:
+    def job(name: str, source: str) -> Job:
+        engine = name.split()[0]
+        return Job(source, engine, tuple(contexts), options.new, threads=threads, device="cpu")
+
+    before = os.getloadavg()
+    with remotes({n: job(n, s) for n, s in sources.items()}, options.cpu_time) as engines:
+        for name, engine in engines.items():
+            print(f"{name}: {engine.facts['place']}, load {engine.facts['load_seconds']:.1f} s")
+        results = measure(engines, contexts, options.new, options.rounds)
+        facts = {name: engine.facts for name, engine in engines.items()}
+    for context, seconds in results.items():
+        found = {
+            name: {"prefill": rates(context, s.prefill), "decode": rates(options.new, s.decode)}
+            for name, s in seconds.items()
+        }
+        show(threads, context, found)
+        load = {"before": before, "after": os.getloadavg()}
+        entry = {"threads": threads, "context": context, "load_average": load, "rates": found}
+        report["results"].append(entry | {"engines": facts})
+    print(f"load average {before[0]:.1f} before, {os.getloadavg()[0]:.1f} after")
+
+
+if __name__ == "__main__":
+    main()
