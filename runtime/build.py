@@ -20,6 +20,7 @@ from optim.runtime.formats.packed_linear import PackedLinear, fuse
 from optim.runtime.kernels import cpu_step
 from optim.runtime.layers import ACTIVATIONS, MLP, HeadNorm, LayerNorm, Mixture, Norm, RMSNorm
 from optim.runtime.linear import DenseLinear, Joined, held_dtype
+from optim.runtime.machine import release_memory
 from optim.runtime.one_call import one_call
 from optim.runtime.plain import schemes_of
 from optim.runtime.rope import Rope, ropes
@@ -107,8 +108,12 @@ def build(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> t
     facts = family.decoder
     shape = resolve(config, facts)
     loader = Loader(checkpoint, device, dtype)
-    blocks = [_block(loader, family, shape, i) for i in range(len(shape.layers))]
-    embed, head = _ends(loader, facts, shape)
+    head = _own_head(loader, shape)
+    blocks = []
+    for index in range(len(shape.layers)):
+        blocks.append(_block(loader, family, shape, index))
+        release_memory()  # what repacking took, before the next takes its own
+    embed, head = _ends(loader, facts, head)
     stem = facts.embed.rpartition(".")[0]
     decoder = Decoder(
         shape=_rounded(shape, facts, checkpoint.tensors[f"{facts.embed}.weight"].dtype),
@@ -149,13 +154,19 @@ def _rounded(shape: Shape, facts: Facts, stored: torch.dtype) -> Shape:
     return replace(shape, embed_scale=float(torch.tensor(shape.embed_scale, dtype=stored)))
 
 
-def _ends(loader: Loader, facts: Facts, shape: Shape) -> tuple[Tensor, nn.Module]:
-    """The embedding table and the head; a tied pair shares one tensor."""
+def _own_head(loader: Loader, shape: Shape) -> nn.Module | None:
+    """A head that is not the embedding table. Repacking it takes the most: it comes first."""
     stored = {name.partition(".")[0] for name in loader.checkpoint.tensors}
     packed = "lm_head" in stored and not loader.has("lm_head.weight")
-    if packed or not shape.tied:
-        return loader.tensor(f"{facts.embed}.weight"), loader.linear("lm_head")
-    table = loader.weight(f"{facts.embed}.weight")
+    return loader.linear("lm_head") if packed or not shape.tied else None
+
+
+def _ends(loader: Loader, facts: Facts, head: nn.Module | None) -> tuple[Tensor, nn.Module]:
+    """The embedding table and the head; a tied pair shares one tensor."""
+    name = f"{facts.embed}.weight"
+    if head is not None:
+        return loader.tensor(name), head
+    table = loader.weight(name)
     return table, loader.dense(table)
 
 

@@ -15,6 +15,9 @@ from optim.runtime.formats.schemes import Scheme
 from optim.runtime.kernels.native import NoKernel, library, team
 
 
+SLICE = 256  # blocks of rows repacked at a time
+
+
 class _Linear(ctypes.Structure):
     """`Linear` of cpu_w4a8.c."""
 
@@ -145,12 +148,15 @@ def _error(scheme: Scheme, generator: torch.Generator) -> float:
 
 def _blocks(q: Tensor, bits: int, rows: int, columns: int, flip: int) -> Tensor:
     """uint8 [out, in] -> int32 [blocks, columns*bits/32, rows]: 4 or 8 inputs a word."""
-    outputs, inputs = q.shape
-    padded = torch.nn.functional.pad(q ^ flip, (0, columns - inputs, 0, -outputs % rows))
-    words = padded.view(torch.int32)
-    if bits == 4:
-        words = words[:, 0::2] | words[:, 1::2] << 4
-    return words.view(-1, rows, words.shape[1]).transpose(1, 2).contiguous()
+    parts = q.split(SLICE * rows)
+    blocks = torch.empty(-(-q.shape[0] // rows), columns * bits // 32, rows, dtype=torch.int32)
+    for part, target in zip(parts, blocks.split(SLICE), strict=True):
+        padding = (0, columns - q.shape[1], 0, -part.shape[0] % rows)
+        words = torch.nn.functional.pad(part ^ flip, padding).view(torch.int32)
+        if bits == 4:
+            words = words[:, 0::2] | words[:, 1::2] << 4
+        target.copy_(words.view(-1, rows, words.shape[1]).transpose(1, 2))
+    return blocks
 
 
 def _per_block(values: Tensor, rows: int) -> Tensor:
