@@ -1,5 +1,7 @@
 """Round a linear some rows at a time: plainly, or with all that is known of its inputs."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -42,25 +44,29 @@ class NearestLinear(StoredLinear):
 
     def rounded(self) -> RoundedLinear:
         """The same with its integers, to be stored."""
-        parts = ((q.to(torch.uint8), g) for q, g in map(self._nearest, row_slices(self)))
-        return join_rows(list(parts), self.dense_bias())
+        return round_linear(self, self.scheme, self._nearest)
 
     def _nearest(self, rows: slice) -> tuple[Tensor, Grid]:
         return nearest(super().dense(rows), self.scheme, self.scale_dtype)
 
 
-def row_slices(linear: StoredLinear) -> list[slice]:
-    """Rows of a linear in parts of at most ROW_BYTES of float32."""
+def round_linear(
+    linear: StoredLinear, scheme: Scheme, solve: Callable[[slice], tuple[Tensor, Grid]]
+) -> RoundedLinear:
+    """A linear rounded some rows at a time: `solve` gives the (integers, grid) of those rows.
+
+    The parts go straight into their place: at any time one part's temporaries are alive.
+    """
+    shape = (linear.out_features, linear.in_features)
+    place = linear.weight.device
+    q = torch.empty(shape, dtype=torch.uint8, device=place)
+    scale, zero = (torch.empty(shape[0], scheme.groups(shape[1]), device=place) for _ in "sz")
     step = max(1, ROW_BYTES // (4 * linear.in_features))
-    return [slice(i, i + step) for i in range(0, linear.out_features, step)]
-
-
-def join_rows(parts: list[tuple[Tensor, Grid]], bias: Tensor | None) -> RoundedLinear:
-    """(integers as bytes, grid) of consecutive rows as one linear."""
-    grids = [grid for _, grid in parts]
-    scale, zero = torch.cat([g.scale for g in grids]), torch.cat([g.zero for g in grids])
-    q = torch.cat([q for q, _ in parts])
-    return RoundedLinear(q, Grid(scale, zero, grids[0].scheme), bias)
+    for start in range(0, linear.out_features, step):
+        rows = slice(start, start + step)
+        q[rows], grid = solve(rows)
+        scale[rows], zero[rows] = grid.scale, grid.zero
+    return RoundedLinear(q, Grid(scale, zero, scheme), linear.dense_bias())
 
 
 def round_rows(

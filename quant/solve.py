@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from optim.quant import awq, gptq
 from optim.quant.fold import Probe, discover, family_groups, fold_checked, query_repeats
+from optim.quant.grid import Grid
 from optim.quant.observe import Inputs, leaders_of, observe
-from optim.quant.rounding import NearestLinear, RoundedLinear, join_rows, round_rows, row_slices
+from optim.quant.rounding import NearestLinear, RoundedLinear, round_linear, round_rows
 from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.schema import Awq, Gptq, Rtn
 from optim.runtime.architectures import FAMILIES, Group
 from optim.runtime.formats.packed import Scheme
+from optim.runtime.machine import release_memory
 from optim.runtime.walk import HiddenStates, StoredLinear, Walk, linear_at, linears
 
 PROBE_TOKENS = 512
@@ -147,6 +149,7 @@ class BlockSolver:
                 gram /= scale
                 gram /= scale[:, None]
             linears_ = {n: linear_at(block, n) for n in readers[leader]}
+            release_memory()  # the widest need room: what came before may not linger in the heap
             out |= self._round_readers(linears_, schemes, gram)
         return {name: out[name] for name in schemes}
 
@@ -164,11 +167,14 @@ class BlockSolver:
         out = {}
         for name, linear in readers.items():
             scheme = schemes[name]
-            parts = [
-                round_rows(linear.dense(rows), scheme, blocks[scheme], known, self.dtype)
-                for rows in row_slices(linear)
-            ]
-            out[name] = join_rows(parts, linear.dense_bias())
+
+            def solve(
+                rows: slice, linear: StoredLinear = linear, scheme: Scheme = scheme
+            ) -> tuple[Tensor, Grid]:
+                weight = linear.dense(rows)
+                return round_rows(weight, scheme, blocks[scheme], known, self.dtype)
+
+            out[name] = round_linear(linear, scheme, solve)
         return out
 
     def _starved(
