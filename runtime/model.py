@@ -12,7 +12,7 @@ from optim.runtime.architectures import FAMILIES
 from optim.runtime.build import build
 from optim.runtime.cache import Cache, Policy
 from optim.runtime.checkpoint import Checkpoint, open_checkpoint
-from optim.runtime.machine import compute_dtype, pick_device, release_memory
+from optim.runtime.machine import compute_dtype, pick_device, release_code, release_memory
 
 if TYPE_CHECKING:
     from optim.runtime.text import Tokenizer
@@ -129,6 +129,7 @@ def load_model(
     # Parsing a vocabulary takes 50 MB for a moment: before the weights are there.
     tokenizer = checkpoint.tokenizer() if _has_tokenizer(checkpoint) else None
     release_memory()
+    release_code()
     decoder, weight_bytes = make(checkpoint, place, compute_dtype(place))
     release_memory()
     return Model(checkpoint, decoder, place, weight_bytes, tokenizer)

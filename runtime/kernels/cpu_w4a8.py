@@ -14,7 +14,6 @@ from torch import Tensor
 from optim.runtime.formats.schemes import Scheme
 from optim.runtime.kernels.native import NoKernel, library, team
 
-
 SLICE = 256  # blocks of rows repacked at a time
 
 
@@ -148,9 +147,9 @@ def _error(scheme: Scheme, generator: torch.Generator) -> float:
 
 def _blocks(q: Tensor, bits: int, rows: int, columns: int, flip: int) -> Tensor:
     """uint8 [out, in] -> int32 [blocks, columns*bits/32, rows]: 4 or 8 inputs a word."""
-    parts = q.split(SLICE * rows)
+    parts = torch.split(q, SLICE * rows)
     blocks = torch.empty(-(-q.shape[0] // rows), columns * bits // 32, rows, dtype=torch.int32)
-    for part, target in zip(parts, blocks.split(SLICE), strict=True):
+    for part, target in zip(parts, torch.split(blocks, SLICE), strict=True):
         padding = (0, columns - q.shape[1], 0, -part.shape[0] % rows)
         words = torch.nn.functional.pad(part ^ flip, padding).view(torch.int32)
         if bits == 4:
