@@ -1,14 +1,17 @@
 """What each form of the solver loses on `demo`, on two texts: the table of docs/awq.md.
 
-    python benchmarks/quality.py [--windows FILE.npz] [--samples 16] [--bits 4 3] [--forms rtn awq]
+    python benchmarks/quality.py [--windows FILE.npz] [--samples 16] [--bits 4 3] [--forms awq]
 
 `--windows` is an .npz with token ids of `demo`: `calibration` [n, 512], `evaluation` [m, 1024].
-Without it both come from the built-in texts. Text A is `evaluation` (its first 10 windows), text B
-is builtin:eval (chats, code, several languages). "Taken back" is the share of plain rounding's loss
-of log-likelihood that a form recovers. If llm-compressor is installed, its AWQ runs beside ours.
+Without it, or with `--calibration`, calibration comes from built-in or other text. Text A is
+`evaluation` (its first 10 windows), text B is builtin:eval (chats, code, several languages).
+"Taken back" is the share of plain rounding's loss of log-likelihood that a form recovers.
+
+The form `llm-compressor` is that package's own AWQ on the same tokens, where it is installed.
 """
 
 import argparse
+import importlib.util
 import json
 import tempfile
 import time
@@ -16,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from optim.quant.run import plan, quantize
 from optim.recipes.build import build_recipe
@@ -23,6 +27,7 @@ from optim.runtime.checkpoint import Checkpoint, open_checkpoint
 from optim.runtime.corpus import calibration_windows, evaluation_windows
 from optim.runtime.evaluate import Evaluation, evaluate_windows
 
+PEER = "llm-compressor"
 FORMS = {
     "rtn": {"quantize.method": "rtn"},
     "gptq": {"quantize.method": "gptq"},
@@ -31,18 +36,23 @@ FORMS = {
 }
 
 
-def texts(path: str | None, samples: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def texts(
+    path: str | None, spec: str | None, samples: int
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Calibration windows and the evaluation windows of each text."""
     tokenizer = open_checkpoint("demo").tokenizer()
-    b = evaluation_windows("builtin:eval", tokenizer, window=1024, max_windows=10)
-    if path is None:
-        calibration = calibration_windows(
-            "builtin:mixed", tokenizer, num_samples=samples, seq_len=512, seed=0
-        )
-        return calibration, {"builtin:eval": b}
-    data = np.load(path)
-    a = torch.from_numpy(data["evaluation"][:10].astype(np.int64))
-    return torch.from_numpy(data["calibration"][:samples].astype(np.int64)), {"A": a, "B": b}
+    evaluations = {"B": evaluation_windows("builtin:eval", tokenizer, window=1024, max_windows=10)}
+    if path is not None:
+        data = np.load(path)
+        a = torch.from_numpy(data["evaluation"][:10].astype(np.int64))
+        evaluations = {"A": a} | evaluations
+        if spec is None:
+            given = data["calibration"][:samples].astype(np.int64)
+            return torch.from_numpy(given), evaluations
+    windows = calibration_windows(
+        spec or "builtin:mixed", tokenizer, num_samples=samples, seq_len=512, seed=0
+    )
+    return windows, evaluations
 
 
 def make(form: str, bits: int, sym: bool, windows: torch.Tensor, folder: Path) -> Checkpoint:
@@ -56,6 +66,48 @@ def make(form: str, bits: int, sym: bool, windows: torch.Tensor, folder: Path) -
     wall, used = time.monotonic() - start, time.process_time() - cpu
     print(f"# {out.name}: {wall:.0f} s wall, {used:.0f} s CPU", flush=True)
     return open_checkpoint(str(out))
+
+
+def make_peer(bits: int, sym: bool, windows: torch.Tensor, folder: Path) -> Checkpoint:
+    """llm-compressor's AWQ with the settings of its examples, at our group size."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.awq import AWQModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
+    from transformers import AutoModelForCausalLM
+
+    if not torch.cuda.is_available():  # it pins memory for a device that is not there
+        IntermediatesCache.pin_memory = lambda *args, **kwargs: None
+    source, out = folder / "plain", folder / f"llm-compressor-{bits}"
+    if not source.is_dir():
+        write_plain(open_checkpoint("demo"), source)
+    args = QuantizationArgs(num_bits=bits, symmetric=sym, strategy="group", group_size=64)
+    scheme = {"group_0": QuantizationScheme(targets=["Linear"], weights=args)}
+    rows = {"input_ids": windows.tolist(), "attention_mask": torch.ones_like(windows).tolist()}
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    start, cpu = time.monotonic(), time.process_time()
+    oneshot(
+        model=model,
+        dataset=Dataset.from_dict(rows),
+        recipe=[AWQModifier(ignore=["lm_head"], config_groups=scheme)],
+        max_seq_length=windows.shape[1],
+        num_calibration_samples=len(windows),
+    )
+    model.save_pretrained(out, save_compressed=True)
+    wall, used = time.monotonic() - start, time.process_time() - cpu
+    print(f"# {out.name}: {wall:.0f} s wall, {used:.0f} s CPU", flush=True)
+    open_checkpoint("demo").write_sidecars(out)
+    return open_checkpoint(str(out))
+
+
+def write_plain(checkpoint: Checkpoint, folder: Path) -> None:
+    """The model as an ordinary Hugging Face folder."""
+    folder.mkdir()
+    tensors = {checkpoint.disk_name(n): checkpoint.read(n) for n in checkpoint.tensors}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(checkpoint.config))
+    checkpoint.write_sidecars(folder)
 
 
 def row(name: str, text: str, found: Evaluation, lost: float) -> dict[str, object]:
@@ -76,19 +128,24 @@ def row(name: str, text: str, found: Evaluation, lost: float) -> dict[str, objec
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--windows")
+    parser.add_argument("--calibration", help="a spec, in place of the file's windows")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--sym", action="store_true")
-    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
+    peer = [PEER] if importlib.util.find_spec("llmcompressor") else []
+    known = [*FORMS, *peer]
+    parser.add_argument("--forms", nargs="+", default=known, choices=known)
     options = parser.parse_args()
-    calibration, evaluations = texts(options.windows, options.samples)
+    calibration, evaluations = texts(options.windows, options.calibration, options.samples)
     base = open_checkpoint("demo")
     with tempfile.TemporaryDirectory() as folder:
         for bits in options.bits:
-            made = {
-                form: make(form, bits, options.sym, calibration, Path(folder))
-                for form in dict.fromkeys(["rtn", *options.forms])
-            }
+            made = {}
+            for form in dict.fromkeys(["rtn", *options.forms]):
+                if form == PEER:
+                    made[form] = make_peer(bits, options.sym, calibration, Path(folder))
+                else:
+                    made[form] = make(form, bits, options.sym, calibration, Path(folder))
             for text, windows in evaluations.items():
                 found = dict(
                     zip(made, evaluate_windows(list(made.values()), base, windows), strict=True)
