@@ -110,13 +110,14 @@ def reads_half() -> bool:
 def usable() -> bool:
     """Whether the kernel can be built here and agrees with torch."""
     try:
-        return check() < 1e-5
+        check()
     except NoKernel:
         return False
+    return True
 
 
-def check() -> float:
-    """Largest relative difference from torch on odd shapes. Raises NoKernel."""
+def check() -> str:
+    """Compares the calls with torch on odd shapes. Raises NoKernel."""
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(3, 71, generator=generator), torch.rand(71, generator=generator)
     wanted = x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
@@ -130,4 +131,6 @@ def check() -> float:
     chances = torch.softmax(q @ keys[..., :31] * 0.3, -1)
     seen = (chances @ values[:, :31]).view(1, -1)
     difference = (got - seen).abs().max() / seen.abs().max()
-    return float(torch.maximum(error, difference)) if stored else float("inf")
+    if not stored or not float(torch.maximum(error, difference)) < 1e-5:
+        raise NoKernel("it does not agree with torch")
+    return "norm, gate, rope and attention"
