@@ -20,7 +20,7 @@ from optim.runtime.formats.packed_linear import PackedLinear, fuse
 from optim.runtime.kernels import cpu_step
 from optim.runtime.layers import ACTIVATIONS, MLP, HeadNorm, LayerNorm, Mixture, Norm, RMSNorm
 from optim.runtime.linear import DenseLinear, Joined, held_dtype
-from optim.runtime.machine import release_memory
+from optim.runtime.machine import release_memory, use_huge_pages
 from optim.runtime.one_call import one_call
 from optim.runtime.plain import schemes_of
 from optim.runtime.rope import Rope, ropes
@@ -68,6 +68,7 @@ class Loader:
     def dense(self, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
         """A plain linear; its bytes are added to those a token reads."""
         self.weight_bytes += weight.nbytes
+        use_huge_pages(weight)
         return DenseLinear(weight, bias)
 
     def _scheme(self, name: str) -> Scheme | None:

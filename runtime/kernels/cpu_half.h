@@ -1,4 +1,4 @@
-/* fp16 in memory, float in registers: by the CPU's conversion, or bit by bit where it has none. */
+/* fp16 in memory, float in registers, by the CPU's own conversion; FAST_HALF 0 where it has none. */
 #ifndef OPTIM_CPU_HALF_H
 #define OPTIM_CPU_HALF_H
 #include <stdint.h>

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from optim.runtime.formats.schemes import Scheme
 from optim.runtime.kernels.native import NoKernel, library, team
+from optim.runtime.machine import use_huge_pages
 
 SLICE = 256  # blocks of rows repacked at a time
 
@@ -53,6 +54,7 @@ class Weight:
         stored = 8 if scheme.bits == 8 else 4
         flip = lib.optim_flip() if stored == 8 else 0
         self.weight = _blocks(q, stored, rows, -(-self.inputs // chunk) * chunk, flip)
+        use_huge_pages(self.weight)
         scale = scale if scale.dtype == torch.bfloat16 else scale.to(torch.float32)
         self.scale = _per_block(scale, rows)
         self.zero = None if zero is None else _per_block(zero, rows)
