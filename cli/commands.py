@@ -131,7 +131,9 @@ def _save(chat: Chat, rest: str) -> None:
     )
     saved.save(path, content)
     chat.file = path
-    ui.note(f"saved {path} ({len(content.messages)} messages)")
+    nbytes = chat.session.save_cache(saved.cache_beside(path))
+    cache = f", its cache {ui.size(nbytes)}" if nbytes else ""
+    ui.note(f"saved {path} ({len(content.messages)} messages{cache})")
 
 
 def _plain(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -150,6 +152,8 @@ def _load(chat: Chat, rest: str) -> None:
     ui.note(f"loaded {path} ({len(content.messages)} messages)")
     if content.model != chat.session.model.checkpoint.source:
         ui.note(f"note: it was saved with {content.model}")
+    if content.messages and (why := chat.session.load_cache(saved.cache_beside(path))):
+        ui.note(f"{why}: the conversation will be read again")
 
 
 def _sampling(kind: type[Sampling], parameters: dict[str, Any], path: Path) -> Sampling:

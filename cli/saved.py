@@ -85,6 +85,12 @@ def load(path: Path) -> SavedChat:
         _fail(path, error, "read")
 
 
+def cache_beside(path: Path) -> Path:
+    """Where the cache of the conversation in `path` is kept: `talk.json.cache.safetensors`."""
+    path = path.resolve()
+    return path.with_name(f"{path.name}.cache.safetensors")
+
+
 def _is_chat(path: Path) -> bool:
     try:
         load(path)

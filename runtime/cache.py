@@ -104,6 +104,9 @@ class Layer(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+    @property
+    def identity(self) -> str:
+        """How it keeps a value: two layers with the same can read each other's `state`."""
 
 
 def by_rows(x: Tensor) -> Tensor:
@@ -168,6 +171,10 @@ class LayerCache:
     def nbytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
+    @property
+    def identity(self) -> str:
+        return str(self.keys.dtype).removeprefix("torch.")
+
     def _wide(self, x: Tensor) -> Tensor:
         return x.float() if self.transposed else x
 
@@ -192,6 +199,53 @@ def longer(old: Tensor, axis: int, length: int) -> Tensor:
     new = old.new_zeros(size)
     new.narrow(axis, 0, kept).copy_(old)
     return new
+
+
+def states(layers: Sequence[Layer], length: int) -> dict[str, Tensor]:
+    """The tensors of all layers, `0.keys` and so on."""
+    parts = enumerate(layer.state(length) for layer in layers)
+    return {f"{i}.{name}": tensor.cpu() for i, part in parts for name, tensor in part.items()}
+
+
+def restored(layers: Sequence[Layer], state: dict[str, Tensor], most: int) -> int:
+    """Fill empty `layers` with what `states` gave; how many positions they hold now.
+
+    ValueError, before anything is copied, if the form is another or there are more than `most`.
+    """
+    parts: list[dict[str, Tensor]] = [{} for _ in layers]
+    for name, tensor in state.items():
+        index, _, leaf = name.partition(".")
+        if not index.isdecimal() or int(index) >= len(parts):
+            raise ValueError(f"{name} belongs to no layer")
+        parts[int(index)][leaf] = tensor
+    held = _positions(parts[0])
+    if held > most:
+        raise ValueError(f"{held} positions, at most {most} fit")
+    for layer, part in zip(layers, parts, strict=True):
+        _check(part, layer.state(0), held)
+    for layer, part in zip(layers, parts, strict=True):
+        layer.restore(part)
+    return held
+
+
+def _positions(part: dict[str, Tensor]) -> int:
+    """How many positions a layer's state has; those in `old...` tensors come first."""
+    if any(x.dim() != 3 for x in part.values()):
+        raise ValueError("a tensor has not three axes")
+    old = {x.shape[1] for name, x in part.items() if name.startswith("old")} or {0}
+    new = {x.shape[1] for name, x in part.items() if not name.startswith("old")}
+    if len(old) != 1 or len(new) != 1:
+        raise ValueError("the tensors of a layer differ in length")
+    return old.pop() + new.pop()
+
+
+def _check(part: dict[str, Tensor], empty: dict[str, Tensor], held: int) -> None:
+    if part.keys() != empty.keys() or _positions(part) != held:
+        raise ValueError("the layers differ")
+    for name, x in part.items():
+        like = empty[name]
+        if (x.dtype, x.shape[0], x.shape[2]) != (like.dtype, like.shape[0], like.shape[2]):
+            raise ValueError(f"{name} has another type or shape")
 
 
 @dataclass(slots=True)
@@ -241,6 +295,18 @@ class StaticCache:
     @property
     def summary(self) -> str:
         return f"{self.length} of {self.limit} tokens"
+
+    @property
+    def identity(self) -> str:
+        return f"full, {self.layers[0].identity}"
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors, to be saved."""
+        return states(self.layers, self.length)
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`; ValueError, and an empty cache, if it is not of this form."""
+        self.length = self.capacity = restored(self.layers, state, self.limit)
 
 
 def static_layers(

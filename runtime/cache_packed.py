@@ -214,11 +214,16 @@ class PackedLayer:
     def nbytes(self) -> int:
         return sum(x.nbytes for x in (self.old_keys, self.old_values, self.keys, self.values))
 
+    @property
+    def identity(self) -> str:
+        return f"{self.bits} bits"
+
     def state(self, length: int) -> dict[str, Tensor]:
-        recent = slice(0, length - self.base)
+        base = min(self.base, length)
+        recent = slice(0, length - base)
         parts = {"keys": self.keys, "values": self.values}
         old = {"old_keys": self.old_keys, "old_values": self.old_values} if self.bits == 4 else {}
-        spans = dict.fromkeys(parts, recent) | dict.fromkeys(old, slice(0, self.base))
+        spans = dict.fromkeys(parts, recent) | dict.fromkeys(old, slice(0, base))
         return {
             f"{name}.{kind}": tensor[:, spans[name]].contiguous()
             for name, x in (parts | old).items()

@@ -12,10 +12,11 @@ the latest three quarters of the window, or more.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.cache import CHUNK, Layer
+from optim.runtime.cache import CHUNK, Layer, restored, states
 
 SINKS = 4
 SMALLEST = 16  # positions a cache must have
@@ -62,7 +63,7 @@ class StreamCache:
     def _forget(self, count: int) -> None:
         """Drop `count` positions after the sinks; the rest moves down."""
         seen, gone, end = self.length, self.gone + count, self.length - self.gone
-        sinks = self.sinks or [layer.keys_at(0, SINKS).clone() for layer in self.layers]
+        sinks = self.sinks or [x.keys_at(0, SINKS).contiguous().clone() for x in self.layers]
         self.clear()  # whoever interrupts this finds an empty cache
         for layer, turn, keys in zip(self.layers, self.turns, sinks, strict=True):
             layer.drop(SINKS, count, end)
@@ -101,6 +102,37 @@ class StreamCache:
     @property
     def summary(self) -> str:
         return f"{self.length - self.gone} of {self.capacity} tokens, {self.gone} forgotten"
+
+    @property
+    def identity(self) -> str:
+        return f"stream of {self.capacity}, {self.layers[0].identity}"
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors, to be saved."""
+        sinks = {f"sinks.{i:05}": keys.cpu() for i, keys in enumerate(self.sinks)}
+        seen = torch.tensor([self.length, self.gone])
+        return {"seen": seen} | sinks | states(self.layers, self.length - self.gone)
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`; ValueError, and an empty cache, if it is not of this form."""
+        seen = _seen(state)
+        sinks = [state[name] for name in sorted(state) if name.startswith("sinks.")]
+        empty = [layer.keys_at(0, 0).shape for layer in self.layers] if seen[1] else []
+        if [x.shape for x in sinks] != [(rows, SINKS, dim) for rows, _, dim in empty]:
+            raise ValueError("the sinks have another shape")
+        rest = {k: v for k, v in state.items() if k != "seen" and not k.startswith("sinks.")}
+        self.room = restored(self.layers, rest, self.capacity)
+        if seen[0] - seen[1] != self.room:
+            raise ValueError(f"{seen[0]} tokens, {seen[1]} of them forgotten")
+        self.length, self.gone, self.sinks = seen[0], seen[1], sinks
+
+
+def _seen(state: dict[str, Tensor]) -> tuple[int, int]:
+    """How many tokens a saved stream has seen, and how many of them are gone."""
+    seen = state["seen"].tolist()
+    if not isinstance(seen, list) or [type(n) for n in seen] != [int, int] or min(seen) < 0:
+        raise ValueError("the counts are no counts")
+    return seen[0], seen[1]
 
 
 def stream_cache(

@@ -3,12 +3,14 @@
 from collections.abc import Generator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
 
 import torch
 
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.cache import Cache, Policy
+from optim.runtime.cache_file import Stored, load_cache, save_cache
 from optim.runtime.model import Model
 from optim.runtime.sampling import Sampler, Sampling
 from optim.runtime.stops import StopText
@@ -93,7 +95,8 @@ class Session:
         self.sampling = sampling or Sampling()
         self.messages: list[Message] = []
         self.stats = Stats()
-        self._cache = model.new_cache(length=model.context(context), policy=policy)
+        self._limits = model.context(context), policy
+        self._cache = self._empty_cache()
         self._tokens: list[int] = []  # what the cache holds, and perhaps one more
 
     def reply(self, text: str) -> Generator[str, None, None]:
@@ -126,6 +129,30 @@ class Session:
             "context": cache.summary,
             "cache": f"{cache.nbytes / 1e6:.0f} MB",
         }
+
+    def save_cache(self, path: Path) -> int:
+        """Write what the conversation's cache holds to `path`; returns its bytes.
+
+        0, and no file, if it holds nothing or is one of transformers' own. Raises OptimError (2)
+        if the file cannot be written.
+        """
+        if not self._cache.length or not isinstance(self._cache, Stored):
+            return 0
+        return save_cache(path, self._cache, self._tokens, self.model.checkpoint.fingerprint())
+
+    def load_cache(self, path: Path) -> str:
+        """Go on from the cache in `path`; "", or why it cannot be used and all is read again."""
+        with torch.inference_mode():
+            fresh, self._tokens = self._empty_cache(), []
+            self._cache = fresh
+            if not isinstance(fresh, Stored):
+                return "this family's cache is not saved"
+            self._tokens, why = load_cache(path, fresh, self.model.checkpoint.fingerprint())
+        return why
+
+    def _empty_cache(self) -> Cache:
+        length, policy = self._limits
+        return self.model.new_cache(length=length, policy=policy)
 
     def _fitting(self, ids: list[int]) -> list[int]:
         limit = self._cache.limit

@@ -51,6 +51,12 @@ class FakeSession:
     def info(self) -> dict[str, str]:
         return {"model": "tiny", "context": "5 of 64"}
 
+    def save_cache(self, path: Path) -> int:
+        return 0
+
+    def load_cache(self, path: Path) -> str:
+        return ""
+
 
 Converse = Callable[..., tuple[str, str]]
 
