@@ -210,6 +210,15 @@ class PackedLayer:
         for x in sides:
             x.drop(first, count, end)
 
+    def whole(self, end: int) -> tuple[Tensor, Tensor]:
+        """All keys and values up to `end`, spread and turned back: fp32 `[B * kv, n, D]`."""
+        old, new = self.base, end - self.base
+        pairs = (self.old_keys, self.keys), (self.old_values, self.values)
+        keys, values = (
+            torch.cat((a.get(0, old), b.get(0, new)), 1) @ self.rotation for a, b in pairs
+        )
+        return keys, values
+
     @property
     def nbytes(self) -> int:
         return sum(x.nbytes for x in (self.old_keys, self.old_values, self.keys, self.values))

@@ -15,7 +15,6 @@ from optim.runtime.cache import Policy
 from optim.runtime.cache_packed import (
     RECENT,
     PackedLayer,
-    Side,
     dequantize,
     hadamard,
     packed_layers,
@@ -58,12 +57,6 @@ def test_the_rotation_is_its_own_inverse(dim: int) -> None:
     assert torch.allclose(matrix @ matrix, torch.eye(dim), atol=1e-6)
 
 
-def _whole(old: Side, recent: Side, layer: PackedLayer) -> Tensor:
-    """All 1200 positions, spread and turned back."""
-    parts = old.get(0, layer.base), recent.get(0, 1200 - layer.base)
-    return torch.cat(parts, 1) @ layer.rotation
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("first", [0, 700, 1100])
 def test_attention_reads_codes_as_if_they_were_spread(bits: int, first: int) -> None:
@@ -76,8 +69,7 @@ def test_attention_reads_codes_as_if_they_were_spread(bits: int, first: int) -> 
     assert layer.base == (0 if bits == 8 else 1036)  # the latest 64 before the last hundred
     rows, weights = torch.randn(2, 3, 20), torch.rand(2, 3, 1200 - first)
     scores, mixed = layer.scores(rows, first, 1200, 0.3), layer.mix(weights, first, 1200)
-    keys = _whole(layer.old_keys, layer.keys, layer)[:, first:]
-    values = _whole(layer.old_values, layer.values, layer)[:, first:]
+    keys, values = (x[:, first:] for x in layer.whole(1200))
     assert torch.allclose(scores, rows @ keys.transpose(1, 2) * 0.3, atol=1e-4)
     assert torch.allclose(mixed, weights @ values, atol=1e-3)
     error = (keys - k[0].transpose(0, 1)[:, first:]).square().mean(-1).sqrt()
