@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.attention import Rule, attend
 from optim.runtime.cache import Layer, LayerCache, LayeredCache, Policy, StaticCache, static_layers
-from optim.runtime.cache_packed import packed_layers
+from optim.runtime.cache_packed import PackedLayer, packed_layers
 from optim.runtime.cache_stream import Turn, stream_cache
-from optim.runtime.kernels import cpu_blocks, cpu_step
+from optim.runtime.kernels import cpu_blocks, cpu_packed, cpu_step
 from optim.runtime.layers import MLP, HeadNorm, Mixture, Norm
 from optim.runtime.rope import Rope, rotate
 from optim.runtime.shape import Shape
@@ -51,14 +51,10 @@ class Attention:
     one_token: cpu_step.Attend | None
 
     def __call__(self, x: Tensor, cache: Layer, step: Step) -> Tensor:
-        b, t, _ = x.shape
         y = self._project(x)
-        if t == 1 and self.one_token is not None and isinstance(cache, LayerCache):
-            angles = step.angles[self.rope] if self.rope else None
-            where = cache.keys, cache.values, step.start
-            seen = self.one_token(y.view(b, -1, self.head_dim), *where, angles, step.padding)
-            seen = seen[:, None]
-        else:
+        alone = x.shape[1] == 1
+        seen = self._one_token(y, cache, step) if alone and self.one_token is not None else None
+        if seen is None:
             qk, v = y[:, :, : self.heads + self.kv_heads], y[:, :, self.heads + self.kv_heads :]
             if self.rope is not None:
                 qk = rotate(qk, *step.angles[self.rope])
@@ -66,6 +62,27 @@ class Attention:
             seen = attend(qk[:, :, : self.heads], cache, step.start, self.rule, step.padding)
         out: Tensor = self.out(seen)
         return out
+
+    def _one_token(self, y: Tensor, cache: Layer, step: Step) -> Tensor | None:
+        """What one token sees, through a C kernel if one reads this cache: `[B, 1, heads * D]`."""
+        angles, qkv = step.angles[self.rope] if self.rope else None, y[:, 0]
+        if isinstance(cache, LayerCache):
+            assert self.one_token is not None
+            where = cache.keys, cache.values, step.start
+            return self.one_token(qkv, *where, angles, step.padding)[:, None]
+        if not isinstance(cache, PackedLayer) or not cpu_packed.usable():
+            return None
+        rule = self.rule
+        return cpu_packed.attend(
+            qkv,
+            cache,
+            step.start,
+            scale=rule.scale,
+            window=rule.window,
+            cap=rule.cap,
+            angles=angles,
+            padding=step.padding,
+        )[:, None]
 
     def _project(self, x: Tensor) -> Tensor:
         """Normalized queries and keys, and values: `[B, T, heads + 2 kv_heads, D]`."""

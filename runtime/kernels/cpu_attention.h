@@ -1,0 +1,61 @@
+/* What attention in C is made of: exp, the rotation of a head, softmax, sums of weighted lines. */
+#ifndef OPTIM_CPU_ATTENTION_H
+#define OPTIM_CPU_ATTENTION_H
+#include <math.h>
+#include <stdint.h>
+
+/* exp for x <= 0: 2^n * e^r with |r| <= ln2 / 2; relative error below 1e-7. */
+static inline float expo(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    union { int32_t i; float f; } two = {((int32_t)n + 127) << 23};
+    return p * two.f;
+}
+
+static inline void turn(float *x, const float *cos, const float *sin, int64_t r) {
+    const int64_t half = r / 2;
+    for (int64_t i = 0; i < half; i++) {
+        const float a = x[i], b = x[i + half];
+        x[i] = a * cos[i] + b * sin[i];
+        x[i + half] = b * cos[i + half] + a * sin[i + half];
+    }
+}
+
+static inline void softmax(float *s, int64_t n, float scale, float cap) {
+    float top = -INFINITY, sum = 0;
+    for (int64_t j = 0; j < n; j++) s[j] *= scale;
+    if (cap > 0)
+        for (int64_t j = 0; j < n; j++) s[j] = cap * tanhf(s[j] / cap);
+#pragma omp simd reduction(max : top)
+    for (int64_t j = 0; j < n; j++) top = s[j] > top ? s[j] : top;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; j++) sum += s[j] = expo(s[j] - top);
+    const float inverse = 1 / sum;
+    for (int64_t j = 0; j < n; j++) s[j] *= inverse;
+}
+
+/* y[0..n] += sum over i of factors[i] * lines[i * stride ..]; eight lines at a time save passes. */
+static inline void add_lines(float *restrict y, int64_t n, const float *lines, int64_t stride,
+                             const float *factors, int64_t count) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+        const float *l = lines + i * stride, *f = factors + i;
+        for (int64_t j = 0; j < n; j++)
+            y[j] += ((f[0] * l[j] + f[1] * l[j + stride]) +
+                     (f[2] * l[j + 2 * stride] + f[3] * l[j + 3 * stride])) +
+                    ((f[4] * l[j + 4 * stride] + f[5] * l[j + 5 * stride]) +
+                     (f[6] * l[j + 6 * stride] + f[7] * l[j + 7 * stride]));
+    }
+    for (; i < count; i++)
+        for (int64_t j = 0; j < n; j++) y[j] += factors[i] * lines[i * stride + j];
+}
+
+#endif
