@@ -49,6 +49,7 @@ def quantize(
 
 
 def _work(recipe: Recipe, how: How, dry_run: bool) -> None:
+    ui.wait_quietly()
     from optim.quant.run import plan, quantize
 
     made = plan(

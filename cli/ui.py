@@ -5,6 +5,7 @@ No other module of `optim` prints tables, progress or errors; algorithms report 
 
 import json
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -120,6 +121,15 @@ class Eta:
             self.marks.append((self.clock(), at))
         (begin, first), (end, last) = self.marks[0], self.marks[-1]
         return (end - begin) / (last - first) * (total - last) if last > first else None
+
+
+def wait_quietly() -> None:
+    """Let OpenMP's threads sleep where they wait; to be called before torch is imported.
+
+    Long work has large steps and gains nothing from spinning, and where the cores are shared a
+    spinning thread takes the time that the one it waits for needs.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def size(nbytes: float) -> str:

@@ -26,6 +26,7 @@ from optim.runtime.machine import release_memory
 from optim.runtime.walk import HiddenStates, StoredLinear, Walk, linear_at, linears
 
 PROBE_TOKENS = 512
+WIDE_BYTES = 256 * 2**20
 STARVED = 0.125  # an expert that saw fewer tokens than this share of its inputs is rounded plainly
 
 
@@ -149,7 +150,8 @@ class BlockSolver:
                 gram /= scale
                 gram /= scale[:, None]
             linears_ = {n: linear_at(block, n) for n in readers[leader]}
-            release_memory()  # the widest need room: what came before may not linger in the heap
+            if gram.nbytes >= WIDE_BYTES:  # it needs room: nothing may linger in the heap
+                release_memory()
             out |= self._round_readers(linears_, schemes, gram)
         return {name: out[name] for name in schemes}
 
