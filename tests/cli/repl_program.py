@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import optim.cli.run
@@ -47,6 +48,14 @@ class SlowSession:
         finally:
             self.messages = [*self.messages, {"role": "assistant", "content": "".join(said)}]
             self.stats = Stats(prompt_tokens=1, new_tokens=len(said))
+
+    def save_cache(self, path: Path) -> int:
+        """It keeps no cache, so there is none to save."""
+        return 0
+
+    def load_cache(self, path: Path) -> str:
+        """Why there is no cache to go on from."""
+        return "there is no cache"
 
     def info(self) -> dict[str, str]:
         return {"weights": "none", "device": "cpu"}
