@@ -147,3 +147,40 @@ def test_ctrl_c_at_a_terminal_cuts_reply_and_cache(model: str, tmp_path: Path) -
     reply = json.loads((tmp_path / "cut.json").read_text())["messages"][1]["content"]
     assert len(reply) == stopped_at
     assert second_prompt == len(f"u:hi|a:{reply}|u:go on|a:")
+
+
+@pytest.mark.parametrize(
+    "flags", [("--kv-bits", "5"), ("--kv-policy", "h2o"), ("--seed", "2" * 20)]
+)
+def test_what_no_cache_and_no_seed_is_refused(
+    optim: Run, model: str, flags: tuple[str, str]
+) -> None:
+    code, out, err = optim(model, "hello", *flags)
+    assert (code, out) == (2, "")
+    assert flags[1] in err
+    assert "fix:" in err
+
+
+def test_a_stream_answers_past_its_context(optim: Run, model: str) -> None:
+    flags = ("--kv-policy", "stream", "--context", "32", "--kv-bits", "8", "--max-tokens", "60")
+    code, out, _ = optim(model, "hello " * 20, *flags)
+    assert (code, len(out)) == (0, 61)
+
+
+def test_a_saved_conversation_goes_on_from_its_cache(
+    optim: Run, model: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "talk.json"
+    _, first, err = optim(
+        model, "--chat", "--max-tokens", "5", piped=f"hello\n/save {path}\nmore\n".encode()
+    )
+    assert "its cache" in err
+    assert (tmp_path / "talk.json.cache.safetensors").is_file()
+    flags = ("--chat", "--max-tokens", "5", "--stats")
+    _, again, err = optim(model, *flags, piped=f"/load {path}\nmore\n".encode())
+    assert again.splitlines()[-1] == first.splitlines()[-1]
+    assert "read again" not in err
+    (tmp_path / "talk.json.cache.safetensors").unlink()
+    _, third, err = optim(model, *flags, piped=f"/load {path}\nmore\n".encode())
+    assert third == again
+    assert "there is no cache beside it: the conversation will be read again" in err

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from optim.recipes.errors import OptimError
+from optim.runtime.cache import Policy
 from optim.runtime.engine import Session, generate
 from optim.runtime.model import Model, load_model
 from optim.runtime.sampling import Sampling
@@ -174,3 +175,47 @@ def test_complete_goes_on_without_a_template(model: Model) -> None:
     assert session.messages == []
     with pytest.raises(OptimError, match="empty"):
         next(session.complete(""))
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_an_endless_conversation_never_fills_the_context(model: Model, bits: int) -> None:
+    session = Session(
+        model, sampling=Sampling(max_tokens=7), context=40, policy=Policy(bits, "stream")
+    )
+    for turn in range(30):
+        "".join(session.reply(f"T{turn}WORDS"))
+        assert session.stats.stop_reason in ("length", "stop")
+    assert session.stats.prompt_tokens > 5 * 40
+    assert session.stats.cached_tokens > session.stats.prompt_tokens - 20
+    assert "forgotten" in session.info()["context"]
+
+
+@pytest.mark.parametrize("policy", [Policy(8), Policy(4), Policy(kind="stream")], ids=str)
+def test_retry_and_undo_under_each_policy(model: Model, policy: Policy) -> None:
+    def session() -> Session:
+        return Session(model, sampling=Sampling(max_tokens=7), context=64, policy=policy)
+
+    talked = session()
+    first = "".join(talked.reply("HELLO"))
+    "".join(talked.reply("AND"))
+    talked.messages = talked.messages[:2]  # undo
+    fresh = session()
+    assert "".join(fresh.reply("HELLO")) == first
+    assert "".join(talked.reply("OTHER")) == "".join(fresh.reply("OTHER"))
+    talked.messages = []  # retry from the start, whatever has been forgotten
+    assert "".join(talked.reply("HELLO")) == first
+
+
+def test_undo_beyond_what_a_stream_forgot_reads_everything_again(model: Model) -> None:
+    def session() -> Session:
+        return Session(
+            model, sampling=Sampling(max_tokens=7), context=40, policy=Policy(kind="stream")
+        )
+
+    talked = session()
+    first = "".join(talked.reply("HELLO"))
+    for _ in range(6):
+        "".join(talked.reply("MOREWORDS"))
+    talked.messages = []
+    assert "".join(talked.reply("HELLO")) == first
+    assert talked.stats.cached_tokens == 0
