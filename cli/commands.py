@@ -131,7 +131,8 @@ def _save(chat: Chat, rest: str) -> None:
     )
     saved.save(path, content)
     chat.file = path
-    nbytes = chat.session.save_cache(saved.cache_beside(path))
+    beside = saved.cache_beside(path)
+    nbytes = chat.session.save_cache(beside) if content.messages else 0
     cache = f", its cache {ui.size(nbytes)}" if nbytes else ""
     ui.note(f"saved {path} ({len(content.messages)} messages{cache})")
 
