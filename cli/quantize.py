@@ -62,6 +62,7 @@ def _work(recipe: Recipe, how: How, dry_run: bool) -> None:
     if dry_run:
         _show_plan(made.as_dict(), how.as_json)
         return
+    assert recipe.quantize is not None
     try:
         with ui.progress(recipe.quantize.method) as step:
             report = quantize(made, step)

@@ -80,6 +80,8 @@ def plan(
     Raises OptimError: 2 for what the recipe or the model gets wrong, 4 for what the machine lacks.
     """
     assert recipe.model is not None
+    if recipe.quantize is None:
+        raise OptimError("the recipe has no section quantize", "give a method: -m awq", USAGE)
     if threads:
         torch.set_num_threads(threads)
     checkpoint = open_checkpoint(recipe.model, trust_remote_code=trust_remote_code)
@@ -88,6 +90,7 @@ def plan(
     walk = Walk(checkpoint, place)
     shapes = linear_shapes(checkpoint, walk)
     recipe = _resolve(recipe, checkpoint, shapes)
+    assert recipe.quantize is not None
     schemes = assign(recipe.quantize, shapes)
     output = Path(recipe.output or f"./{checkpoint.name}-{_short(recipe.quantize)}")
     rows = _planned(checkpoint, shapes, schemes)

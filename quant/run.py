@@ -134,6 +134,7 @@ class _Job:
         names = made.checkpoint.tensors
         weight = f"{first}.weight" if f"{first}.weight" in names else next(iter(names))
         self.dtype = names[weight].dtype
+        assert made.recipe.quantize is not None
         self.solver = BlockSolver(self.walk, made.recipe.quantize, made.schemes, self.dtype)
         self.outer = _outer_shards(made.checkpoint, self.walk.prefix, made.schemes)
         self.count = len(self.walk) + len(self.outer)

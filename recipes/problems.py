@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.recipes.schema import METHODS, keys_of
+from optim.recipes.schema import SECTIONS, keys_of
 
 Path = tuple[str | int, ...]
 
@@ -64,21 +64,26 @@ def explain(
 
     `data` is what was validated, `places` where each of its values stands.
     """
-    section = data.get("quantize")
-    method = section.get("method") if isinstance(section, dict) else None
     problems = []
     for details in error.errors(include_url=False):
         if details["type"] == "too_short" and details["input"]:
             continue  # an entry was refused, and that is said already
+        method = _method(data, details["loc"])
         path = _without_tag(details["loc"], method)
         problems.append(Problem(_nearest(path, places), _say(details, path, method)))
     return problems
 
 
+def _method(data: dict[str, Any], loc: Path) -> Any:
+    """The method that the section around `loc` gives, if sections of its name have one."""
+    section = data.get(str(loc[0])) if loc and loc[0] in SECTIONS else None
+    return section.get("method") if isinstance(section, dict) else None
+
+
 def _without_tag(loc: Path, method: Any) -> Path:
     """Pydantic names the union's member in its path; the file does not."""
-    if len(loc) > 1 and loc[0] == "quantize" and loc[1] == method:
-        return ("quantize", *loc[2:])
+    if len(loc) > 1 and loc[0] in SECTIONS and loc[1] == method:
+        return (loc[0], *loc[2:])
     return loc
 
 
@@ -97,28 +102,29 @@ def _say(details: ErrorDetails, path: Path, method: Any) -> str:
     if kind == "missing":
         return f"{where}: must be given"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
-        return f"{where}.method: {_unknown_method(method)}"
+        return f"{where}.method: {_unknown_method(method, list(SECTIONS[str(path[0])]))}"
     if kind in ("model_type", "model_attributes_type"):
         return f"{where}: must be a mapping of keys to values (got {_show(given)})"
     if kind == "value_error":
-        return f"{where}: {details['ctx']['error']}"
+        return f"{where}: {details['ctx']['error']}" if path else str(details["ctx"]["error"])
     must = _MUST.get(kind) or details["msg"].replace("Input should", "must")
     return f"{where}: {must.replace('True or False', 'true or false')} (got {_show(given)})"
 
 
 def _unknown_key(path: Path, method: Any) -> str:
     key, keys = str(path[-1]), keys_of(path[:-1], method)
-    owners = [name for name, model in METHODS.items() if key in model.model_fields]
-    if path[0] == "quantize" and len(path) == 2 and owners and method in METHODS:
+    methods = SECTIONS.get(str(path[0]), {})
+    owners = [name for name, model in methods.items() if key in model.model_fields]
+    if len(path) == 2 and owners and method in methods:
         return f"not a key of method {method!r} (it is one of {' and '.join(owners)})"
     return f"unknown key{did_you_mean(key, keys)}"
 
 
-def _unknown_method(method: Any) -> str:
-    choices = ", ".join(map(repr, METHODS))
+def _unknown_method(method: Any, choices: list[str]) -> str:
+    listed = ", ".join(map(repr, choices))
     if method is None:
-        return f"must be given; choose one of {choices}"
-    return f"unknown method {_show(method)}; choose one of {choices}"
+        return f"must be given; choose one of {listed}"
+    return f"unknown method {_show(method)}; choose one of {listed}"
 
 
 def _show(value: Any) -> str:

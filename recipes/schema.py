@@ -1,12 +1,14 @@
 """The recipe: what to do, as strict, frozen data.
 
 A recipe has one section a command and no code. Adding a method is a class here and its row in
-`METHODS` and `Quantize`; adding a section is a class and a field of `Recipe`.
+`METHODS` and `Quantize`, or in `PRUNINGS` and `Prune`; adding a section is a class and a field of
+`Recipe`.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from optim.recipes.patterns import Pattern
 
@@ -92,25 +94,107 @@ METHODS: dict[str, type[Rounding]] = {"awq": Awq, "rtn": Rtn, "gptq": Gptq}
 Quantize = Annotated[Awq | Rtn | Gptq, Field(discriminator="method")]
 
 
+class Threshold(Section):
+    """Skip the inputs of linears that are small (Liu et al. 2024, TEAL), token by token."""
+
+    method: Literal["threshold"]
+    sparsity: float = Field(default=0.25, ge=0, lt=1)
+    only: Literal["all", "ffn", "down", "gate"] = "all"
+    allocation: Literal["greedy", "uniform"] = "greedy"
+
+
+class CoreInfer(Section):
+    """A fixed set of neurons a prompt, chosen at the end of prefill (Wang et al. 2024)."""
+
+    method: Literal["coreinfer"]
+    keep: float = Field(default=0.6, gt=0, le=1)
+    score: Literal["energy", "griffin", "paper"] = "energy"
+    prior: bool = True
+    bias: bool = True
+    budget: Literal["measured", "uniform"] = "measured"
+    guide: Literal["auto", "stability", "similarity"] = "auto"
+    clusters: int = Field(default=0, ge=0, le=1000)
+    alpha: float = Field(default=0.4, gt=0, le=1)
+    refresh: int = Field(default=0, ge=0, le=1_000_000)
+    max_kl: float | None = Field(default=None, gt=0)
+
+
+class ReluExact(Section):
+    """Skip exact zeros of a ReLU model: no loss at all."""
+
+    method: Literal["relu-exact"]
+
+
+class ProSparse(Section):
+    """ReLU, progressive L1 and shifted thresholds, by training (Song et al. 2024)."""
+
+    method: Literal["prosparse"]
+    steps: int = Field(default=1000, ge=1, le=100_000_000)
+    lr: float = Field(default=1e-4, gt=0)
+
+
+PRUNINGS: dict[str, type[Section]] = {
+    "threshold": Threshold,
+    "coreinfer": CoreInfer,
+    "relu-exact": ReluExact,
+    "prosparse": ProSparse,
+}
+Prune = Annotated[Threshold | CoreInfer | ReluExact | ProSparse, Field(discriminator="method")]
+
+
+class Pack(Section):
+    """The same bits in fewer bytes: DFloat11's codes, or fixed-rate planes."""
+
+    layout: Literal["df11", "bf12"] = "df11"
+    cast: bool = False
+    targets: Patterns = Field(default=("Linear",), min_length=1)
+
+
+# The sections whose keys depend on their method.
+SECTIONS: dict[str, Mapping[str, type[Section]]] = {"quantize": METHODS, "prune": PRUNINGS}
+
+
 class Recipe(Section):
-    """The whole recipe, checked."""
+    """The whole recipe, checked: one of the sections, or `quantize` and `pack` together."""
 
     version: Literal[1]
     model: str | None = Field(default=None, min_length=1)
     output: str | None = Field(default=None, min_length=1)
     calibration: Calibration = Calibration()
-    quantize: Quantize
+    quantize: Quantize | None = None
+    prune: Prune | None = None
+    pack: Pack | None = None
+
+    @field_validator("quantize", "prune", "pack", mode="before")
+    @classmethod
+    def _has_keys(cls, section: Any) -> Any:
+        if section is None:
+            raise ValueError("must be a mapping of keys to values (got nothing)")
+        return section
+
+    @model_validator(mode="after")
+    def _has_sections_that_go_together(self) -> "Recipe":
+        if self.quantize is None and self.prune is None and self.pack is None:
+            raise ValueError("must have a section quantize, prune or pack")
+        if self.prune is not None and self.quantize is not None:
+            raise ValueError("prune cannot stand beside quantize: prune the folder it has written")
+        if self.prune is not None and self.pack is not None:
+            raise ValueError("prune cannot stand beside pack: packed rows cannot be skipped")
+        return self
 
 
 def keys_of(path: tuple[str | int, ...], method: str | None) -> list[str]:
-    """The keys allowed under `path`; `method` is the quantize section's, if it is a known one."""
+    """The keys allowed under `path`; `method` is its section's, if it is a known one."""
     section: type[Section] = Recipe
     if path[:1] == ("calibration",):
         section = Calibration
+    elif path[:1] == ("pack",):
+        section = Pack
     elif path[:2] == ("quantize", "overrides"):
         section = Override
-    elif path[:1] == ("quantize",):
-        section = METHODS.get(method or "", Rounding)
+    elif path and path[0] in SECTIONS:
+        shared = Rounding if path[0] == "quantize" else Section
+        section = SECTIONS[str(path[0])].get(method or "", shared)
     return list(section.model_fields)
 
 

@@ -74,6 +74,7 @@ def test_all_problems_are_said_at_once_sorted_by_line(refusal: Refusal) -> None:
 
 
 HEAD = "bad.yaml is not a valid recipe (1 problem)\n  "
+HEAD2 = "bad.yaml is not a valid recipe (2 problems)\n  "
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,20 @@ HEAD = "bad.yaml is not a valid recipe (1 problem)\n  "
         ("a: !!python/object:os.system x", HEAD + "bad.yaml:1: "
          "tags (tag:yaml.org,2002:python/object:os.system) are not allowed"),
         ("? [a]\n: 2", HEAD + "bad.yaml:1: a key must be a word"),
-        ("version: 1", HEAD + "bad.yaml:1: quantize: must be given"),
+        ("version: 1", HEAD + "bad.yaml:1: must have a section quantize, prune or pack"),
+        ("version: 1\nprune:\npack: {cast: 1}", HEAD2 + "bad.yaml:2: prune: "
+         "must be a mapping of keys to values (got nothing)\n"
+         "  bad.yaml:3: pack.cast: must be true or false (got 1)"),
+        ("version: 1\nprune: {method: awq}", HEAD + "bad.yaml:2: prune.method: unknown method "
+         "'awq'; choose one of 'threshold', 'coreinfer', 'relu-exact', 'prosparse'"),
+        ("version: 1\nprune:\n  method: threshold\n  keep: 1", HEAD + "bad.yaml:4: "
+         "prune.keep: not a key of method 'threshold' (it is one of coreinfer)"),
+        ("version: 1\nprune: {method: coreinfer, kep: 1}", HEAD + "bad.yaml:2: "
+         "prune.kep: unknown key; did you mean 'keep'?"),
+        ("version: 1\nprune: {method: relu-exact}\npack: {}", HEAD + "bad.yaml:1: "
+         "prune cannot stand beside pack: packed rows cannot be skipped"),
+        ("version: 1\nprune: {method: relu-exact}\nquantize: {method: rtn}", HEAD +
+         "bad.yaml:1: prune cannot stand beside quantize: prune the folder it has written"),
         ("quantize: {method: rtn}", HEAD + "bad.yaml:1: version: must be given"),
         ("version: 1\nquantize:", HEAD + "bad.yaml:2: quantize: "
          "must be a mapping of keys to values (got nothing)"),

@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 from optim.recipes.build import build_recipe
 from optim.recipes.patterns import check_pattern, matches
-from optim.recipes.schema import METHODS, Awq, Recipe, json_schema
+from optim.recipes.schema import METHODS, PRUNINGS, SECTIONS, Awq, Recipe, json_schema
 
 
 def test_the_defaults_are_the_documented_ones() -> None:
@@ -38,6 +38,11 @@ def test_the_defaults_are_the_documented_ones() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_builds_its_own_class(method: str) -> None:
     assert type(build_recipe(None, {"quantize.method": method}).quantize) is METHODS[method]
+
+
+@pytest.mark.parametrize("method", PRUNINGS)
+def test_each_pruning_builds_its_own_class(method: str) -> None:
+    assert type(build_recipe(None, {"prune.method": method}).prune) is PRUNINGS[method]
 
 
 def test_a_recipe_is_frozen() -> None:
@@ -98,5 +103,13 @@ def test_usual_patterns_are_allowed(pattern: str) -> None:
 
 
 def test_the_json_schema_names_every_method() -> None:
-    mapping = json_schema()["properties"]["quantize"]["discriminator"]["mapping"]
-    assert set(mapping) == set(METHODS)
+    sections = json_schema()["properties"]
+    for section, methods in SECTIONS.items():
+        (union,) = (kind for kind in sections[section]["anyOf"] if "discriminator" in kind)
+        assert set(union["discriminator"]["mapping"]) == set(methods)
+
+
+def test_quantize_and_pack_go_together() -> None:
+    recipe = build_recipe(None, {"quantize.method": "rtn"}, ["pack.layout=bf12"])
+    assert recipe.quantize is not None and recipe.pack is not None
+    assert (recipe.quantize.method, recipe.pack.layout, recipe.prune) == ("rtn", "bf12", None)
