@@ -105,7 +105,7 @@ def build_foreign(
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and not _tied(name, config):
             model.set_submodule(name, loader.linear(name))
-    _fill(model, loader)
+    fill(model, loader)
     context = getattr(config, "max_position_embeddings", None) or 2048
     return Foreign(model, int(context), dtype), loader.weight_bytes
 
@@ -114,8 +114,11 @@ def _tied(name: str, config: Any) -> bool:
     return name == "lm_head" and bool(getattr(config, "tie_word_embeddings", False))
 
 
-def _fill(model: Any, loader: Loader) -> None:
-    """Give every parameter and buffer that is still on the meta device its values."""
+def fill(model: Any, loader: Loader) -> None:
+    """Give every parameter and buffer that is still on the meta device its values.
+
+    Raises OptimError (2) if the checkpoint lacks one.
+    """
     for module in model.modules():
         _fresh_buffers(model, module, loader.device)
     missing = []

@@ -103,7 +103,7 @@ class Walk:
         self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
         self._read = read or checkpoint.read
         self.model = _meta_model(checkpoint)
-        self.prefix, self.blocks = _find_blocks(self.model)
+        self.prefix, self.blocks = find_blocks(self.model)
         self.calls: list[Call] = []
         self._loaded: set[str] = set()
 
@@ -352,7 +352,7 @@ def _meta_model(checkpoint: Checkpoint | PlainView) -> Any:
     return model.eval()
 
 
-def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The longest list of like modules is the stack of decoder blocks."""
     lists = [
         (name, m)
