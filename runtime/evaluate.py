@@ -5,6 +5,10 @@ head is in memory, and the weights are what the artifact stores, whatever kernel
 
     nll(t) = -log p(x_t | x_<t)        perplexity = exp(mean nll)
     KL(t)  = Σ_v p_base(v) log(p_base(v) / p(v))
+
+A sparse model (side.py) is dense while it reads a prompt. Its windows are therefore prompts of half
+a window, computed densely, and what follows, computed sparsely; only that is measured, of the base
+as well.
 """
 
 import math
@@ -22,6 +26,8 @@ from optim.runtime.checkpoint import Checkpoint, open_checkpoint
 from optim.runtime.corpus import evaluation_windows, token_hash
 from optim.runtime.machine import pick_device
 from optim.runtime.plain import PlainView
+from optim.runtime.side import Side, read_side
+from optim.runtime.sparsity import Skips, SparseWalk
 from optim.runtime.walk import HiddenStates, Walk
 
 Progress = Callable[[int, int, str], None]
@@ -42,6 +48,8 @@ class Evaluation:
     windows: int
     window: int
     text_sha256: str
+    prompt: int = 0  # tokens of each window that are read densely and not measured
+    skipped: list[dict[str, Any]] | None = None  # of each block, see sparsity.py
     base_perplexity: float | None = None
     ppl_ratio: float | None = None
     delta_nll: float | None = None
@@ -91,37 +99,59 @@ def evaluate_windows(
     windows: Tensor,
     device: str = "auto",
     progress: Progress = lambda at, total, text: None,
+    sides: Sequence[Side | None] | None = None,
 ) -> list[Evaluation]:
-    """`evaluate` of several models against one base, on token windows int64 `[n, length]`."""
+    """`evaluate` of several models against one base, on token windows int64 `[n, length]`.
+
+    `sides` are used in place of the models' own side files.
+    """
     place = pick_device(device)
+    sides = [read_side(model) for model in checkpoints] if sides is None else sides
+    prompt = windows.shape[1] // 2 if any(sides) else 0
+    skips: list[list[Skips]] = []
     models = [*checkpoints, *([base] if base else [])]
     steps = sum(_block_count(m) for m in models)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         walked: list[tuple[Walk, HiddenStates]] = []
         done = 0
         for k, model in enumerate(models):
+            side = sides[k] if k < len(sides) else None
             walk = Walk(PlainView(model), place)
 
             def step(i: int, done: int = done, name: str = model.name) -> None:
                 progress(done + i, steps, name)
 
-            walked.append((walk, _hidden(walk, windows, Path(folder) / str(k), step)))
+            sparse = None if side is None else SparseWalk(walk, side, prompt)
+            walked.append((walk, _hidden(walk, windows, Path(folder) / str(k), step, sparse)))
+            skips.append([] if sparse is None else sparse.skips)
             done += len(walk)
         reference = walked.pop() if base else None
-        rows = torch.stack([_measure(walked, reference, windows, i) for i in range(len(windows))])
-    return [_summary(rows[:, k], windows, base is not None) for k in range(len(checkpoints))]
+        rows = torch.stack(
+            [_measure(walked, reference, windows, i, prompt) for i in range(len(windows))]
+        )
+    found = [_summary(rows[:, k], windows, prompt, base is not None) for k in range(len(sides))]
+    return [
+        replace(one, skipped=[block.as_dict() for block in counted] or None)
+        for one, counted in zip(found, skips, strict=False)
+    ]
 
 
 def _block_count(checkpoint: Checkpoint) -> int:
     return int(checkpoint.text_config.get("num_hidden_layers", 0))
 
 
-def _hidden(walk: Walk, windows: Tensor, path: Path, step: Callable[[int], None]) -> HiddenStates:
+def _hidden(
+    walk: Walk,
+    windows: Tensor,
+    path: Path,
+    step: Callable[[int], None],
+    sparse: SparseWalk | None = None,
+) -> HiddenStates:
     """The last block's output for every window."""
     states = walk.embed(windows, path)
     walk.release()
     for i in range(len(walk)):
-        block = walk.block(i)
+        block = walk.block(i) if sparse is None else sparse.block(i)
         for rows in walk.slices(states):
             states[rows] = walk.run(i, block, states[rows])
         step(i + 1)
@@ -133,14 +163,18 @@ def _measure(
     reference: tuple[Walk, HiddenStates] | None,
     windows: Tensor,
     i: int,
+    prompt: int,
 ) -> Tensor:
-    """Window i's means `[models, 4]`: nll, base nll, KL, share of equal likeliest tokens."""
+    """Window i's means from token `prompt` on: nll, base nll, KL, share of equal likeliest tokens.
+
+    float64 `[models, 4]`.
+    """
     ids = windows[i : i + 1]
     sums = torch.zeros(len(walked), 4, dtype=torch.float64)
     vocab = int(walked[0][0].model.config.get_text_config().vocab_size)
     last = ids.shape[1] - 1
     step = max(1, LOGIT_BYTES // (8 * vocab))
-    for start in range(0, last, step):
+    for start in range(prompt, last, step):
         part = slice(start, min(start + step, last))
         target = ids[0, part.start + 1 : part.stop + 1, None]
         base = None if reference is None else _log_probs(reference, ids, i, part)
@@ -151,7 +185,7 @@ def _measure(
                 sums[k, 1] -= base.gather(1, target).double().sum()
                 sums[k, 2] += (base.exp() * (base - logs)).sum(-1).double().sum()
                 sums[k, 3] += (base.argmax(-1) == logs.argmax(-1)).double().sum()
-    return sums / last
+    return sums / (last - prompt)
 
 
 def _log_probs(model: tuple[Walk, HiddenStates], ids: Tensor, i: int, part: slice) -> Tensor:
@@ -161,16 +195,17 @@ def _log_probs(model: tuple[Walk, HiddenStates], ids: Tensor, i: int, part: slic
     return walk.logits(ids[:, part], hidden)[0].log_softmax(-1).cpu()
 
 
-def _summary(rows: Tensor, windows: Tensor, compared: bool) -> Evaluation:
+def _summary(rows: Tensor, windows: Tensor, prompt: int, compared: bool) -> Evaluation:
     nll, base, kl, same = rows.T
     found = Evaluation(
         perplexity=math.exp(nll.mean()),
         nll=float(nll.mean()),
         nll_error=_standard_error(nll),
-        tokens=len(rows) * (windows.shape[1] - 1),
+        tokens=len(rows) * (windows.shape[1] - 1 - prompt),
         windows=len(rows),
         window=windows.shape[1],
         text_sha256=token_hash(windows),
+        prompt=prompt,
     )
     if not compared:
         return found

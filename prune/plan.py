@@ -1,0 +1,157 @@
+"""What `optim prune` will do to a model, checked before the first weight is read."""
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optim.recipes.errors import MACHINE, USAGE, OptimError
+from optim.recipes.schema import CoreInfer, Recipe, ReluExact, Threshold
+from optim.runtime.architectures import Decoder
+from optim.runtime.artifact import exists_error
+from optim.runtime.checkpoint import Checkpoint, open_checkpoint
+from optim.runtime.machine import pick_device
+from optim.runtime.plain import PlainView
+from optim.runtime.side import linears_of, require_known
+from optim.runtime.walk import Walk
+
+Progress = Callable[[int, int, str], None]
+FORMATS = ("compressed-tensors",)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A checked recipe for one model. `sizes`: weights of each site in a block."""
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    walk: Walk
+    facts: Decoder
+    sizes: dict[str, int]
+    neurons: int
+    output: Path
+    force: bool
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the screen and for `--json`."""
+        calibration = self.recipe.calibration
+        text = f"{calibration.dataset} · {calibration.num_samples} x {calibration.seq_len} tokens"
+        return {
+            "model": self.checkpoint.name,
+            "blocks": len(self.walk),
+            "neurons": self.neurons,
+            "sizes": self.sizes,
+            "source_bytes": sum(info.nbytes for info in self.checkpoint.tensors.values()),
+            "calibration": "none" if isinstance(self.recipe.prune, ReluExact) else text,
+            "notes": list(self.notes),
+            "output": str(self.output),
+            "recipe": self.recipe.model_dump(mode="json", exclude_none=True),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """What a method found: tensors of the side file, facts of each block, notes."""
+
+    tensors: dict[str, Tensor]
+    blocks: list[dict[str, Any]]
+    notes: list[str]
+
+
+def plan(
+    recipe: Recipe,
+    *,
+    force: bool = False,
+    device: str = "auto",
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Open the recipe's model and check all that can be checked without its weights.
+
+    Raises OptimError: 2 for what the recipe or the model gets wrong, 4 for what the machine lacks.
+    """
+    assert recipe.model is not None
+    section = recipe.prune
+    if section is None:
+        raise OptimError("the recipe has no section prune", "give a method: -m threshold", USAGE)
+    if threads:
+        torch.set_num_threads(threads)
+    checkpoint = open_checkpoint(recipe.model, trust_remote_code=trust_remote_code)
+    facts = require_known(checkpoint)
+    _require_format(checkpoint)
+    walk = Walk(PlainView(checkpoint), pick_device(device))
+    sizes, neurons = _shapes(walk, facts)
+    output = Path(recipe.output or f"./{checkpoint.name}-{_short(recipe)}")
+    if output.exists() and not force:
+        raise exists_error(output)
+    _require_disk(checkpoint, output)
+    if isinstance(section, CoreInfer) and round(section.keep * neurons) < 1:
+        raise OptimError(
+            f"keep {section.keep:g} of {neurons} neurons leaves none", "keep more", USAGE
+        )
+    return Plan(
+        recipe=recipe.model_copy(update={"output": str(output)}),
+        checkpoint=checkpoint,
+        walk=walk,
+        facts=facts,
+        sizes=sizes,
+        neurons=neurons,
+        output=output,
+        force=force,
+        notes=tuple(_notes(recipe, checkpoint)),
+    )
+
+
+def _require_format(checkpoint: Checkpoint) -> None:
+    method = (checkpoint.quantization or {}).get("quant_method")
+    if method is not None and method not in FORMATS:
+        raise OptimError(
+            f"{checkpoint.source} is quantized with {method}, whose columns cannot be skipped",
+            "start from the 16-bit model, or from what `optim quantize` wrote",
+            USAGE,
+        )
+
+
+def _shapes(walk: Walk, facts: Decoder) -> tuple[dict[str, int], int]:
+    """Weights of each site in a block, and the neurons of its feed-forward."""
+    block = walk.blocks[0]
+    sizes = {
+        site: sum(math.prod(block.get_parameter(f"{name}.weight").shape) for name in names)
+        for site, names in linears_of(facts).items()
+    }
+    return sizes, int(block.get_parameter(f"{facts.down}.weight").shape[1])
+
+
+def _require_disk(checkpoint: Checkpoint, output: Path) -> None:
+    need = sum(info.nbytes for info in checkpoint.tensors.values())
+    place = next(folder for folder in output.absolute().parents if folder.exists())
+    free = shutil.disk_usage(place).free
+    if free < need:
+        what = f"{output} takes {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there"
+        raise OptimError(what, "choose another -o/--output", MACHINE)
+
+
+def _short(recipe: Recipe) -> str:
+    section = recipe.prune
+    if isinstance(section, Threshold):
+        only = "" if section.only == "all" else f"-{section.only}"
+        return f"threshold{only}-s{round(100 * section.sparsity)}"
+    if isinstance(section, CoreInfer):
+        return f"coreinfer-k{round(100 * section.keep)}"
+    return section.method if section is not None else "pruned"
+
+
+def _notes(recipe: Recipe, checkpoint: Checkpoint) -> list[str]:
+    """What is known to hurt, with the figures of docs/sparsity.md."""
+    section = recipe.prune
+    del checkpoint
+    notes = []
+    if isinstance(section, CoreInfer) and section.keep < 1:
+        notes.append("a fixed set of neurons is lossy: thresholds lose less at the same bytes")
+    return notes

@@ -1,0 +1,190 @@
+"""`optim prune`: measure on calibration text, then write a plain checkpoint and its side file."""
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optim.prune import thresholds
+from optim.prune.plan import Plan, Progress, Solved, plan
+from optim.recipes.build import to_yaml
+from optim.recipes.errors import USAGE, OptimError
+from optim.recipes.schema import Threshold
+from optim.runtime.artifact import FORMAT_VERSION, INDEX, Workspace, index_of, tensor_sha256
+from optim.runtime.checkpoint import Checkpoint, open_checkpoint
+from optim.runtime.corpus import calibration_windows, token_hash
+from optim.runtime.side import SIDE, write_side
+from optim.runtime.verify import MANIFEST, sha256
+
+__all__ = ["Report", "plan", "prune"]
+
+SHARD_BYTES = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was made: for the screen and `--json`."""
+
+    output: str
+    method: str
+    side_bytes: int
+    seconds: float
+    blocks: list[dict[str, Any]]
+    notes: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """A plain dictionary."""
+        return asdict(self)
+
+
+def prune(made: Plan, progress: Progress, windows: Tensor | None = None) -> Report:
+    """Carry out a plan; `windows` int64 `[n, length]` stand in for the recipe's calibration.
+
+    Weights that a killed run has copied are not copied again. Raises OptimError: 2 for input that
+    turns out to be bad, 4 where the machine gave out.
+    """
+    start = time.monotonic()
+    windows = _calibration(made) if windows is None else windows
+    workspace = Workspace(made.output, _identity(made, windows), made.force)
+    try:
+        with torch.inference_mode(), tempfile.TemporaryDirectory(dir=workspace.folder) as folder:
+            found = solve(made, windows, Path(folder), progress)
+            _copy_weights(made.checkpoint, workspace)
+        side_bytes = _finish(made, workspace, windows, found)
+    except BaseException as error:
+        bad_input = isinstance(error, OptimError) and error.code == USAGE
+        if bad_input or not workspace.done:
+            workspace.discard()
+        else:
+            workspace.close()
+        raise
+    return Report(
+        output=str(made.output),
+        method=made.recipe.prune.method if made.recipe.prune else "",
+        side_bytes=side_bytes,
+        seconds=time.monotonic() - start,
+        blocks=found.blocks,
+        notes=[*made.notes, *found.notes],
+    )
+
+
+def solve(made: Plan, windows: Tensor, folder: Path, progress: Progress) -> Solved:
+    """What the plan's method finds on `windows`; `folder` takes what does not fit in memory."""
+    section = made.recipe.prune
+    if isinstance(section, Threshold):
+        return thresholds.solve(made, windows, folder, progress)
+    raise AssertionError(section)
+
+
+def _calibration(made: Plan) -> Tensor:
+    options = made.recipe.calibration.model_dump()
+    spec = options.pop("dataset")
+    return calibration_windows(spec, made.checkpoint.tokenizer(), **options)
+
+
+def _identity(made: Plan, windows: Tensor) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    return {
+        "source": made.checkpoint.fingerprint(),
+        "recipe": made.recipe.model_dump(mode="json", exclude={"model", "output"}),
+        "calibration": token_hash(windows),
+        "versions": {name: version(name) for name in ("optim-llm", "torch", "transformers")},
+    }
+
+
+def _shards(checkpoint: Checkpoint) -> Iterator[list[str]]:
+    """The checkpoint's tensors in groups of about SHARD_BYTES."""
+    group, size = list[str](), 0
+    for name, info in checkpoint.tensors.items():
+        if group and size + info.nbytes > SHARD_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += info.nbytes
+    yield group
+
+
+def _copy_weights(checkpoint: Checkpoint, workspace: Workspace) -> None:
+    """Write the weights as they are, under their published names; skips journalled shards."""
+    groups = list(_shards(checkpoint))
+    for k in range(len(workspace.done), len(groups)):
+        tensors = {checkpoint.disk_name(name): checkpoint.read(name) for name in groups[k]}
+        name = f"model-{k + 1:05d}-of-{len(groups):05d}.safetensors"
+        record = workspace.write_shard(name, tensors)
+        record["originals"] = {key: tensor_sha256(value) for key, value in tensors.items()}
+        workspace.commit(record)
+
+
+def _finish(made: Plan, workspace: Workspace, windows: Tensor, found: Solved) -> int:
+    """The small files and the side file; publishes. Returns the bytes of the side file."""
+    config = dict(made.checkpoint.text_config)
+    config["architectures"] = [type(made.walk.model).__name__]
+    workspace.write_text("config.json", json.dumps(config, indent=2) + "\n")
+    workspace.write_text(INDEX, index_of(workspace.done) + "\n")
+    made.checkpoint.write_sidecars(workspace.files)
+    assert made.recipe.prune is not None
+    options = made.recipe.prune.model_dump(mode="json", exclude={"method"})
+    model = open_checkpoint(str(workspace.files)).fingerprint()
+    side = workspace.files / SIDE
+    write_side(side, made.recipe.prune.method, options, model, found.tensors)
+    side_bytes = side.stat().st_size
+    manifest = _manifest(made, workspace, windows, found) | {"side_bytes": side_bytes}
+    manifest["shards"][SIDE] = sha256(side)
+    workspace.write_text(MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    recipe = made.recipe.model_copy(update={"output": None})
+    workspace.write_text("recipe.yaml", to_yaml(recipe))
+    workspace.write_text("README.md", _card(made))
+    workspace.publish()
+    return side_bytes
+
+
+def _manifest(made: Plan, workspace: Workspace, windows: Tensor, found: Solved) -> dict[str, Any]:
+    samples, length = windows.shape
+    records = workspace.done
+    return {
+        "format_version": FORMAT_VERSION,
+        "source": {"name": made.checkpoint.name, "sha256": made.checkpoint.fingerprint()},
+        "recipe": made.recipe.model_dump(mode="json", exclude={"output"}, exclude_none=True),
+        "calibration": {"samples": samples, "seq_len": length, "sha256": token_hash(windows)},
+        "sparsity": {"sizes": made.sizes, "blocks": found.blocks},
+        "notes": [*made.notes, *found.notes],
+        "shards": {record["file"]: record["sha256"] for record in records},
+        "original_sha256": {k: v for record in records for k, v in record["originals"].items()},
+    }
+
+
+def _card(made: Plan) -> str:
+    source = made.checkpoint.source
+    recipe = to_yaml(made.recipe.model_copy(update={"output": None})).strip()
+    return f"""---
+base_model: {source}
+library_name: transformers
+tags: [optim, sparsity]
+---
+
+# {made.output.name}
+
+The weights of {made.checkpoint.name} as they are, and `{SIDE}`, which tells `optim run` what it may
+skip. Everything else reads the folder as the plain model.
+
+## Run it
+
+    optim run {made.output.name}
+
+## Make it again
+
+`optim prune --recipe recipe.yaml` with:
+
+```yaml
+{recipe}
+```
+
+`optim eval --against {source}` measures what the sparsity costs.
+"""
