@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optim.prune.losses import kl_divergence, next_token_loss, square_head
 from optim.prune.relu import watched
@@ -25,6 +25,8 @@ from optim.recipes.errors import MACHINE, OptimError
 from optim.recipes.schema import ProSparse
 
 BETAS, CLIP = (0.9, 0.95), 1.0  # AdamW's, and the largest norm of a gradient
+
+BLEND = 0.7  # of stage 0 swaps the activation, the rest lets it settle
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,14 @@ class Job:
         """The recipe's schedule in steps."""
         s = self.section
         swap = max(1, round(s.substitution * s.steps)) if s.l1 else s.steps
-        return Schedule(s.steps, swap, max(1, round(0.7 * swap)), s.l1)
+        return Schedule(s.steps, swap, max(1, round(BLEND * swap)), s.l1)
+
+    @property
+    def teacher_blocks(self) -> nn.ModuleList:
+        """The teacher's decoder blocks."""
+        blocks = self.teacher.get_submodule(self.student.prefix)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
 
 
 def train(job: Job, report: Report) -> list[Point]:
@@ -120,7 +129,9 @@ def _step(job: Job, optimizer: torch.optim.Optimizer, step: int) -> Point:
     rate = learning_rate(step, section.steps, section.lr, section.warmup)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    rows = batch_rows(step, section.batch, len(job.windows), job.seed)[job.team.rank :: job.team.size]
+    rows = batch_rows(step, section.batch, len(job.windows), job.seed)[
+        job.team.rank :: job.team.size
+    ]
     parts = [rows[i : i + section.micro_batch] for i in range(0, len(rows), section.micro_batch)]
     facts = torch.zeros(4 + len(job.student.ffns), device=job.device)
     for part in parts:
@@ -138,7 +149,7 @@ def _losses(job: Job, ids: Tensor, l1_weight: float, share: float) -> Tensor:
     """Run the windows `ids` both ways, add `share` of their gradients; the facts of a Point."""
     section = job.section
     bf16 = torch.autocast("cuda", torch.bfloat16, enabled=job.device.type == "cuda")
-    with torch.no_grad(), bf16, watched(job.student.teacher_blocks(job.teacher), []) as wanted:
+    with torch.no_grad(), bf16, watched(job.teacher_blocks, []) as wanted:
         targets = job.teacher(input_ids=ids, use_cache=False).logits
     with bf16, watched(job.student.blocks, job.student.ffns) as seen:
         logits = job.student.model(input_ids=ids, use_cache=False).logits

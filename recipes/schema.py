@@ -126,11 +126,38 @@ class ReluExact(Section):
 
 
 class ProSparse(Section):
-    """ReLU, progressive L1 and shifted thresholds, by training (Song et al. 2024)."""
+    """ReLU, progressive L1 and shifted thresholds, by training (Song et al. 2024).
+
+    `substitution` is the share of the steps in which the activation is swapped and settles; the
+    rest is divided evenly among the stages, whose peaks of lambda are `l1`.
+    """
 
     method: Literal["prosparse"]
-    steps: int = Field(default=1000, ge=1, le=100_000_000)
-    lr: float = Field(default=1e-4, gt=0)
+    train: Literal["ffn", "lora", "full"] = "ffn"
+    rank: int = Field(default=32, ge=1, le=65536)
+    steps: int = Field(default=300, ge=1, le=100_000_000)
+    batch: int = Field(default=2, ge=1, le=1_000_000)
+    micro_batch: int = Field(default=1, ge=1, le=1_000_000)
+    lr: float = Field(default=1e-3, gt=0, le=1)
+    warmup: int = Field(default=5, ge=0)
+    substitution: float = Field(default=0.6, gt=0, le=1)
+    l1: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(strict=False)] = (0.01, 0.02)
+    threshold: float = Field(default=0.0, ge=0)
+    kl: float = Field(default=1.0, ge=0)
+    square_head: float = Field(default=1.0, ge=0)
+    labels: float = Field(default=0.0, ge=0)
+    recompute: bool = False
+    save_every: int = Field(default=20, ge=1)
+
+    @model_validator(mode="after")
+    def _can_be_trained(self) -> "ProSparse":
+        if self.kl == self.square_head == self.labels == 0:
+            raise ValueError("one of kl, square_head and labels must be above 0")
+        if any(a > b for a, b in zip(self.l1, self.l1[1:], strict=False)):
+            raise ValueError("the peaks l1 must not fall")
+        if self.batch % self.micro_batch:
+            raise ValueError("batch must be a multiple of micro_batch")
+        return self
 
 
 PRUNINGS: dict[str, type[Section]] = {
