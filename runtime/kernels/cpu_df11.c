@@ -1,0 +1,246 @@
+/* DFloat11's exponent stream: count, encode, decode. The format: docs/lossless.md.
+ *
+ * Codes are written from the highest bit of each byte. A window is 64 bits, a block 512 windows. The
+ * encoder gives up whole windows and goes on in the next call, so a tensor of any size passes
+ * through a small buffer. The decoder looks up 11 bits at a time, which hold nearly four symbols,
+ * and works on four blocks at once: each waits for its own last lookup.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "cpu.h"
+
+enum { WINDOW = 64, BLOCK = 512 * WINDOW, INDEX = 11, EACH = 5, SYMBOLS = 4, STREAMS = 4 };
+enum { CHILD = 0x8000, ROOM = (EACH + 1) * SYMBOLS };
+
+/* exponents[256] += how often each comes; rest[256] (sign and mantissa) the same of each eighth. */
+void optim_df11_count(const uint16_t *w, int64_t n, int64_t *exponents, int64_t *rest) {
+    static const int64_t PART = 1 << 24;
+    for (int64_t from = 0; from < n; from += PART) {
+        const int64_t end = from + PART < n ? from + PART : n;
+        uint32_t e[8][256] = {{0}}; /* eight: an increment waits for the one before it */
+        int64_t i = from;
+        for (; i + 8 <= end; i += 8) {
+            for (int k = 0; k < 8; k++) e[k][w[i + k] >> 7 & 0xff]++;
+            rest[(w[i] >> 8 & 0x80) | (w[i] & 0x7f)]++;
+        }
+        for (; i < end; i++) e[0][w[i] >> 7 & 0xff]++;
+        for (int v = 0; v < 256; v++)
+            for (int k = 0; k < 8; k++) exponents[v] += e[k][v];
+    }
+}
+
+typedef struct {
+    uint64_t word;   /* the unfinished window, right-aligned */
+    int64_t bits;    /* in `word` */
+    int64_t window;  /* finished windows */
+    int64_t element; /* weights so far */
+} Writer;
+
+typedef struct {
+    const uint64_t *packed; /* [256]: code << 8 | its length */
+    uint64_t word;
+    int64_t bits, window, first;
+    uint64_t *stream;
+    uint8_t *gaps;
+    uint32_t *positions;
+} Pen;
+
+/* One code that may fill the window; `element` is the index of the next. */
+static inline void put(Pen *p, uint64_t entry, int64_t element) {
+    const uint64_t value = entry >> 8;
+    const int64_t length = entry & 0xff, over = p->bits + length - WINDOW;
+    if (over < 0) {
+        p->word = p->word << length | value;
+        p->bits += length;
+        return;
+    }
+    const uint64_t full = p->word << (length - over) | value >> over;
+    p->stream[p->window++ - p->first] = __builtin_bswap64(full);
+    p->word = value & ((1ull << over) - 1);
+    p->bits = over;
+    p->gaps[p->window] = (uint8_t)over;
+    if (p->window % (BLOCK / WINDOW) == 0)
+        p->positions[p->window / (BLOCK / WINDOW)] = (uint32_t)element;
+}
+
+static inline uint64_t entry_of(const Pen *p, uint16_t w) { return p->packed[w >> 7 & 0xff]; }
+
+/* Four codes at once where they fit into the window. */
+static void put_all(Pen *p, const uint16_t *w, int64_t n, int64_t element) {
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+        const uint64_t a = entry_of(p, w[i]), b = entry_of(p, w[i + 1]);
+        const uint64_t c = entry_of(p, w[i + 2]), d = entry_of(p, w[i + 3]);
+        const int64_t lb = b & 0xff, ld = d & 0xff, right = (c & 0xff) + ld;
+        const int64_t all = (a & 0xff) + lb + right;
+        if (__builtin_expect(p->bits + all < WINDOW, 1)) {
+            const uint64_t ab = a >> 8 << lb | b >> 8, cd = c >> 8 << ld | d >> 8;
+            p->word = p->word << all | ab << right | cd;
+            p->bits += all;
+            continue;
+        }
+        put(p, a, element + i + 1), put(p, b, element + i + 2);
+        put(p, c, element + i + 3), put(p, d, element + i + 4);
+    }
+    for (; i < n; i++) put(p, entry_of(p, w[i]), element + i + 1);
+}
+
+/* Appends `n` weights. code[256] right-aligned, length[256] in bits. Gets whole windows into
+ * `stream`, a byte each into sm, the first code's bit of window k into gaps[k] and the first element
+ * of block k into positions[k]. Returns the windows written. */
+int64_t optim_df11_encode(const uint16_t *w, int64_t n, const uint32_t *code,
+                          const uint8_t *length, Writer *s, uint64_t *stream, uint8_t *sm,
+                          uint8_t *gaps, uint32_t *positions) {
+    uint64_t packed[256];
+    for (int v = 0; v < 256; v++) packed[v] = (uint64_t)code[v] << 8 | length[v];
+    for (int64_t i = 0; i < n; i++) sm[i] = (uint8_t)((w[i] >> 8 & 0x80) | (w[i] & 0x7f));
+    Pen pen = {packed, s->word, s->bits, s->window, s->window, stream, gaps, positions};
+    put_all(&pen, w, n, s->element);
+    s->word = pen.word, s->bits = pen.bits, s->window = pen.window, s->element += n;
+    return pen.window - pen.first;
+}
+
+typedef uint64_t Entry; /* four symbols, then their number and bits: 0 where the code is longer */
+
+typedef struct {
+    const uint8_t *stream; /* 8 readable bytes after the last */
+    int64_t bytes;
+    const int64_t *start, *low, *high; /* of each block: first bit, and where its last code ends */
+    const int64_t *element;            /* of each block: index in sm and out; one more at the end */
+    const uint8_t *sm;
+    uint16_t *out;
+    const uint16_t *walk; /* [nodes][256]: length << 8 | symbol, CHILD | node, or 0 */
+    const Entry *table;
+    int64_t blocks, next, bad; /* bad: the first block that did not hold, else -1 */
+} Job;
+
+typedef struct {
+    int64_t at, end; /* bits */
+    uint8_t *to;
+    int64_t left;
+} Stream;
+
+static uint64_t bits_at(const Job *j, int64_t at) {
+    uint64_t word;
+    memcpy(&word, j->stream + (at >> 3), 8);
+    return __builtin_bswap64(word) << (at & 7);
+}
+
+/* One code by the tables of the file; 0 if there is none. */
+static int one(const uint16_t *walk, uint64_t bits, uint8_t *symbol) {
+    uint16_t entry = CHILD;
+    for (int depth = 0; depth < 4 && entry & CHILD; depth++, bits <<= 8)
+        entry = walk[(entry & ~CHILD) * 256 + (bits >> 56)];
+    if (entry & CHILD) return 0;
+    *symbol = (uint8_t)entry;
+    return entry >> 8;
+}
+
+static void fill(const uint16_t *walk, Entry *table) {
+    for (uint64_t index = 0; index < 1 << INDEX; index++) {
+        uint64_t symbols = 0, count = 0, bits = 0;
+        while (count < SYMBOLS && bits < INDEX) {
+            uint8_t symbol;
+            const int length = one(walk, index << (64 - INDEX + bits), &symbol);
+            if (length == 0 || bits + length > INDEX) break;
+            symbols |= (uint64_t)symbol << 8 * count;
+            bits += length, count++;
+        }
+        table[index] = symbols | count << 32 | bits << 40;
+    }
+}
+
+static int slow(const Job *j, Stream *s) {
+    if (s->at >= s->end) return 0;
+    const int length = one(j->walk, bits_at(j, s->at), s->to);
+    s->at += length, s->to++, s->left--;
+    return length;
+}
+
+static int fast(const Stream *s) { return s->left >= ROOM && s->at < s->end; }
+
+/* EACH lookups in each of `n` streams; 0 if there is no code where one of them is. */
+static inline __attribute__((always_inline)) int lookups(const Job *j, Stream *s, const int n) {
+    uint64_t bits[STREAMS], used[STREAMS];
+    uint8_t *to[STREAMS];
+    for (int k = 0; k < n; k++) bits[k] = bits_at(j, s[k].at), used[k] = 0, to[k] = s[k].to;
+    for (int i = 0; i < EACH; i++) /* 7 bits are lost to alignment: 5 * 11 + 7 < 64 */
+#pragma GCC unroll 4
+        for (int k = 0; k < n; k++) {
+            const Entry e = j->table[bits[k] >> (64 - INDEX)];
+            const uint32_t symbols = (uint32_t)e; /* little-endian, as every target here */
+            memcpy(to[k], &symbols, SYMBOLS);
+            to[k] += e >> 32 & 0xff, used[k] += e >> 40, bits[k] <<= e >> 40;
+        }
+    for (int k = 0; k < n; k++) {
+        s[k].left -= to[k] - s[k].to, s[k].to = to[k], s[k].at += (int64_t)used[k];
+        if (__builtin_expect(used[k] == 0, 0) && !slow(j, s + k)) return 0;
+    }
+    return 1;
+}
+
+static int alone(const Job *j, Stream *s) {
+    while (s->left > 0)
+        if (fast(s) ? !lookups(j, s, 1) : !slow(j, s)) return 0;
+    return 1;
+}
+
+static int together(const Job *j, Stream *s) {
+    while (fast(s) && fast(s + 1) && fast(s + 2) && fast(s + 3))
+        if (!lookups(j, s, STREAMS)) return 0;
+    return 1;
+}
+
+static void merge(const uint8_t *sm, const uint8_t *e, uint16_t *out, int64_t n) {
+    for (int64_t i = 0; i < n; i++)
+        out[i] = (uint16_t)((sm[i] & 0x80) << 8 | e[i] << 7 | (sm[i] & 0x7f));
+}
+
+static void some_blocks(Job *j, int64_t from, int64_t count, uint8_t *scratch) {
+    Stream s[STREAMS];
+    for (int64_t k = 0; k < count; k++) {
+        const int64_t b = from + k;
+        s[k] = (Stream){j->start[b], j->bytes * 8, scratch + k * (BLOCK + ROOM),
+                        j->element[b + 1] - j->element[b]};
+    }
+    const int begun = count < STREAMS || together(j, s);
+    for (int64_t k = 0; k < count; k++) {
+        const int64_t b = from + k, at = j->element[b];
+        if (!begun || !alone(j, s + k) || s[k].at < j->low[b] || s[k].at > j->high[b]) {
+            j->bad = b;
+            return;
+        }
+        merge(j->sm + at, scratch + k * (BLOCK + ROOM), j->out + at, j->element[b + 1] - at);
+    }
+}
+
+static void blocks_task(void *data) {
+    Job *j = data;
+    int64_t from;
+    uint8_t *scratch = malloc(STREAMS * (BLOCK + ROOM));
+    while ((from = __atomic_fetch_add(&j->next, STREAMS, __ATOMIC_RELAXED)) < j->blocks) {
+        const int64_t left = j->blocks - from;
+        if (!scratch) j->bad = from;
+        if (j->bad >= 0) break;
+        some_blocks(j, from, left < STREAMS ? left : STREAMS, scratch);
+    }
+    free(scratch);
+}
+
+/* Returns -1, or a block that does not decode as it should. */
+int64_t optim_df11_decode(const uint8_t *stream, int64_t bytes, const int64_t *start,
+                          const int64_t *low, const int64_t *high, const int64_t *element,
+                          int64_t blocks, const uint8_t *sm, uint16_t *out, const uint16_t *walk,
+                          int threads, Parallel *parallel) {
+    Entry *table = malloc(sizeof(Entry) << INDEX);
+    if (!table) return 0;
+    fill(walk, table);
+    Job job = {stream, bytes, start, low, high, element, sm, out, walk, table, blocks, 0, -1};
+    if (parallel && threads > 1 && blocks > 4 * STREAMS)
+        parallel(blocks_task, &job, threads, 0);
+    else
+        blocks_task(&job);
+    free(table);
+    return job.bad;
+}

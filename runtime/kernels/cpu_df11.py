@@ -1,0 +1,120 @@
+"""DFloat11's exponent stream on a CPU: count, encode, decode, through `cpu_df11.c`.
+
+`numba_df11` has the same three functions for machines without a C compiler. All work on numpy
+arrays: weights are uint16 views of bf16, `exponent = w >> 7 & 255`, the rest sign and mantissa.
+"""
+
+import ctypes
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from optim.runtime.kernels.native import NoKernel, library, team
+
+Array = npt.NDArray[Any]
+WINDOW_BITS, BLOCK_BITS = 64, 32768
+PAD = 8  # readable bytes that a stream must have after its end
+
+
+class State(ctypes.Structure):
+    """`Writer` of cpu_df11.c: the unfinished window, and how far the stream has come."""
+
+    _fields_ = (
+        ("word", ctypes.c_uint64),
+        *((name, ctypes.c_int64) for name in ("bits", "window", "element")),
+    )
+
+
+@dataclass(slots=True)
+class Stream:
+    """A stream being written. `gaps` uint8, one a window; `positions` uint32, one a block."""
+
+    codes: Array
+    lengths: Array
+    gaps: Array
+    positions: Array
+    state: State = field(default_factory=State)
+
+
+def count(weights: Array, exponents: Array, rest: Array) -> None:
+    """Add to int64 `[256]` each how often every exponent and every rest comes."""
+    load().optim_df11_count(_at(weights), weights.size, _at(exponents), _at(rest))
+
+
+def encode(weights: Array, stream: Stream) -> tuple[Array, Array]:
+    """Append `weights`: (finished bytes of the stream, sign and mantissa), both uint8."""
+    words = np.empty(weights.size // 2 + 2, np.uint64)
+    rest = np.empty(weights.size, np.uint8)
+    written = load().optim_df11_encode(
+        _at(weights),
+        weights.size,
+        _at(stream.codes),
+        _at(stream.lengths),
+        ctypes.byref(stream.state),
+        _at(words),
+        _at(rest),
+        _at(stream.gaps),
+        _at(stream.positions),
+    )
+    return words[:written].view(np.uint8), rest
+
+
+def decode(
+    stream: Array, bounds: tuple[Array, Array, Array], elements: Array, rest: Array, walk: Array
+) -> tuple[Array, int]:
+    """The weights uint16 of some blocks, and the first block that does not hold, or -1.
+
+    `stream` uint8 has PAD bytes more than it needs; `bounds` int64 `[blocks]`: the first bit of
+    each block, the least and the largest bit at which its last code may end; `elements` int64
+    `[blocks + 1]` where in `rest` each begins; `walk` uint16 `[nodes, 256]` of dfloat11.
+    """
+    out = np.empty(rest.size, np.uint16)
+    pointers = [_at(array) for array in (*bounds, elements)]
+    bad = load().optim_df11_decode(
+        _at(stream),
+        stream.size - PAD,
+        *pointers,
+        elements.size - 1,
+        _at(rest),
+        _at(out),
+        _at(walk),
+        torch.get_num_threads(),
+        team(),
+    )
+    return out, int(bad)
+
+
+def _at(array: Array) -> int:
+    assert array.flags.c_contiguous
+    return array.ctypes.data
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """The compiled kernel. Raises NoKernel with the reason."""
+    lib = library("cpu_df11")
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    lib.optim_df11_count.argtypes = [pointer, integer, pointer, pointer]
+    lib.optim_df11_count.restype = None
+    lib.optim_df11_encode.argtypes = [pointer, integer, *[pointer] * 7]
+    lib.optim_df11_encode.restype = integer
+    lib.optim_df11_decode.argtypes = [
+        *(pointer, integer, *[pointer] * 4, integer),
+        *([pointer] * 3),
+        *(ctypes.c_int, pointer),
+    ]
+    lib.optim_df11_decode.restype = integer
+    return lib
+
+
+def usable() -> bool:
+    """Whether the C code works here."""
+    try:
+        load()
+    except NoKernel:
+        return False
+    return True
