@@ -11,6 +11,8 @@ from optim.recipes.errors import MACHINE, USAGE, OptimError
 
 MADV_DONTNEED, MADV_HUGEPAGE, MADV_COLLAPSE = 4, 14, 25  # of Linux's madvise
 HUGE_PAGE = 1 << 21
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+KEPT_BLOCK, KEPT_HEAP = 32 << 20, 256 << 20  # 32 MB is the most glibc takes
 
 
 def pick_device(name: str) -> torch.device:
@@ -47,6 +49,18 @@ def release_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def reuse_memory() -> None:
+    """Keep freed memory for the next temporary of its size: a fifth of a walk's time is page faults.
+
+    glibc otherwise gives each block above some size back and gets it again as new, zeroed pages.
+    Blocks above 32 MB still go back at once.
+    """
+    option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if option is not None:
+        option(M_MMAP_THRESHOLD, KEPT_BLOCK)
+        option(M_TRIM_THRESHOLD, KEPT_HEAP)
 
 
 def release_code() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from optim.recipes.errors import OptimError
 from optim.runtime.checkpoint import Checkpoint
+from optim.runtime.machine import reuse_memory
 from optim.runtime.plain import PlainView
 
 TOKENS_PER_BATCH = 2048
@@ -106,6 +107,7 @@ class Walk:
         self.prefix, self.blocks = find_blocks(self.model)
         self.calls: list[Call] = []
         self._loaded: set[str] = set()
+        reuse_memory()
 
     def __len__(self) -> int:
         return len(self.blocks)
