@@ -1,0 +1,79 @@
+"""`optim prune -m prosparse`: the plan, the training as it goes on, what came out."""
+
+import os
+from typing import Any
+
+from optim.cli import training, ui
+from optim.cli.quantize import How
+from optim.recipes.schema import Recipe
+
+
+def work(recipe: Recipe, how: How, dry_run: bool) -> None:
+    """Plan, train and write; all processes of torchrun do this, the first one speaks."""
+    ui.notes.quiet = how.quiet or os.environ.get("RANK", "0") != "0"
+    from optim.prune import plan, prosparse
+
+    made = plan.plan(
+        recipe,
+        force=how.force,
+        device=_own_device(how.device),
+        threads=how.threads,
+        trust_remote_code=how.trust_remote_code,
+    )
+    made = prosparse.settle(made)
+    if dry_run:
+        show_plan(made.as_dict(), how.as_json)
+        return
+    try:
+        with training.watch("prosparse") as report:
+            outcome = prosparse.prune(made, report)
+    except KeyboardInterrupt:
+        ui.note("stopped; the same command goes on from the last saved state")
+        raise
+    if os.environ.get("RANK", "0") == "0":
+        show(outcome.as_dict(), recipe.model or "", how.as_json)
+
+
+def _own_device(asked: str) -> str:
+    """Under torchrun each process has its own GPU."""
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is None or asked not in ("auto", "cuda"):
+        return asked
+    import torch
+
+    return f"cuda:{rank}" if torch.cuda.is_available() else asked
+
+
+def show_plan(plan: dict[str, Any], as_json: bool) -> None:
+    """Print what would be done."""
+    if as_json:
+        ui.emit(plan)
+        return
+    section = plan["recipe"]["prune"]
+    length = plan["recipe"]["calibration"]["seq_len"]
+    tokens = section["steps"] * section["batch"] * length
+    ui.say(f"{plan['model']} · {plan['blocks']} blocks of {plan['neurons']} neurons")
+    ui.say(f"text {plan['calibration']}")
+    ui.say(f"{section['steps']} steps of {section['batch']} windows: {ui.count(tokens)} tokens")
+    stages = " -> ".join(f"{peak:g}" for peak in section["l1"]) or "none"
+    ui.say(f"ReLU over {100 * section['substitution']:.0f} % of the steps, then lambda {stages}")
+    ui.say(f"trained: {section['train']}")
+    ui.note(f"nothing was written; the output would be {plan['output']}")
+
+
+def show(outcome: dict[str, Any], source: str, as_json: bool) -> None:
+    """Say what came out."""
+    for text in outcome["notes"]:
+        ui.note(text)
+    if as_json:
+        ui.emit(outcome)
+        return
+    found = outcome["held_back"]
+    rows = [
+        ("perplexity", f"{found['perplexity']:.3f}", f"{found['base_perplexity']:.3f}"),
+        ("ratio", f"{found['ppl_ratio']:.3f}", "1"),
+        ("zeros in gate * up", f"{100 * found['sparsity']:.1f} %", "0 %"),
+    ]
+    ui.table(("on held-back text", "sparse", source), rows)
+    facts = [outcome["output"], f"{outcome['steps']} steps", ui.seconds(outcome["seconds"])]
+    ui.done(" · ".join(facts), following=f"optim prune {outcome['output']} -m relu-exact")
