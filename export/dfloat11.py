@@ -124,7 +124,9 @@ def encode(tensors: Iterable[Tensor]) -> dict[str, Tensor]:
 def _five_bits(gaps: Array) -> Array:
     """uint8 `[n]` below 32, n a multiple of 8 -> 5 bits each, highest first: uint8 `[5 n / 8]`."""
     whole = (gaps.reshape(-1, 8).astype(np.uint64) << GAPS_IN_40_BITS).sum(1, dtype=np.uint64)
-    return np.ascontiguousarray(whole.astype(">u8").view(np.uint8).reshape(-1, 8)[:, 3:]).reshape(-1)
+    return np.ascontiguousarray(whole.astype(">u8").view(np.uint8).reshape(-1, 8)[:, 3:]).reshape(
+        -1
+    )
 
 
 def _entropy(counts: Array) -> float:
