@@ -65,8 +65,8 @@ def settle(made: Plan) -> Plan:
     """
     require_plain(made.checkpoint)
     feed_forwards(made.walk.blocks, made.checkpoint.name)
-    act = _activation_key(made.checkpoint)
-    if made.checkpoint.text_config.get(act) == "relu":
+    config = made.checkpoint.hf_config()
+    if all(getattr(config, key) == "relu" for key in _activation_keys(config)):
         fix = "skip its zeros as they are: -m relu-exact"
         raise OptimError(f"{made.checkpoint.name} is a ReLU model already", fix, USAGE)
     calibration = made.recipe.calibration
@@ -266,18 +266,15 @@ def _groups(checkpoint: Checkpoint) -> Iterator[list[str]]:
     yield group
 
 
-def _activation_key(checkpoint: Checkpoint) -> str:
-    """How the family's configuration calls the activation."""
-    config = checkpoint.text_config
-    return next((k for k in ("hidden_activation", "hidden_act") if config.get(k)), "hidden_act")
+def _activation_keys(config: Any) -> list[str]:
+    """How the family's configuration calls the activation (gemma: by two names)."""
+    return [key for key in ("hidden_activation", "hidden_act") if hasattr(config, key)]
 
 
 def _config(made: Plan) -> dict[str, Any]:
     config = dict(made.checkpoint.text_config)
     config["architectures"] = [type(made.walk.model).__name__]
-    config[_activation_key(made.checkpoint)] = "relu"
-    if "hidden_act" in config:
-        config["hidden_act"] = "relu"
+    config |= dict.fromkeys(_activation_keys(made.checkpoint.hf_config()), "relu")
     threshold = _section(made).threshold
     return config | ({"hidden_act_param": threshold} if threshold else {})
 

@@ -12,19 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from optim.prune.losses import mean_abs
 from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.layers import fatrelu
 
 ACTIVATIONS = "act_fn", "activation_fn"  # what transformers calls it in gated blocks
-
-
-def fatrelu(x: Tensor, threshold: float) -> Tensor:
-    """x where it is positive and at least `threshold`, else 0; any shape and dtype."""
-    return F.relu(x) if threshold <= 0 else F.threshold(x, threshold, 0.0)
 
 
 class Swapped(nn.Module):

@@ -145,5 +145,5 @@ def _fresh_buffers(model: Any, module: nn.Module, device: torch.device) -> None:
     own = {k: b for k, b in module.named_buffers(recurse=False) if b.is_meta}
     for key, buffer in own.items():
         module.register_buffer(key, torch.empty_like(buffer, device=device), persistent=False)
-    if own and not list(module.parameters(recurse=False)):
+    if own and all(p.is_meta for p in module.parameters(recurse=False)):
         model._init_weights(module)

@@ -21,6 +21,30 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def fatrelu(x: Tensor, threshold: float) -> Tensor:
+    """x where it is positive and above `threshold`, else 0 (arXiv 2402.13516, section 3.3)."""
+    return F.relu(x) if threshold <= 0 else F.threshold(x, threshold, 0.0)
+
+
+class FatRelu(nn.Module):
+    """`fatrelu` with a threshold, as a module of transformers' blocks."""
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__()
+        self.threshold = threshold
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fatrelu(x, self.threshold)
+
+
+def raise_threshold(model: nn.Module, threshold: float) -> None:
+    """Give transformers' ReLU blocks the threshold that `hidden_act_param` asks for, in place."""
+    for module in model.modules() if threshold > 0 else ():
+        for name in ("act_fn", "activation_fn"):
+            if isinstance(getattr(module, name, None), nn.ReLU):
+                setattr(module, name, FatRelu(threshold))
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (arXiv 1910.07467), in fp32.
 

@@ -43,6 +43,8 @@ class Shape:
     layers: tuple[Layer, ...]
     eps: float
     activation: str
+    threshold: float
+    """Of `relu`: smaller values are 0 too (`hidden_act_param`, FATReLU)."""
     max_context: int
     tied: bool
     parallel: bool
@@ -86,6 +88,7 @@ def _resolve(c: dict[str, Any], facts: Decoder) -> Shape:
         layers=_layers(c, facts),
         eps=float(c["layer_norm_eps" if facts.layer_norm else "rms_norm_eps"]),
         activation=c.get("hidden_activation") or c.get("activation_function") or c["hidden_act"],
+        threshold=float(c.get("hidden_act_param", 0.0)),
         max_context=int(c["max_position_embeddings"]),
         tied=bool(c["tie_word_embeddings"]),
         parallel=bool(c.get("use_parallel_residual", False)),

@@ -12,6 +12,10 @@ from optim.prune.plan import plan
 from optim.recipes.build import build_recipe
 from optim.recipes.errors import OptimError
 from optim.runtime.checkpoint import open_checkpoint
+from optim.runtime.corpus import evaluation_windows
+from optim.runtime.evaluate import evaluate
+from optim.runtime.model import load_model
+from optim.runtime.verify import verify
 
 QUICK = {
     "prune.method": "prosparse",
@@ -66,6 +70,36 @@ def test_what_is_written_is_a_plain_relu_model(make_model, some_text, tmp_path) 
     moved = {n for n in before if not torch.equal(before[n], after[n])}
     assert moved == {n for n in before if ".mlp." in n}
     assert len((tmp_path / "out" / "training.jsonl").read_text().splitlines()) == 6
+
+
+def test_the_engine_runs_it_with_its_threshold(make_model, some_text, tmp_path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = make_model("llama", torch.float32)
+    ids = torch.arange(3, 30)[None]
+    logits = []
+    for threshold in (0.0, 0.3):
+        out = tmp_path / f"t{threshold}"
+        run(source, some_text, out, threshold=threshold)
+        assert verify(out) == []
+        model = load_model(str(out), device="cpu")
+        logits.append(model.forward(ids, model.new_cache(1, 40), all_logits=True))
+        walked = evaluate(str(out), text=str(some_text), window=32, max_windows=2, device="cpu")
+        direct = _nll(model, evaluation_windows(str(some_text), model.tokenizer, window=32)[:2])
+        assert walked.nll == pytest.approx(direct, abs=1e-4)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "t0.0")
+    with torch.no_grad():
+        assert torch.allclose(plain(ids).logits, logits[0], atol=1e-4)
+    assert not torch.allclose(logits[0], logits[1], atol=1e-2)
+
+
+def _nll(model: Any, windows: torch.Tensor) -> float:
+    """Mean over the windows, through the engine."""
+    total = 0.0
+    for row in windows:
+        logits = model.forward(row[None], model.new_cache(1, 40), all_logits=True)[0, :-1]
+        total += float(torch.nn.functional.cross_entropy(logits, row[1:])) / len(windows)
+    return total
 
 
 def test_a_stopped_run_ends_with_the_same_weights(make_model, some_text, tmp_path) -> None:
