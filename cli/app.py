@@ -102,6 +102,68 @@ def quantize(
 
 
 @app.command(
+    rich_help_panel="Compress",
+    epilog="Example: optim prune demo --sparsity 0.25 -o smollm2-sparse",
+)
+def prune(
+    model: flags.RecipeModel = None,
+    method: flags.PruneMethod = None,
+    sparsity: flags.Sparsity = None,
+    only: flags.Only = None,
+    keep: flags.Keep = None,
+    output: flags.PruneOutput = None,
+    recipe: flags.Recipe = None,
+    sets: flags.Sets = None,
+    print_recipe: flags.PrintRecipe = False,
+    dry_run: flags.DryRun = False,
+    force: flags.Force = False,
+    device: flags.Device = "auto",
+    threads: flags.Threads = None,
+    trust_remote_code: flags.TrustCode = False,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    calibration: flags.Dataset = None,
+    num_samples: flags.NumSamples = None,
+    seq_len: flags.SeqLen = None,
+    seed: flags.Seed = None,
+    allocation: flags.Allocation = None,
+    score: flags.Score = None,
+    prior: flags.Prior = None,
+    budget: flags.Budget = None,
+    guide: flags.Guide = None,
+    clusters: flags.Clusters = None,
+    refresh: flags.Refresh = None,
+    max_kl: flags.MaxKl = None,
+) -> None:
+    """Leave out what hardly matters as the model runs: small inputs, idle neurons, zeros."""
+    from optim.cli import prune as command
+    from optim.cli.quantize import How
+
+    keys = {
+        "model": model,
+        "output": output,
+        "calibration.dataset": calibration,
+        "calibration.num_samples": num_samples,
+        "calibration.seq_len": seq_len,
+        "calibration.seed": seed,
+        "prune.method": method if method or recipe else "threshold",
+        "prune.sparsity": sparsity,
+        "prune.only": only,
+        "prune.allocation": allocation,
+        "prune.keep": keep,
+        "prune.score": score,
+        "prune.prior": prior,
+        "prune.budget": budget,
+        "prune.guide": guide,
+        "prune.clusters": clusters,
+        "prune.refresh": refresh,
+        "prune.max_kl": max_kl,
+    }
+    how = How(device, threads, trust_remote_code, force, json, quiet)
+    command.prune(recipe, keys, sets or [], how, print_recipe=print_recipe, dry_run=dry_run)
+
+
+@app.command(
     rich_help_panel="Run", epilog='Example: optim run smollm2-awq "What is the capital of France?"'
 )
 def run(

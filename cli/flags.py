@@ -87,6 +87,62 @@ PrintRecipe = Annotated[bool, Option("--print-recipe", help="Print the whole rec
 DryRun = Annotated[bool, Option("--dry-run", help="Check everything, print the plan and stop.")]
 Force = Annotated[bool, Option("--force", help="Replace an existing output folder.")]
 
+# prune: each is a key of the recipe.
+PruneMethod = Annotated[
+    str | None,
+    Option(
+        "-m",
+        "--method",
+        help="threshold, coreinfer, relu-exact or prosparse. Default: threshold.",
+        show_default=False,
+    ),
+]
+PruneOutput = Annotated[
+    str | None, Option("-o", "--output", help="Folder to write. Default: ./MODEL-METHOD.")
+]
+Sparsity = Annotated[
+    float | None, Option("--sparsity", help="threshold: share of inputs skipped. Default: 0.25.")
+]
+Only = Annotated[
+    str | None,
+    Option("--only", help="threshold: all, ffn, down (nearly lossless) or gate (CATS)."),
+]
+Allocation = Annotated[
+    str | None,
+    Option("--allocation", help="threshold: greedy or uniform.", rich_help_panel=METHOD),
+]
+Keep = Annotated[
+    float | None, Option("--keep", help="coreinfer: share of neurons kept. Default: 0.6.")
+]
+Score = Annotated[
+    str | None,
+    Option("--score", help="coreinfer: energy, griffin or paper.", rich_help_panel=METHOD),
+]
+Prior = Annotated[
+    bool | None,
+    Option("--prior/--no-prior", help="coreinfer: calibration has a say.", rich_help_panel=METHOD),
+]
+Budget = Annotated[
+    str | None,
+    Option("--budget", help="coreinfer: measured or uniform.", rich_help_panel=METHOD),
+]
+Guide = Annotated[
+    str | None,
+    Option("--guide", help="coreinfer: auto, stability, similarity.", rich_help_panel=METHOD),
+]
+Clusters = Annotated[
+    int | None,
+    Option("--clusters", help="coreinfer: kinds of calibration text.", rich_help_panel=METHOD),
+]
+Refresh = Annotated[
+    int | None,
+    Option("--refresh", help="coreinfer: choose again every N tokens.", rich_help_panel=METHOD),
+]
+MaxKl = Annotated[
+    float | None,
+    Option("--max-kl", help="coreinfer: dense beyond this KL.", rich_help_panel=METHOD),
+]
+
 # run: sampling.
 SAMPLING = "Sampling"
 Prompt = Annotated[

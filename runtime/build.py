@@ -5,6 +5,7 @@ Packed linears stay packed. Linears that read the same tensor (q, k, v; gate, up
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,24 @@ from optim.runtime.decoder import Attention, Block, Decoder
 from optim.runtime.formats.packed import SUFFIXES, Scheme, SchemeOf
 from optim.runtime.formats.packed_linear import PackedLinear, fuse
 from optim.runtime.kernels import cpu_step
-from optim.runtime.layers import ACTIVATIONS, MLP, HeadNorm, LayerNorm, Mixture, Norm, RMSNorm
+from optim.runtime.layers import (
+    ACTIVATIONS,
+    MLP,
+    HeadNorm,
+    LayerNorm,
+    Mixture,
+    Norm,
+    RMSNorm,
+    fatrelu,
+)
 from optim.runtime.linear import DenseLinear, Joined, held_dtype
 from optim.runtime.machine import release_memory, use_huge_pages
 from optim.runtime.one_call import one_call
 from optim.runtime.plain import schemes_of
 from optim.runtime.rope import Rope, ropes
 from optim.runtime.shape import Layer, Shape, resolve
+from optim.runtime.side import Side, read_side
+from optim.runtime.sparse import MaskedLinear, sparse_dense, sparse_packed
 
 
 @dataclass(slots=True)
@@ -34,6 +46,7 @@ class Loader:
     checkpoint: Checkpoint
     device: torch.device
     dtype: torch.dtype
+    side: Side | None = None
     weight_bytes: int = field(default=0)
     _scheme_of: SchemeOf = field(init=False)
 
@@ -51,38 +64,53 @@ class Loader:
         stored = self.checkpoint.read(name)
         return stored.to(self.device, held_dtype(stored.dtype, self.dtype)).contiguous()
 
-    def linear(self, *names: str) -> nn.Module:
-        """One module that computes the linears `names` side by side."""
+    def below(self, index: int, site: str) -> float | None:
+        """The size up to which inputs of a site of block `index` are left out."""
+        return None if self.side is None else self.side.blocks[index].thresholds.get(site)
+
+    def linear(self, *names: str, below: float | None = None) -> nn.Module:
+        """One module that computes the linears `names` side by side.
+
+        Decoding, it leaves out inputs up to `below` in size.
+        """
         schemes = {self._scheme(name) for name in names}
         biased = [name for name in names if self.has(f"{name}.bias")]
         if len(schemes) > 1 or len(biased) not in (0, len(names)):
-            return Joined([self.linear(name) for name in names])
+            return Joined([self.linear(name, below=below) for name in names])
         scheme = schemes.pop()
         if scheme is not None:
-            return self._packed(names, scheme)
+            return self._packed(names, scheme, below)
         weights = [self.weight(f"{name}.weight") for name in names]
         bias = torch.cat([self.tensor(f"{n}.bias", self.dtype) for n in biased]) if biased else None
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        return self.dense(weight, bias)
+        return self.dense(weight, bias, below)
 
-    def dense(self, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+    def dense(
+        self, weight: Tensor, bias: Tensor | None = None, below: float | None = None
+    ) -> nn.Module:
         """A plain linear; its bytes are added to those a token reads."""
         self.weight_bytes += weight.nbytes
+        if below is not None and (sparse := sparse_dense(weight, bias, below)) is not None:
+            return sparse
         use_huge_pages(weight)
-        return DenseLinear(weight, bias)
+        linear = DenseLinear(weight, bias)
+        return linear if below is None else MaskedLinear(linear, below)
 
     def _scheme(self, name: str) -> Scheme | None:
         return self._scheme_of(name) if self.has(f"{name}.weight_packed") else None
 
-    def _packed(self, names: Sequence[str], scheme: Scheme) -> nn.Module:
+    def _packed(self, names: Sequence[str], scheme: Scheme, below: float | None) -> nn.Module:
         parts = []
         for name in names:
             tensors = {s: self.tensor(f"{name}.{s}") for s in SUFFIXES if self.has(f"{name}.{s}")}
             bias = self.tensor(f"{name}.bias") if self.has(f"{name}.bias") else None
             parts.append(PackedLinear(tensors, scheme, bias, name))
-        linear = (parts[0] if len(parts) == 1 else fuse(parts)).prepare()
-        self.weight_bytes += linear.nbytes
-        return linear
+        linear = parts[0] if len(parts) == 1 else fuse(parts)
+        if below is not None and (sparse := sparse_packed(linear, below)) is not None:
+            self.weight_bytes += sparse.columns.nbytes
+            return sparse
+        self.weight_bytes += linear.prepare().nbytes
+        return linear if below is None else MaskedLinear(linear, below)
 
     def norm(self, name: str, facts: Facts, eps: float, offset: int) -> Norm:
         """The norm module `name`; a LayerNorm without affine parameters has no tensors."""
@@ -108,7 +136,7 @@ def build(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> t
     family = FAMILIES[config["model_type"]]
     facts = family.decoder
     shape = resolve(config, facts)
-    loader = Loader(checkpoint, device, dtype)
+    loader = Loader(checkpoint, device, dtype, read_side(checkpoint))
     head = _own_head(loader, shape)
     blocks = []
     for index in range(len(shape.layers)):
@@ -192,7 +220,7 @@ def _block(loader: Loader, family: Family, shape: Shape, index: int) -> Block:
 
     return Block(
         attention=_attention(loader, family, shape, index),
-        mlp=_feed_forward(loader, facts, shape, path),
+        mlp=_feed_forward(loader, facts, shape, index),
         before_attention=norm(facts.attention_norms[0]),
         after_attention=norm(facts.attention_norms[1]),
         before_mlp=norm(facts.mlp_norms[0]),
@@ -207,8 +235,8 @@ def _attention(loader: Loader, family: Family, shape: Shape, index: int) -> Atte
     facts, layer = family.decoder, shape.layers[index]
     path = f"{facts.layers}.{index}"
     return Attention(
-        qkv=loader.linear(*(f"{path}.{name}" for name in facts.qkv)),
-        out=loader.linear(f"{path}.{facts.out}"),
+        qkv=loader.linear(*(f"{path}.{n}" for n in facts.qkv), below=loader.below(index, "qkv")),
+        out=loader.linear(f"{path}.{facts.out}", below=loader.below(index, "out")),
         heads=shape.heads,
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
@@ -236,36 +264,47 @@ def _head_norm(loader: Loader, path: str, shape: Shape, offset: int) -> HeadNorm
     return HeadNorm(query, key, shape.eps, full=query.numel() != shape.head_dim)
 
 
-def _feed_forward(loader: Loader, facts: Facts, shape: Shape, path: str) -> MLP | Mixture:
-    mixed = loader.has(f"{path}.mlp.gate.weight")
-    if not mixed:
-        return _mlp(loader, facts, shape, path)
+def _feed_forward(loader: Loader, facts: Facts, shape: Shape, index: int) -> MLP | Mixture:
+    path = f"{facts.layers}.{index}"
+    if not loader.has(f"{path}.mlp.gate.weight"):
+        return _sparse_mlp(loader, facts, shape, index)
     router = loader.linear(f"{path}.mlp.gate")
     before = loader.weight_bytes
     experts = [
-        _mlp(loader, facts, shape, f"{path}.mlp.experts.{i}", inside=True)
-        for i in range(shape.experts)
+        _expert(loader, facts, shape, f"{path}.mlp.experts.{i}") for i in range(shape.experts)
     ]
     read = (loader.weight_bytes - before) * shape.experts_per_token // shape.experts
     loader.weight_bytes = before + read
     return Mixture(router, experts, shape.experts_per_token, shape.normalize_experts)
 
 
-def _mlp(loader: Loader, facts: Facts, shape: Shape, path: str, inside: bool = False) -> MLP:
-    """The feed-forward of a block, or (`inside`) of one expert, whose paths lack the `mlp.`"""
-    up, down = facts.up, facts.down
-    if inside:
-        up, down = tuple(n.removeprefix("mlp.") for n in up), down.removeprefix("mlp.")
+def _sparse_mlp(loader: Loader, facts: Facts, shape: Shape, index: int) -> MLP:
+    """The feed-forward of a block, with the rules of its side file."""
+    path = f"{facts.layers}.{index}"
     return MLP(
-        up=loader.linear(*(f"{path}.{name}" for name in up)),
-        down=loader.linear(f"{path}.{down}"),
-        act=_activation(shape.activation),
+        up=loader.linear(*(f"{path}.{n}" for n in facts.up), below=loader.below(index, "up")),
+        down=loader.linear(f"{path}.{facts.down}", below=loader.below(index, "down")),
+        act=_activation(shape.activation, shape.threshold),
         gated=facts.gated,
     )
 
 
-def _activation(name: str) -> Callable[[Tensor], Tensor]:
+def _expert(loader: Loader, facts: Facts, shape: Shape, path: str) -> MLP:
+    """The feed-forward of one expert, whose paths lack the `mlp.`"""
+    up = tuple(name.removeprefix("mlp.") for name in facts.up)
+    down = facts.down.removeprefix("mlp.")
+    return MLP(
+        up=loader.linear(*(f"{path}.{name}" for name in up)),
+        down=loader.linear(f"{path}.{down}"),
+        act=_activation(shape.activation, shape.threshold),
+        gated=facts.gated,
+    )
+
+
+def _activation(name: str, threshold: float) -> Callable[[Tensor], Tensor]:
     if name not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise OptimError(f"activation {name!r} is not known", f"known are: {known}", USAGE)
+    if name == "relu" and threshold > 0:
+        return partial(fatrelu, threshold=threshold)
     return ACTIVATIONS[name]

@@ -86,7 +86,8 @@ def nearest(prompt: Tensor, centroids: Tensor | None) -> int:
 def direction(scores: Tensor) -> Tensor:
     """Scores as a vector of unit length; roots, so that a few neurons do not decide all."""
     root: Tensor = scores.float().clamp_min(0).sqrt()
-    return root / root.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    length: Tensor = root.norm(dim=-1, keepdim=True) + 1e-30
+    return root / length
 
 
 def chosen(total: Tensor, keep: int) -> Tensor:

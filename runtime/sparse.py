@@ -1,0 +1,100 @@
+"""Linears that leave out small inputs when they decode, and read whole prompts densely.
+
+On a CPU the weight is held input by input (kernels/cpu_sparse.py) and once only: for many tokens it
+is widened a slice of inputs at a time. Where there is no such kernel the inputs are set to zero and
+the dense linear runs: the same result, at the dense speed.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from optim.runtime.formats.packed import unpack
+from optim.runtime.formats.packed_linear import PackedLinear
+from optim.runtime.formats.schemes import Scheme
+from optim.runtime.kernels import cpu_sparse
+
+FEW = 4  # sequences decoded at once that each skip their own inputs; more run densely
+SLICE = 1 << 20  # weights widened at a time
+
+
+class SparseLinear(nn.Module):
+    """y = W x + b, where decoding leaves out x_k with |x_k| <= `threshold`; float32 on a CPU."""
+
+    def __init__(self, columns: cpu_sparse.Columns, threshold: float) -> None:
+        super().__init__()
+        self.columns, self.threshold = columns, threshold
+        self.calls, self.used = 0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `[B, T, in]` -> `[B, T, out]`; sparse where T is 1 and B is at most FEW."""
+        if x.shape[1] > 1 or x.shape[0] > FEW:
+            return dense(self.columns, x)
+        rows = [self._one(row) for row in x[:, 0]]
+        return rows[0].view(1, 1, -1) if len(rows) == 1 else torch.stack(rows).unsqueeze(1)
+
+    def _one(self, x: Tensor) -> Tensor:
+        y = self.columns(x, self.threshold)
+        self.calls += 1
+        self.used += self.columns.used
+        return y
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes of weights read for a token, on average over the tokens decoded so far."""
+        if not self.calls:
+            return self.columns.nbytes
+        return self.columns.nbytes * self.used / (self.calls * self.columns.inputs)
+
+
+class MaskedLinear(nn.Module):
+    """`inner`, with the same inputs set to zero as SparseLinear leaves out."""
+
+    def __init__(self, inner: nn.Module, threshold: float) -> None:
+        super().__init__()
+        self.inner, self.threshold = inner, threshold
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] == 1 and x.shape[0] <= FEW:
+            x = torch.where(x.abs() <= self.threshold, 0, x)
+        y: Tensor = self.inner(x)
+        return y
+
+
+def dense(columns: cpu_sparse.Columns, x: Tensor) -> Tensor:
+    """x `[..., in]` through all the columns: `[..., out]`."""
+    rows, outputs = x.reshape(-1, x.shape[-1]), columns.outputs
+    y = rows.new_zeros(rows.shape[0], outputs)
+    step = max(1, SLICE // outputs)
+    for start in range(0, columns.inputs, step):
+        part = slice(start, min(start + step, columns.inputs))
+        y.addmm_(rows[:, part], columns.wide(part))
+    bias = columns.tensors.get("bias")
+    return (y if bias is None else y + bias).view(*x.shape[:-1], outputs)
+
+
+def sparse_dense(weight: Tensor, bias: Tensor | None, threshold: float) -> SparseLinear | None:
+    """A plain weight `[out, in]` as SparseLinear; None where no kernel reads it."""
+    fits = weight.device.type == "cpu" and weight.dtype in cpu_sparse.KINDS
+    if not fits or not cpu_sparse.usable():
+        return None
+    return SparseLinear(cpu_sparse.linear(weight, bias), threshold)
+
+
+def sparse_packed(linear: PackedLinear, threshold: float) -> SparseLinear | None:
+    """A packed linear that is not prepared yet as SparseLinear; None where no kernel reads it."""
+    if not _readable(linear.scheme, next(linear.buffers()).device):
+        return None
+    q, scale, zero = unpack(linear.stored(), linear.scheme, linear.name)
+    return SparseLinear(cpu_sparse.packed(q, scale, zero, linear.scheme, linear.bias), threshold)
+
+
+def _readable(scheme: Scheme, device: torch.device) -> bool:
+    return device.type == "cpu" and cpu_sparse.supports(scheme) and cpu_sparse.usable()
+
+
+def token_bytes(modules: Sequence[nn.Module]) -> float:
+    """Bytes that the sparse ones of `modules` read for a token, less those they hold."""
+    sparse = [m for m in modules if isinstance(m, SparseLinear)]
+    return sum(m.token_bytes - m.columns.nbytes for m in sparse)
