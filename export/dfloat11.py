@@ -1,4 +1,4 @@
-"""Write DFloat11 units (the format: runtime/formats/dfloat11.py), weights passing through in pieces.
+"""Write DFloat11 units (read by formats/dfloat11.py); the weights pass through in pieces.
 
 A unit is gone through twice: once to count exponents, which gives the code and so every size, and
 once to encode. What is in memory is a piece, the gaps and the positions.

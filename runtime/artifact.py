@@ -56,7 +56,7 @@ class Workspace:
             os.replace(unfinished, path)
         except OSError as error:
             unfinished.unlink(missing_ok=True)
-            raise _disk_error(path, error) from error
+            raise disk_error(path, error) from error
         sizes = {key: t.numel() * t.element_size() for key, t in tensors.items()}
         return {"file": name, "sha256": sha256(path), "tensors": sizes}
 
@@ -69,7 +69,7 @@ class Workspace:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise _disk_error(self._journal, error) from error
+            raise disk_error(self._journal, error) from error
         self.done.append(record)
 
     def write_text(self, name: str, text: str) -> None:
@@ -77,7 +77,7 @@ class Workspace:
         try:
             (self.files / name).write_text(text, encoding="utf-8")
         except OSError as error:
-            raise _disk_error(self.files / name, error) from error
+            raise disk_error(self.files / name, error) from error
 
     def publish(self) -> None:
         """Make the artifact appear at `output` in one rename, then remove the workspace."""
@@ -117,7 +117,7 @@ class Workspace:
             _sync(new)
             os.replace(new, self._journal)
         except OSError as error:
-            raise _disk_error(self._journal, error) from error
+            raise disk_error(self._journal, error) from error
 
 
 def index_of(records: list[dict[str, Any]]) -> str:
@@ -191,7 +191,8 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _disk_error(path: Path, error: OSError) -> OptimError:
+def disk_error(path: Path, error: OSError) -> OptimError:
+    """What to say when a file cannot be written."""
     return OptimError(
         f"cannot write {path}: {error.strerror or error}",
         "free some disk space and run the same command again: it goes on where it stopped",

@@ -86,6 +86,17 @@ class Checkpoint:
             )
         return self.store.read(self._parts[name])
 
+    def held(self, name: str) -> tuple[str, float] | None:
+        """How a tensor that is packed without loss is stored, and its bytes; else None."""
+        from optim.runtime.lossless import LosslessStore
+
+        part = self._parts[name]
+        held = self.store.held(part.stored) if isinstance(self.store, LosslessStore) else None
+        if held is None:
+            return None
+        share = self.tensors[name].nbytes / self.store.infos[part.stored].nbytes
+        return held[0], held[1] * share
+
     def disk_name(self, canonical: str) -> str:
         """Name of a tensor in the family's published checkpoints (mixtral: `...w1.weight`)."""
         return published_name(canonical, str(self.text_config.get("model_type", "")))
@@ -193,7 +204,18 @@ def _open_folder(folder: Path, source: str, name: str, trust: bool) -> Checkpoin
             "read that code; then pass --trust-remote-code if you trust it",
             USAGE,
         )
-    return Checkpoint(source, name, config, folder, open_files(folder), trust)
+    store, config = _open_store(folder, config)
+    return Checkpoint(source, name, config, folder, store, trust)
+
+
+def _open_store(folder: Path, config: dict[str, Any]) -> tuple[Store, dict[str, Any]]:
+    """The weights of a folder, and its configuration without what says how they are packed."""
+    from optim.runtime.lossless import KEYS, layout_of, open_lossless
+
+    if layout_of(config) is None:
+        return open_files(folder), config
+    store = open_lossless(folder, config)
+    return store, {key: value for key, value in config.items() if key not in KEYS}
 
 
 def open_checkpoint(

@@ -101,6 +101,9 @@ class GgufStore:
 
     def read(self, part: Part) -> Tensor:
         """The tensor or part, de-quantized, in Hugging Face's layout."""
+        turned = self._turned(part.stored)
+        if turned and part.rows is not None:  # its rows are elsewhere in the file
+            return self.read(Part(part.stored))[slice(*part.rows)].clone()
         tensor = self._table[part.stored]
         first, count = part.span(tensor.shape)
         width = tensor.shape[-1]
@@ -108,11 +111,19 @@ class GgufStore:
         dtype = torch.float32 if plus_one else self.dtype
         w = read_rows(self._path, self._data, tensor, first // width, count // width, dtype)
         w = w.view(part.shape(tensor.shape))
-        if self._arch in INTERLEAVED and "self_attn.q_proj" in part.stored:
-            w = deinterleave(w, self._heads[0])
-        elif self._arch in INTERLEAVED and "self_attn.k_proj" in part.stored:
-            w = deinterleave(w, self._heads[1])
+        if turned:
+            w = deinterleave(w, turned)
         return (w - 1).to(self.dtype) if plus_one else w
+
+    def _turned(self, name: str) -> int:
+        """Heads of a tensor whose rows are in llama.cpp's order, else 0."""
+        if self._arch in INTERLEAVED:
+            for part, heads in zip(
+                ("self_attn.q_proj", "self_attn.k_proj"), self._heads, strict=True
+            ):
+                if part in name:
+                    return heads
+        return 0
 
 
 def _generation_config(metadata: dict[str, Any]) -> dict[str, Any]:

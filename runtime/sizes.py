@@ -50,7 +50,8 @@ def stored(checkpoint: Checkpoint) -> list[Stored]:
             pieces.setdefault(module, {})[suffix] = name
             continue
         kind = str(info.dtype).removeprefix("torch.")
-        found.append(Stored(name, SHORT.get(kind, kind), math.prod(info.shape), info.nbytes))
+        held = checkpoint.held(name) or (SHORT.get(kind, kind), info.nbytes)
+        found.append(Stored(name, held[0], math.prod(info.shape), round(held[1])))
     for module, names in pieces.items():
         found.append(_packed(checkpoint, module, names, scheme_of))
     return found

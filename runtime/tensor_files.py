@@ -172,20 +172,24 @@ class SafetensorsFiles:
 
     def read(self, part: Part) -> Tensor:
         """The tensor, on the CPU, in its stored dtype."""
-        info, (path, begin) = self.infos[part.stored], self._where[part.stored]
-        first, count = part.span(info.shape)
+        shape = self.infos[part.stored].shape
+        first, count = part.span(shape)
+        return self.flat(part.stored, first, first + count).view(part.shape(shape))
+
+    def flat(self, name: str, first: int, end: int) -> Tensor:
+        """The elements first..end of a tensor, whatever its shape."""
+        info, (path, begin) = self.infos[name], self._where[name]
+        count = end - first
         buffer = torch.empty(count * info.dtype.itemsize, dtype=torch.uint8)
         try:
             with path.open("rb") as file:
                 file.seek(begin + first * info.dtype.itemsize)
                 got = file.readinto(buffer.numpy().data)
         except OSError as error:
-            raise OptimError(
-                f"cannot read {part.stored} from {path}: {error}", AGAIN, USAGE
-            ) from None
+            raise OptimError(f"cannot read {name} from {path}: {error}", AGAIN, USAGE) from None
         if got != buffer.numel():
-            damaged(path, f"the bytes of {part.stored} end too early")
-        return buffer.view(info.dtype).view(part.shape(info.shape))
+            damaged(path, f"the bytes of {name} end too early")
+        return buffer.view(info.dtype)
 
 
 class TorchFiles:

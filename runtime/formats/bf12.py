@@ -48,7 +48,8 @@ def width(cols: int) -> int:
 
 def words(weights: Tensor) -> Array:
     """A bf16 tensor as uint16, without a copy where it is contiguous."""
-    return weights.contiguous().view(torch.int16).numpy().view(np.uint16)
+    array: Array = weights.contiguous().view(torch.int16).numpy().view(np.uint16)
+    return array
 
 
 @dataclass(slots=True)
@@ -90,47 +91,58 @@ class Planes:
 
 
 class Splitter:
-    """Makes planes of a matrix that comes some rows at a time, its high bytes counted before."""
+    """Makes planes of a tensor that comes some rows at a time, its high bytes counted before."""
 
-    def __init__(self, counts: Array, cols: int) -> None:
-        """`counts` int64 `[256]` of the whole matrix's high bytes."""
+    def __init__(self, counts: Array, shape: tuple[int, ...]) -> None:
+        """`counts` int64 `[256]` of the whole tensor's high bytes; `shape` its own."""
         common = sorted(range(256), key=lambda byte: (-counts[byte], byte))[:PALETTE]
         self.palette = np.array(sorted(common), np.uint8)
         self.escapes = int(counts.sum() - counts[common].sum())
-        self.rows, self.cols = int(counts.sum()) // max(cols, 1), cols
+        self.shape, self.cols = shape, shape[-1]
         self._name = np.full(256, PALETTE, np.uint8)
         self._name[self.palette] = np.arange(PALETTE)
         self._first = 0
 
-    def sizes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each plane."""
-        return {
-            "low": (self.rows, self.cols),
-            "high": (self.rows, width(self.cols)),
+    def sizes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """dtype and shape of each plane."""
+        shapes = {
+            "low": self.shape,
+            "high": (*self.shape[:-1], width(self.cols)),
             "palette": (PALETTE,),
             "at": (self.escapes,),
             "escaped": (self.escapes,),
         }
+        return {
+            k: (torch.int32 if k == "at" else torch.uint8, shape) for k, shape in shapes.items()
+        }
 
-    def push(self, weights: Array) -> dict[str, Array]:
-        """The next rows uint16 `[n, cols]`: what to append to each plane but the palette."""
-        n = weights.shape[0]
-        low = np.empty(weights.shape, np.uint8)
-        high = np.empty((n, width(self.cols)), np.uint8)
-        most = min(self.escapes, weights.size)
+    def push(self, weights: Tensor) -> dict[str, Array]:
+        """The next rows, bf16 `[..., cols]`: what to append to each plane but the palette."""
+        w = words(weights).reshape(-1, self.cols)
+        low = np.empty(w.shape, np.uint8)
+        high = np.empty((len(w), width(self.cols)), np.uint8)
+        most = min(self.escapes, w.size)
         at, escaped = np.empty(most, np.int32), np.empty(most, np.uint8)
-        found = codec().split(weights, self._name, self._first, (low, high, at, escaped))
-        self._first += weights.size
+        found = codec().split(w, self._name, self._first, (low, high, at, escaped))
+        self._first += w.size
         return {"low": low, "high": high, "at": at[:found], "escaped": escaped[:found]}
+
+    def finish(self) -> dict[str, Array]:
+        """The palette."""
+        return {"palette": self.palette}
+
+
+def count(weights: Tensor, high: Array) -> None:
+    """Add to int64 `[256]` how often each high byte of a bf16 tensor comes."""
+    codec().count(words(weights), high)
 
 
 def planes_of(weight: Tensor) -> Planes:
     """The planes of a bf16 matrix `[rows, cols]`."""
-    w = words(weight)
     counts = np.zeros(256, np.int64)
-    codec().count(w, counts)
-    splitter = Splitter(counts, w.shape[1])
-    return Planes(palette=splitter.palette, **splitter.push(w))
+    count(weight, counts)
+    splitter = Splitter(counts, tuple(weight.shape))
+    return Planes(palette=splitter.palette, **splitter.push(weight))
 
 
 class Matrix:

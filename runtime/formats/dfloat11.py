@@ -17,6 +17,7 @@ Exponents from 240 on (2^113 and more, infinity, NaN) cannot be stored.
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from types import ModuleType
 
 import numpy as np
@@ -91,7 +92,7 @@ class Unit:
             raise _damaged(self.name, SPLITS, "it is not a list of int64")
         inner = self._read(SPLITS, 0, info.nbytes).view("<i8").tolist()
         found = [0, *inner, self.size]
-        if any(a >= b for a, b in zip(found, found[1:], strict=False)):
+        if any(a >= b for a, b in pairwise(found)):
             raise _damaged(self.name, SPLITS, "they do not rise")
         return found
 
