@@ -163,6 +163,53 @@ def prune(
     command.prune(recipe, keys, sets or [], how, print_recipe=print_recipe, dry_run=dry_run)
 
 
+@app.command(rich_help_panel="Compress", epilog="Example: optim pack demo -o smollm2-df11")
+def pack(
+    model: flags.RecipeModel = None,
+    layout: flags.Layout = None,
+    cast: flags.Cast = None,
+    target: flags.PackTargets = None,
+    output: flags.PackOutput = None,
+    recipe: flags.Recipe = None,
+    print_recipe: flags.PrintRecipe = False,
+    dry_run: flags.DryRun = False,
+    force: flags.Force = False,
+    threads: flags.Threads = None,
+    trust_remote_code: flags.TrustCode = False,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+) -> None:
+    """Store bf16 weights in 11 or 12 bits without any loss, and prove it."""
+    from optim.cli import pack as command
+
+    keys = {
+        "model": model,
+        "output": output,
+        "pack.layout": layout if layout or recipe else "df11",
+        "pack.cast": cast,
+        "pack.targets": target,
+    }
+    how = command.How(threads, trust_remote_code, force, json, quiet)
+    command.pack(recipe, keys, how, print_recipe=print_recipe, dry_run=dry_run)
+
+
+@app.command(
+    rich_help_panel="Compress", epilog="Example: optim unpack smollm2-df11 -o smollm2-original"
+)
+def unpack(
+    model: flags.Packed,
+    output: flags.UnpackOutput = None,
+    force: flags.Force = False,
+    threads: flags.Threads = None,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+) -> None:
+    """Write the tensors that were packed, byte for byte."""
+    from optim.cli import pack as command
+
+    command.unpack(model, output, command.How(threads, False, force, json, quiet))
+
+
 @app.command(
     rich_help_panel="Run", epilog='Example: optim run smollm2-awq "What is the capital of France?"'
 )

@@ -143,6 +143,23 @@ MaxKl = Annotated[
     Option("--max-kl", help="coreinfer: dense beyond this KL.", rich_help_panel=METHOD),
 ]
 
+# pack, unpack.
+Layout = Annotated[
+    str | None,
+    Option("--layout", help="df11, the smallest; or bf12, made to be run. Default: df11."),
+]
+Cast = Annotated[
+    bool | None, Option("--cast", help="Round fp16 and fp32 weights to bf16 first: not lossless.")
+]
+PackTargets = Annotated[
+    list[str] | None, Option("--target", help="Only these modules: name or re:PATTERN.")
+]
+PackOutput = Annotated[
+    str | None, Option("-o", "--output", help="Folder to write. Default: ./MODEL-LAYOUT.")
+]
+Packed = Annotated[str, Argument(metavar="MODEL", help="A packed folder, or a hub id of one.")]
+UnpackOutput = Annotated[str | None, Option("-o", "--output", help="Folder to write.")]
+
 # run: sampling.
 SAMPLING = "Sampling"
 Prompt = Annotated[

@@ -1,4 +1,4 @@
-"""The first pass over a tensor: its hash, how often its parts come, and whether a layout holds it."""
+"""The first pass over a tensor: its hash, its statistics, and whether a layout holds it."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field

@@ -26,6 +26,7 @@ from optim.runtime.gguf_file import GgufTensor, read_header, read_rows
 from optim.runtime.tensor_files import Part, TensorInfo
 
 INTERLEAVED = {"llama", "granite", "smollm3"}  # q and k rows permuted by the converter
+TURNED = ("self_attn.q_proj", "self_attn.k_proj")
 NORM_PLUS_ONE = {"gemma2", "gemma3"}
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -118,9 +119,7 @@ class GgufStore:
     def _turned(self, name: str) -> int:
         """Heads of a tensor whose rows are in llama.cpp's order, else 0."""
         if self._arch in INTERLEAVED:
-            for part, heads in zip(
-                ("self_attn.q_proj", "self_attn.k_proj"), self._heads, strict=True
-            ):
+            for part, heads in zip(TURNED, self._heads, strict=True):
                 if part in name:
                     return heads
         return 0

@@ -1,8 +1,8 @@
-"""A folder packed without loss, read as the plain model it was: weights are decoded when asked for.
+"""A folder packed without loss, read as the plain model it was: decoded when asked for.
 
-DFloat11 units (`….luts` and the others) and bf12 matrices (`….weight.bf12_low` and the others) stand
-for bf16 tensors; what else the files hold is as it was. `config.json` names the linears of each unit
-by a regular expression; the shapes are in our manifest, or follow from the configuration.
+DFloat11 units (`….luts` and the others) and bf12 matrices (`….weight.bf12_low` and the others)
+stand for bf16 tensors; what else the files hold is as it was. `config.json` names the linears of
+each unit by a regular expression; the shapes are in our manifest, or follow from the configuration.
 """
 
 import hashlib

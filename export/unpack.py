@@ -1,0 +1,115 @@
+"""`optim unpack`: the tensors that were packed, byte for byte, as an ordinary model folder.
+
+Every tensor is compared with the sha256 that the packer left in the manifest, if there is one.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optim.recipes.errors import CHECK_FAILED, USAGE, OptimError
+from optim.runtime.artifact import INDEX, Workspace, disk_error, index_of
+from optim.runtime.checkpoint import Checkpoint, open_checkpoint
+from optim.runtime.lossless import LosslessStore, pieces
+from optim.runtime.tensor_writer import TensorWriter
+from optim.runtime.verify import read_manifest
+
+Progress = Callable[[int, int, str], None]
+SHARD_BYTES = 4 * 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Unpacked:
+    """What was written; `proven` tensors were compared with the packer's hashes."""
+
+    output: str
+    bytes: int
+    tensors: int
+    proven: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """A plain dictionary."""
+        return asdict(self)
+
+
+def unpack(source: str, output: str, progress: Progress, *, force: bool = False) -> Unpacked:
+    """Write the model that `source` was packed from; resumes. Raises OptimError.
+
+    2: it is not packed, or damaged; 3: a tensor is not what was packed; 4: the disk is full.
+    """
+    start = time.monotonic()
+    checkpoint = open_checkpoint(source)
+    if not isinstance(checkpoint.store, LosslessStore):
+        raise OptimError(f"{source} is not packed", "it can be used as it is", USAGE)
+    manifest = read_manifest(checkpoint.folder) or {}
+    hashes = manifest.get("original_sha256")
+    hashes = hashes if isinstance(hashes, dict) else {}
+    identity = {"unpack": checkpoint.fingerprint()}
+    workspace = Workspace(Path(output), identity, force)
+    try:
+        shards = _shards(checkpoint)
+        for i in range(len(workspace.done), len(shards)):
+            name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            workspace.commit(_write(checkpoint, workspace.files / name, shards[i], hashes))
+            progress(i + 1, len(shards), name)
+        config = json.dumps(checkpoint.config, indent=2)
+        workspace.write_text("config.json", config + "\n")
+        workspace.write_text(INDEX, index_of(workspace.done) + "\n")
+        checkpoint.write_sidecars(workspace.files)
+        workspace.publish()
+    except BaseException as error:
+        if workspace.done and not isinstance(error, OptimError):
+            workspace.close()
+        else:
+            workspace.discard()
+        raise
+    infos = checkpoint.store.infos
+    return Unpacked(
+        output=output,
+        bytes=sum(info.nbytes for info in infos.values()),
+        tensors=len(infos),
+        proven=len(hashes.keys() & infos.keys()),
+        seconds=time.monotonic() - start,
+    )
+
+
+def _shards(checkpoint: Checkpoint) -> list[list[str]]:
+    """The tensors, in files of about SHARD_BYTES."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, info in checkpoint.store.infos.items():
+        if shards[-1] and size + info.nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += info.nbytes
+    return shards
+
+
+def _write(
+    checkpoint: Checkpoint, path: Path, names: list[str], hashes: dict[str, Any]
+) -> dict[str, Any]:
+    store = checkpoint.store
+    sizes = {name: (store.infos[name].dtype, store.infos[name].shape) for name in names}
+    try:
+        with TensorWriter(path, sizes, {}) as out:
+            for name in names:
+                digest = hashlib.sha256()
+                for tensor in pieces(store, name):
+                    data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+                    out.append(name, data)
+                    digest.update(data.data)
+                if hashes.get(name, digest.hexdigest()) != digest.hexdigest():
+                    fix = "fetch or pack the model again"
+                    message = f"{name} is not what was packed: its sha256 differs"
+                    raise OptimError(message, fix, CHECK_FAILED)
+    except OSError as error:
+        raise disk_error(path, error) from error
+    return out.facts()
