@@ -33,10 +33,10 @@ from optim.recipes.schema import ProSparse, Recipe
 from optim.runtime.artifact import FORMAT_VERSION, INDEX, Workspace, index_of
 from optim.runtime.checkpoint import Checkpoint, require_plain
 from optim.runtime.corpus import calibration_windows, evaluation_windows, token_hash
-from optim.runtime.machine import compute_dtype
+from optim.runtime.machine import compute_dtype, reuse_memory
 from optim.runtime.verify import MANIFEST
 
-SAMPLES = 300  # windows to train on where the recipe does not say
+TEXT = {"num_samples": 600, "seq_len": 256}  # to train on, where the recipe does not say
 HELD_BACK = ("builtin:eval", 512, 8)  # text, window and windows that the report is measured on
 SHARD_BYTES = 2**30
 
@@ -70,8 +70,8 @@ def settle(made: Plan) -> Plan:
         fix = "skip its zeros as they are: -m relu-exact"
         raise OptimError(f"{made.checkpoint.name} is a ReLU model already", fix, USAGE)
     calibration = made.recipe.calibration
-    if "num_samples" not in calibration.model_fields_set:
-        calibration = calibration.model_copy(update={"num_samples": SAMPLES})
+    unsaid = {k: v for k, v in TEXT.items() if k not in calibration.model_fields_set}
+    calibration = calibration.model_copy(update=unsaid)
     return replace(made, recipe=made.recipe.model_copy(update={"calibration": calibration}))
 
 
@@ -139,6 +139,7 @@ def _identity(made: Plan, windows: Tensor, team: Team) -> dict[str, Any]:
 def _job(made: Plan, windows: Tensor, team: Team) -> Job:
     section, device = _section(made), made.walk.device
     dtype = compute_dtype(device)
+    reuse_memory()
     torch.manual_seed(made.recipe.calibration.seed)
     student = load_student(made.checkpoint, section, device, dtype)
     if section.recompute:

@@ -26,7 +26,7 @@ from optim.recipes.schema import ProSparse
 
 BETAS, CLIP = (0.9, 0.95), 1.0  # AdamW's, and the largest norm of a gradient
 
-BLEND = 0.7  # of stage 0 swaps the activation, the rest lets it settle
+BLEND = 0.5  # of stage 0 swaps the activation, the rest lets it settle
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def train(job: Job, report: Report) -> list[Point]:
     """
     moving = job.student.moving
     optimizer = torch.optim.AdamW(
-        moving.values(), lr=job.section.lr, betas=BETAS, weight_decay=0.0, foreach=True
+        moving.values(), lr=job.section.lr, betas=BETAS, weight_decay=0.0, fused=True
     )
     history = _load(job, optimizer)
     for step in range(len(history), job.section.steps):

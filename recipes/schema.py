@@ -140,14 +140,14 @@ class ProSparse(Section):
     micro_batch: int = Field(default=1, ge=1, le=1_000_000)
     lr: float = Field(default=1e-3, gt=0, le=1)
     warmup: int = Field(default=5, ge=0)
-    substitution: float = Field(default=0.6, gt=0, le=1)
-    l1: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(strict=False)] = (0.01, 0.02)
+    substitution: float = Field(default=0.5, gt=0, le=1)
+    l1: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(strict=False)] = (0.05, 0.1, 0.1)
     threshold: float = Field(default=0.0, ge=0)
     kl: float = Field(default=1.0, ge=0)
     square_head: float = Field(default=1.0, ge=0)
     labels: float = Field(default=0.0, ge=0)
     recompute: bool = False
-    save_every: int = Field(default=20, ge=1)
+    save_every: int = Field(default=25, ge=1)
 
     @model_validator(mode="after")
     def _can_be_trained(self) -> "ProSparse":
