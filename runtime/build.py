@@ -33,6 +33,7 @@ from optim.runtime.linear import DenseLinear, Joined, held_dtype
 from optim.runtime.machine import release_memory, use_huge_pages
 from optim.runtime.one_call import one_call
 from optim.runtime.plain import schemes_of
+from optim.runtime.plane_linear import PlaneLinear, runs_here
 from optim.runtime.rope import Rope, ropes
 from optim.runtime.shape import Layer, Shape, resolve
 from optim.runtime.side import Side, read_side
@@ -47,6 +48,7 @@ class Loader:
     device: torch.device
     dtype: torch.dtype
     side: Side | None = None
+    exact: bool = False
     weight_bytes: int = field(default=0)
     _scheme_of: SchemeOf = field(init=False)
 
@@ -83,6 +85,7 @@ class Loader:
         weights = [self.weight(f"{name}.weight") for name in names]
         bias = torch.cat([self.tensor(f"{n}.bias", self.dtype) for n in biased]) if biased else None
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        del weights
         return self.dense(weight, bias, below)
 
     def dense(
@@ -92,9 +95,26 @@ class Loader:
         self.weight_bytes += weight.nbytes
         if below is not None and (sparse := sparse_dense(weight, bias, below)) is not None:
             return sparse
+        if below is None and self._planes(weight):
+            return self._as_planes(weight, bias)
         use_huge_pages(weight)
         linear = DenseLinear(weight, bias)
         return linear if below is None else MaskedLinear(linear, below)
+
+    def table(self, name: str) -> Tensor | PlaneLinear:
+        """An embedding table as it is stored, or as planes where the model is packed."""
+        weight = self.tensor(name)
+        return PlaneLinear(weight) if self._planes(weight) else weight
+
+    def _planes(self, weight: Tensor) -> bool:
+        """Whether a weight stays packed: that of a packed model, where a kernel reads planes."""
+        packed = self.checkpoint.layout is not None and weight.dtype == torch.bfloat16
+        return packed and runs_here(self.device)
+
+    def _as_planes(self, weight: Tensor, bias: Tensor | None) -> PlaneLinear:
+        linear = PlaneLinear(weight, bias, exact=self.exact)
+        self.weight_bytes += linear.nbytes - weight.nbytes
+        return linear
 
     def _scheme(self, name: str) -> Scheme | None:
         return self._scheme_of(name) if self.has(f"{name}.weight_packed") else None
@@ -127,16 +147,19 @@ class Loader:
         return RMSNorm(weight + offset if offset else weight, eps)
 
 
-def build(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[Decoder, int]:
+def build(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, exact: bool = False
+) -> tuple[Decoder, int]:
     """The decoder of `checkpoint` and the bytes of weights that one token reads.
 
+    `exact`: a weight packed without loss is multiplied as the plain one would be.
     Raises OptimError (2) for a tensor that is missing or does not fit the configuration.
     """
     config = checkpoint.text_config
     family = FAMILIES[config["model_type"]]
     facts = family.decoder
     shape = resolve(config, facts)
-    loader = Loader(checkpoint, device, dtype, read_side(checkpoint))
+    loader = Loader(checkpoint, device, dtype, read_side(checkpoint), exact)
     head = _own_head(loader, shape)
     blocks = []
     for index in range(len(shape.layers)):
@@ -190,13 +213,16 @@ def _own_head(loader: Loader, shape: Shape) -> nn.Module | None:
     return loader.linear("lm_head") if packed or not shape.tied else None
 
 
-def _ends(loader: Loader, facts: Facts, head: nn.Module | None) -> tuple[Tensor, nn.Module]:
+def _ends(
+    loader: Loader, facts: Facts, head: nn.Module | None
+) -> tuple[Tensor | PlaneLinear, nn.Module]:
     """The embedding table and the head; a tied pair shares one tensor."""
     name = f"{facts.embed}.weight"
     if head is not None:
-        return loader.tensor(name), head
+        return loader.table(name), head
     table = loader.weight(name)
-    return table, loader.dense(table)
+    head = loader.dense(table)
+    return head if isinstance(head, PlaneLinear) else table, head
 
 
 def _optional(loader: Loader, name: str) -> nn.Module | None:

@@ -86,6 +86,13 @@ class Checkpoint:
             )
         return self.store.read(self._parts[name])
 
+    @property
+    def layout(self) -> str | None:
+        """`df11` or `bf12` of a model whose weights are packed without loss, else None."""
+        from optim.runtime.lossless import LosslessStore
+
+        return self.store.layout if isinstance(self.store, LosslessStore) else None
+
     def held(self, name: str) -> tuple[str, float] | None:
         """How a tensor that is packed without loss is stored, and its bytes; else None."""
         from optim.runtime.lossless import LosslessStore

@@ -19,6 +19,7 @@ from optim.runtime.cache_packed import PackedLayer, packed_layers
 from optim.runtime.cache_stream import Turn, stream_cache
 from optim.runtime.kernels import cpu_blocks, cpu_packed, cpu_step
 from optim.runtime.layers import MLP, HeadNorm, Mixture, Norm
+from optim.runtime.plane_linear import PlaneLinear
 from optim.runtime.rope import Rope, rotate
 from optim.runtime.shape import Shape
 
@@ -136,7 +137,7 @@ class Decoder:
     """The whole model; tensors are made by build.py."""
 
     shape: Shape
-    embed: Tensor
+    embed: Tensor | PlaneLinear
     positions: Tensor | None
     project_in: nn.Module | None
     ropes: dict[str, Rope]

@@ -6,6 +6,7 @@ many they are widened a slice at a time. Without a C compiler they are held in f
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,14 @@ from optim.runtime.kernels import cpu_bf16
 
 SLICE = 1 << 20  # weights widened at a time: 4 MB in fp32
 FEW = 16  # rows up to which reading bf16 again for every few tokens is faster than widening
+
+
+class Rows(Protocol):
+    """A matrix `[out, in]`, some rows at a time."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
 
 
 class DenseLinear(nn.Module):
@@ -32,7 +41,7 @@ class DenseLinear(nn.Module):
         if self.weight.dtype == x.dtype:
             return F.linear(x, self.weight, self.bias)
         rows = x.reshape(-1, x.shape[-1])
-        y = _few(rows, self.weight) if rows.shape[0] <= FEW else _many(rows, self.weight)
+        y = _few(rows, self.weight) if rows.shape[0] <= FEW else many(rows, self.weight)
         y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y.add_(self.bias)
 
@@ -42,7 +51,8 @@ def _few(x: Tensor, weight: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _many(x: Tensor, weight: Tensor) -> Tensor:
+def many(x: Tensor, weight: Rows) -> Tensor:
+    """x W^T for many tokens, `weight` bf16 widened to the dtype of `x` a slice at a time."""
     outputs, inputs = weight.shape
     step = max(1, SLICE // inputs)
     y, wide = x.new_empty(x.shape[0], outputs), x.new_empty(min(step, outputs), inputs)

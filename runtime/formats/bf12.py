@@ -82,8 +82,10 @@ class Planes:
     def shape(self) -> tuple[int, int]:
         return self.low.shape[0], self.low.shape[1]
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop: bf16 `[stop - start, cols]`."""
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Some rows: bf16 `[n, cols]`."""
+        start, stop, step = rows.indices(self.low.shape[0])
+        assert step == 1
         out = np.empty((stop - start, self.low.shape[1]), np.uint16)
         kernel = codec()
         kernel.rows(self.c if kernel is cpu_bf12 else self, start, stop, out)
@@ -182,7 +184,7 @@ class Matrix:
     def decode(self, first: int, count: int) -> Tensor:
         """`count` weights from element `first` on: bf16 `[count]`."""
         start, stop = first // self.cols, -(-(first + count) // self.cols)
-        rows = self.planes(start, stop).rows(0, stop - start).view(-1)
+        rows = self.planes(start, stop)[:].view(-1)
         return rows[first - start * self.cols :][:count]
 
 

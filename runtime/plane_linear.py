@@ -1,0 +1,76 @@
+"""A linear whose bf16 weight is held as bf12 planes: three quarters of the bytes, the same numbers.
+
+On a CPU that computes in float32 every output is bit for bit that of a bf16 `DenseLinear`: one row's
+sum runs in the same order, and for many tokens the same slices are widened. On a GPU the fused
+kernel adds in another order; `exact` expands the weight and uses the plain product.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from optim.runtime.formats.bf12 import Planes, planes_of
+from optim.runtime.kernels import cpu_bf12
+from optim.runtime.linear import FEW, many
+
+
+class PlaneLinear(nn.Module):
+    """y = x W^T + b, `x` `[..., in]`; also a table of rows: `linear[ids]` is bf16 `[..., in]`."""
+
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, exact: bool = False) -> None:
+        """`weight` bf16 `[out, in]` on the device where the linear is to run."""
+        super().__init__()
+        self.register_buffer("bias", bias)
+        self.exact = exact
+        self.planes: Planes | Any
+        if weight.device.type == "cpu":
+            self.planes = planes_of(weight)
+        else:
+            from optim.runtime.kernels.triton_bf12 import Weight
+
+            self.planes = Weight(weight)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for the weight, and read for one token."""
+        return int(self.planes.nbytes)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight itself, bf16 `[out, in]`: made anew each time."""
+        return self.planes[:]
+
+    def __getitem__(self, ids: Tensor) -> Tensor:
+        """Rows of the weight, bf16 `[..., in]`, for int64 `ids` of any shape."""
+        if ids.device.type != "cpu":
+            return self.planes.take(ids)
+        rows = [self.planes[i : i + 1] for i in ids.reshape(-1).tolist()]
+        return torch.cat(rows).view(*ids.shape, -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y = self._product(rows).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def _product(self, x: Tensor) -> Tensor:
+        if self.exact and x.dtype == torch.bfloat16:
+            return F.linear(x, self.weight)
+        if not isinstance(self.planes, Planes):
+            y: Tensor = self.planes(x)
+            return y
+        if x.shape[0] > FEW:
+            return many(x, self.planes)
+        parts = [
+            cpu_bf12.linear(part.float(), [self.planes.c])
+            for part in torch.split(x, cpu_bf12.FEW_TOKENS)
+        ]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(x.dtype)
+
+
+def runs_here(device: torch.device) -> bool:
+    """Whether planes are worth holding on `device`: without a kernel bf16 itself is faster."""
+    return device.type != "cpu" or cpu_bf12.usable()
