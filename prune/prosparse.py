@@ -9,12 +9,14 @@ A threshold above 0 has no field in the families' configurations: config.json sa
 transformers runs, and `hidden_act_param`, which ours does too.
 """
 
+import hashlib
 import json
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +35,7 @@ from optim.recipes.schema import ProSparse, Recipe
 from optim.runtime.artifact import FORMAT_VERSION, INDEX, Workspace, index_of
 from optim.runtime.checkpoint import Checkpoint, require_plain
 from optim.runtime.corpus import calibration_windows, evaluation_windows, token_hash
-from optim.runtime.machine import compute_dtype, reuse_memory
+from optim.runtime.machine import reuse_memory
 from optim.runtime.verify import MANIFEST
 
 TEXT = {"num_samples": 600, "seq_len": 256}  # to train on, where the recipe does not say
@@ -70,6 +72,9 @@ def settle(made: Plan) -> Plan:
         fix = "skip its zeros as they are: -m relu-exact"
         raise OptimError(f"{made.checkpoint.name} is a ReLU model already", fix, USAGE)
     calibration = made.recipe.calibration
+    if calibration.dataset == HELD_BACK[0]:
+        fix = "train on another text, such as builtin:mixed"
+        raise OptimError(f"{HELD_BACK[0]} is what the result is measured on", fix, USAGE)
     unsaid = {k: v for k, v in TEXT.items() if k not in calibration.model_fields_set}
     calibration = calibration.model_copy(update=unsaid)
     return replace(made, recipe=made.recipe.model_copy(update={"calibration": calibration}))
@@ -86,19 +91,21 @@ def prune(made: Plan, report: Report, windows: Tensor | None = None) -> Outcome:
     windows = _text(made) if windows is None else windows
     team = join(made.walk.device)
     _check_batch(_section(made), team)
+    identity = _identity(made, windows, team)
+    state = _state_file(made, identity)
     workspace = None
     try:
         if team.leads:
-            workspace = Workspace(made.output, _identity(made, windows, team), made.force)
+            workspace = Workspace(made.output, identity, made.force)
         team.share(None)  # nobody trains before the output is known to be ours
-        job = _job(made, windows, team)
+        job = _job(made, windows, team, state)
         history = train(job, report if team.leads else lambda point, total: None)
         held_back = _round_and_measure(job, made.checkpoint)
         if workspace is not None:
             _write(made, workspace, windows, job.student, history, held_back)
     except BaseException:
         if workspace is not None:
-            workspace.close()
+            (workspace.close if state.is_file() else workspace.discard)()
         raise
     finally:
         team.leave()
@@ -136,9 +143,15 @@ def _identity(made: Plan, windows: Tensor, team: Team) -> dict[str, Any]:
     }
 
 
-def _job(made: Plan, windows: Tensor, team: Team) -> Job:
+def _state_file(made: Plan, identity: dict[str, Any]) -> Path:
+    """Where this run keeps its state; a run of something else keeps its own under another name."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return made.output.with_name(made.output.name + ".partial") / f"state-{digest[:12]}.pt"
+
+
+def _job(made: Plan, windows: Tensor, team: Team, state: Path) -> Job:
     section, device = _section(made), made.walk.device
-    dtype = compute_dtype(device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     reuse_memory()
     torch.manual_seed(made.recipe.calibration.seed)
     student = load_student(made.checkpoint, section, device, dtype)
@@ -150,7 +163,7 @@ def _job(made: Plan, windows: Tensor, team: Team) -> Job:
         windows=windows,
         section=section,
         seed=made.recipe.calibration.seed,
-        state=made.output.with_name(made.output.name + ".partial") / "state.pt",
+        state=state,
         team=team,
         device=device,
     )

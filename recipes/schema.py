@@ -135,10 +135,10 @@ class ProSparse(Section):
     method: Literal["prosparse"]
     train: Literal["ffn", "lora", "full"] = "ffn"
     rank: int = Field(default=32, ge=1, le=65536)
-    steps: int = Field(default=300, ge=1, le=100_000_000)
+    steps: int = Field(default=220, ge=1, le=100_000_000)
     batch: int = Field(default=2, ge=1, le=1_000_000)
     micro_batch: int = Field(default=1, ge=1, le=1_000_000)
-    lr: float = Field(default=1.5e-3, gt=0, le=1)
+    lr: float = Field(default=2e-3, gt=0, le=1)
     warmup: int = Field(default=5, ge=0)
     substitution: float = Field(default=0.5, gt=0, le=1)
     l1: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(strict=False)] = (0.05, 0.1, 0.1)

@@ -1,6 +1,9 @@
 """ProSparse on tiny random models: it trains, resumes to the bit, refuses, and its result runs."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -173,10 +176,40 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_state(
         run(make_model("llama"), some_text, tmp_path / "out")
     assert "nan at step 6" in caught.value.message and "step 4" in caught.value.message
     assert caught.value.code == 1 and "prune.lr" in caught.value.fix
-    state = torch.load(tmp_path / "out.partial" / "state.pt", weights_only=True)
+    (saved,) = (tmp_path / "out.partial").glob("state-*.pt")
+    state = torch.load(saved, weights_only=True)
     assert len(state["history"]) == 4
     assert all(bool(w.isfinite().all()) for w in state["moving"].values())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_run_goes_on_and_another_recipe_does_not_take_its_state(
+    make_model, some_text, tmp_path
+) -> None:
+    program = """
+import json, os, signal, sys
+from optim.prune import prosparse
+from optim.prune.plan import plan
+from optim.recipes.build import build_recipe
+
+def report(point, total):
+    if point.step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+prosparse.prune(plan(build_recipe(None, json.loads(sys.argv[1]), []), device="cpu"), report)
+"""
+    source, out = make_model("llama"), tmp_path / "parts"
+    paths = {"model": str(source), "output": str(out), "calibration.dataset": str(some_text)}
+    words = [sys.executable, "-c", program, json.dumps(QUICK | paths)]
+    assert subprocess.run(words, capture_output=True, timeout=200).returncode == -signal.SIGKILL
+    with pytest.raises(OptimError, match=r"unfinished run of something else.*lr"):
+        run(source, some_text, out, lr=1e-4)
+    run(source, some_text, tmp_path / "whole")
+    seen: list[int] = []
+    run(source, some_text, out, report=lambda point, total: seen.append(point.step))
+    assert seen == [4, 5]
+    whole, parts = weights(tmp_path / "whole"), weights(out)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_refusals(make_model, some_text, tmp_path) -> None:
@@ -188,6 +221,9 @@ def test_refusals(make_model, some_text, tmp_path) -> None:
     with pytest.raises(OptimError, match="mixture") as caught:
         run(make_model("mixtral"), some_text, tmp_path / "b")
     assert caught.value.code == 2
+    with pytest.raises(OptimError, match="measured on"):
+        run(make_model("llama"), "builtin:eval", tmp_path / "b")
+    assert not list(tmp_path.glob("*.partial"))
     run(make_model("llama"), some_text, tmp_path / "c", steps=1)
     with pytest.raises(OptimError, match="ReLU model already"):
         run(tmp_path / "c", some_text, tmp_path / "d")
