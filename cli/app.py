@@ -134,6 +134,10 @@ def prune(
     clusters: flags.Clusters = None,
     refresh: flags.Refresh = None,
     max_kl: flags.MaxKl = None,
+    steps: flags.Steps = None,
+    train: flags.Train = None,
+    lr: flags.Rate = None,
+    threshold: flags.ReluThreshold = None,
 ) -> None:
     """Leave out what hardly matters as the model runs: small inputs, idle neurons, zeros."""
     from optim.cli import prune as command
@@ -158,6 +162,10 @@ def prune(
         "prune.clusters": clusters,
         "prune.refresh": refresh,
         "prune.max_kl": max_kl,
+        "prune.steps": steps,
+        "prune.train": train,
+        "prune.lr": lr,
+        "prune.threshold": threshold,
     }
     how = How(device, threads, trust_remote_code, force, json, quiet)
     command.prune(recipe, keys, sets or [], how, print_recipe=print_recipe, dry_run=dry_run)

@@ -159,6 +159,18 @@ PackOutput = Annotated[
 ]
 Packed = Annotated[str, Argument(metavar="MODEL", help="A packed folder, or a hub id of one.")]
 UnpackOutput = Annotated[str | None, Option("-o", "--output", help="Folder to write.")]
+Steps = Annotated[int | None, Option("--steps", help="prosparse: steps.", rich_help_panel=METHOD)]
+Train = Annotated[
+    str | None,
+    Option("--train", help="prosparse: ffn, lora or full.", rich_help_panel=METHOD),
+]
+Rate = Annotated[
+    float | None, Option("--lr", help="prosparse: learning rate.", rich_help_panel=METHOD)
+]
+ReluThreshold = Annotated[
+    float | None,
+    Option("--threshold", help="prosparse: of FATReLU; 0 is ReLU.", rich_help_panel=METHOD),
+]
 
 # run: sampling.
 SAMPLING = "Sampling"
