@@ -20,7 +20,7 @@ def work(recipe: Recipe, how: How, dry_run: bool) -> None:
         threads=how.threads,
         trust_remote_code=how.trust_remote_code,
     )
-    made = prosparse.settle(made)
+    prosparse.check(made)
     if dry_run:
         show_plan(made.as_dict(), how.as_json)
         return

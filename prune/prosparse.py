@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,6 @@ from optim.runtime.corpus import calibration_windows, evaluation_windows, token_
 from optim.runtime.machine import reuse_memory
 from optim.runtime.verify import MANIFEST
 
-TEXT = {"num_samples": 600, "seq_len": 256}  # to train on, where the recipe does not say
 HELD_BACK = ("builtin:eval", 512, 8)  # text, window and windows that the report is measured on
 SHARD_BYTES = 2**30
 
@@ -60,10 +59,10 @@ class Outcome:
         return asdict(self)
 
 
-def settle(made: Plan) -> Plan:
-    """The plan with what prosparse alone knows: its samples, and whether the model is one for it.
+def check(made: Plan) -> None:
+    """Raise OptimError (2) for models that cannot be trained so, and for the held-back text.
 
-    Raises OptimError (2) for quantized models and those without a gated feed-forward in each block.
+    Those are quantized models, ReLU models, and all without one gated feed-forward in each block.
     """
     require_plain(made.checkpoint)
     feed_forwards(made.walk.blocks, made.checkpoint.name)
@@ -71,13 +70,9 @@ def settle(made: Plan) -> Plan:
     if all(getattr(config, key) == "relu" for key in _activation_keys(config)):
         fix = "skip its zeros as they are: -m relu-exact"
         raise OptimError(f"{made.checkpoint.name} is a ReLU model already", fix, USAGE)
-    calibration = made.recipe.calibration
-    if calibration.dataset == HELD_BACK[0]:
+    if made.recipe.calibration.dataset == HELD_BACK[0]:
         fix = "train on another text, such as builtin:mixed"
         raise OptimError(f"{HELD_BACK[0]} is what the result is measured on", fix, USAGE)
-    unsaid = {k: v for k, v in TEXT.items() if k not in calibration.model_fields_set}
-    calibration = calibration.model_copy(update=unsaid)
-    return replace(made, recipe=made.recipe.model_copy(update={"calibration": calibration}))
 
 
 def prune(made: Plan, report: Report, windows: Tensor | None = None) -> Outcome:
@@ -87,7 +82,7 @@ def prune(made: Plan, report: Report, windows: Tensor | None = None) -> Outcome:
     loss diverges (the last good state is kept), 2 for bad input, 4 where the machine gave out.
     """
     start = time.monotonic()
-    made = settle(made)
+    check(made)
     windows = _text(made) if windows is None else windows
     team = join(made.walk.device)
     _check_batch(_section(made), team)

@@ -125,6 +125,9 @@ class ReluExact(Section):
     method: Literal["relu-exact"]
 
 
+TRAINING = {"num_samples": 600, "seq_len": 256}  # prosparse's text: nearly all of builtin:mixed
+
+
 class ProSparse(Section):
     """ReLU, progressive L1 and shifted thresholds, by training (Song et al. 2024).
 
@@ -191,6 +194,17 @@ class Recipe(Section):
     quantize: Quantize | None = None
     prune: Prune | None = None
     pack: Pack | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_the_text_of_its_method(cls, data: Any) -> Any:
+        """Training takes more text than calibration, where the recipe does not say how much."""
+        prune = data.get("prune") if isinstance(data, dict) else None
+        given = data.get("calibration", {}) if isinstance(data, dict) else None
+        trains = isinstance(prune, dict) and prune.get("method") == "prosparse"
+        if not trains or not isinstance(given, dict):
+            return data
+        return data | {"calibration": TRAINING | given}
 
     @field_validator("quantize", "prune", "pack", mode="before")
     @classmethod

@@ -4,6 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from optim.recipes.build import build_recipe
+from optim.recipes.errors import OptimError
 from optim.recipes.patterns import check_pattern, matches
 from optim.recipes.schema import METHODS, PRUNINGS, SECTIONS, Awq, Recipe, json_schema
 
@@ -113,3 +114,26 @@ def test_quantize_and_pack_go_together() -> None:
     recipe = build_recipe(None, {"quantize.method": "rtn"}, ["pack.layout=bf12"])
     assert recipe.quantize is not None and recipe.pack is not None
     assert (recipe.quantize.method, recipe.pack.layout, recipe.prune) == ("rtn", "bf12", None)
+
+
+def test_training_takes_more_text_unless_the_recipe_says_how_much() -> None:
+    trained = build_recipe(None, {"prune.method": "prosparse"}, []).calibration
+    assert (trained.num_samples, trained.seq_len) == (600, 256)
+    told = {"prune.method": "prosparse", "calibration.num_samples": 8}
+    assert build_recipe(None, told, []).calibration.num_samples == 8
+    assert build_recipe(None, {"prune.method": "threshold"}, []).calibration.num_samples == 64
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"l1": [0.2, 0.1]}, "must not fall"),
+        ({"batch": 3, "micro_batch": 2}, "multiple of micro_batch"),
+        ({"kl": 0, "square_head": 0}, "above 0"),
+        ({"train": "all"}, "'ffn', 'lora' or 'full'"),
+    ],
+)
+def test_a_training_that_cannot_be_done_is_refused(keys: dict[str, object], words: str) -> None:
+    named = {f"prune.{key}": value for key, value in keys.items()}
+    with pytest.raises(OptimError, match=words):
+        build_recipe(None, {"prune.method": "prosparse"} | named, [])
