@@ -126,7 +126,7 @@ def _step(job: Job, optimizer: torch.optim.Optimizer, step: int) -> Point:
     """Gradients of one batch, averaged over the team and clipped; the weights do not move yet."""
     section, schedule = job.section, job.schedule
     set_step(job.student, schedule, step)
-    rate = learning_rate(step, section.steps, section.lr, section.warmup)
+    rate = learning_rate(step, section.steps, section.lr, int(section.warmup * section.steps))
     for group in optimizer.param_groups:
         group["lr"] = rate
     rows = batch_rows(step, section.batch, len(job.windows), job.seed)[

@@ -132,19 +132,24 @@ class ProSparse(Section):
     """ReLU, progressive L1 and shifted thresholds, by training (Song et al. 2024).
 
     `substitution` is the share of the steps in which the activation is swapped and settles; the
-    rest is divided evenly among the stages, whose peaks of lambda are `l1`.
+    rest is divided evenly among the stages, whose peaks of lambda are `l1`. In the first `warmup`
+    of the steps the learning rate rises.
     """
 
     method: Literal["prosparse"]
     train: Literal["ffn", "lora", "full"] = "ffn"
     rank: int = Field(default=32, ge=1, le=65536)
-    steps: int = Field(default=220, ge=1, le=100_000_000)
+    steps: int = Field(default=170, ge=1, le=100_000_000)
     batch: int = Field(default=2, ge=1, le=1_000_000)
     micro_batch: int = Field(default=1, ge=1, le=1_000_000)
-    lr: float = Field(default=2e-3, gt=0, le=1)
-    warmup: int = Field(default=5, ge=0)
+    lr: float = Field(default=1.5e-3, gt=0, le=1)
+    warmup: float = Field(default=0.15, ge=0, le=1)
     substitution: float = Field(default=0.5, gt=0, le=1)
-    l1: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(strict=False)] = (0.05, 0.1, 0.1)
+    l1: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(strict=False)] = (
+        0.02,
+        0.05,
+        0.05,
+    )
     threshold: float = Field(default=0.0, ge=0)
     kl: float = Field(default=1.0, ge=0)
     square_head: float = Field(default=1.0, ge=0)
