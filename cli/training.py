@@ -80,6 +80,6 @@ class _Shown:
         span = f"{100 * min(zeros):.0f} to {100 * max(zeros):.0f} %"
         return Group(
             Text(f"{self.title} · {' · '.join(self.facts())}"),
-            ProgressBar(total=self.total, completed=self.point.step + 1),
             Text(f"zeros, first to last block  ▕{bars}▏ {span}"),
+            ProgressBar(total=self.total, completed=self.point.step + 1),
         )
