@@ -160,7 +160,7 @@ def _losses(job: Job, ids: Tensor, l1_weight: float, share: float) -> Tensor:
         if section.labels:
             loss = loss + section.labels * next_token_loss(logits, ids)
         zeros = torch.stack(seen.zeros)
-        (loss * share).backward()
+        torch.autograd.backward(loss * share)
     return torch.cat([torch.stack([loss, kl, head, l1]).detach(), zeros]) * share
 
 
