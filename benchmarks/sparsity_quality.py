@@ -44,6 +44,26 @@ ROWS: dict[str, list[str]] = {
         ]
         for only, p in (("down", 0.4), ("down", 0.6), ("ffn", 0.5), ("gate", 0.5))
     },
+    **{
+        f"core {score}{' +prior' if prior else ''} {budget} keep {keep}": [
+            "prune.method=coreinfer",
+            f"prune.keep={keep}",
+            f"prune.score={score}",
+            f"prune.prior={str(prior).lower()}",
+            f"prune.bias={str(score != 'paper').lower()}",
+            f"prune.budget={budget}",
+        ]
+        for keep in (0.4, 0.6, 0.8)
+        for score, prior, budget in (
+            ("paper", False, "uniform"),
+            ("griffin", False, "uniform"),
+            ("energy", False, "uniform"),
+            ("energy", True, "uniform"),
+            ("energy", True, "measured"),
+            ("griffin", True, "uniform"),
+            ("griffin", True, "measured"),
+        )
+    },
 }
 
 

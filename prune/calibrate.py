@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from optim.runtime.architectures import Decoder
 from optim.runtime.side import linears_of
@@ -26,6 +26,12 @@ class Seen:
     inputs: Tensor
     outputs: Tensor
 
+    def loss(self, out: Tensor, start: int = 0) -> float:
+        """||y - out||^2 / ||y - x||^2 from token `start` on: relative to what the block adds."""
+        wrong, added = out - self.outputs, self.outputs - self.inputs
+        error = wrong[:, start:].square().sum() / added[:, start:].square().sum()
+        return float(error)
+
 
 def calibrate(
     walk: Walk, facts: Decoder, windows: Tensor, folder: Path, see: Callable[[int], See], few: int
@@ -39,7 +45,7 @@ def calibrate(
     for i in range(len(walk)):
         block = walk.block(i)
         inputs = states[slice(0, few)]
-        hooks = _watch(block, facts, see(i))
+        hooks = _watch(block, facts, see(i), windows.shape[1])
         _advance(walk, i, block, states)
         for hook in hooks:
             hook.remove()
@@ -51,9 +57,12 @@ def _advance(walk: Walk, i: int, block: nn.Module, states: HiddenStates) -> None
         states[rows] = walk.run(i, block, states[rows])
 
 
-def _watch(block: nn.Module, facts: Decoder, see: See) -> list["torch.utils.hooks.RemovableHandle"]:
+def _watch(block: nn.Module, facts: Decoder, see: See, length: int) -> list[RemovableHandle]:
     def hook(site: str) -> Callable[..., None]:
-        return lambda _module, args: see(site, args[0])
+        return lambda _module, args: show(site, args[0])
+
+    def show(site: str, x: Tensor) -> None:
+        see(site, x.reshape(-1, length, x.shape[-1]))  # some families flatten it
 
     firsts = {site: names[0] for site, names in linears_of(facts).items()}
     hooks = [
@@ -62,5 +71,5 @@ def _watch(block: nn.Module, facts: Decoder, see: See) -> list["torch.utils.hook
     ]
     gate = block.get_submodule(facts.up[0])
     act: Any = activation(block, facts)
-    hooks.append(gate.register_forward_hook(lambda _m, _args, y: see("gate", act(y))))
+    hooks.append(gate.register_forward_hook(lambda _m, _args, y: show("gate", act(y))))
     return hooks

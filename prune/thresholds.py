@@ -10,7 +10,6 @@ and shares the block's budget out. `only` restricts it: the feed-forward, down_p
 (`gate`, CATS, arXiv 2404.08763) act(gate), which leaves out rows of up and columns of down.
 """
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +101,7 @@ def block_loss(made: Plan, seen: Seen, thresholds: dict[str, float]) -> float:
     """What the block's output loses under `thresholds`, relative to what the block adds."""
     gate = thresholds.get("gate")
     rules = BlockSide({s: t for s, t in thresholds.items() if s != "gate"}, gate, None)
-    hooked = copy.deepcopy(seen.block)
-    sparsify(hooked, made.facts, rules, Guide.none(), 0)
-    out = made.walk.run(seen.index, hooked, seen.inputs)
-    error = (out - seen.outputs).square().sum() / (seen.outputs - seen.inputs).square().sum()
-    return float(error)
+    skips = sparsify(seen.block, made.facts, rules, Guide.none(), 0)
+    out = made.walk.run(seen.index, seen.block, seen.inputs)
+    skips.remove()
+    return seen.loss(out)

@@ -15,10 +15,13 @@ from optim.runtime.architectures import FAMILIES, Family
 from optim.runtime.architectures import Decoder as Facts
 from optim.runtime.attention import Rule
 from optim.runtime.checkpoint import Checkpoint
+from optim.runtime.core_decoder import CoreDecoder, core_decoder
+from optim.runtime.core_ffn import CoreFeedForward
 from optim.runtime.decoder import Attention, Block, Decoder
 from optim.runtime.formats.packed import SUFFIXES, Scheme, SchemeOf
 from optim.runtime.formats.packed_linear import PackedLinear, fuse
 from optim.runtime.kernels import cpu_step
+from optim.runtime.kernels.cpu_sparse import NOTHING
 from optim.runtime.layers import (
     ACTIVATIONS,
     MLP,
@@ -38,6 +41,8 @@ from optim.runtime.rope import Rope, ropes
 from optim.runtime.shape import Layer, Shape, resolve
 from optim.runtime.side import Side, read_side
 from optim.runtime.sparse import MaskedLinear, sparse_dense, sparse_packed
+
+FeedForward = MLP | Mixture | CoreFeedForward
 
 
 @dataclass(slots=True)
@@ -149,7 +154,7 @@ class Loader:
 
 def build(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, exact: bool = False
-) -> tuple[Decoder, int]:
+) -> tuple[Decoder | CoreDecoder, int]:
     """The decoder of `checkpoint` and the bytes of weights that one token reads.
 
     `exact`: a weight packed without loss is multiplied as the plain one would be.
@@ -181,7 +186,8 @@ def build(
         cache_dtype=_cache_dtype(loader, checkpoint.tensors[f"{facts.embed}.weight"].dtype),
         one_call=one_call(blocks, shape),
     )
-    return decoder, loader.weight_bytes
+    side = loader.side
+    return decoder if side is None else core_decoder(decoder, side), loader.weight_bytes
 
 
 def _cache_dtype(loader: Loader, stored: torch.dtype) -> torch.dtype:
@@ -290,10 +296,10 @@ def _head_norm(loader: Loader, path: str, shape: Shape, offset: int) -> HeadNorm
     return HeadNorm(query, key, shape.eps, full=query.numel() != shape.head_dim)
 
 
-def _feed_forward(loader: Loader, facts: Facts, shape: Shape, index: int) -> MLP | Mixture:
+def _feed_forward(loader: Loader, facts: Facts, shape: Shape, index: int) -> FeedForward:
     path = f"{facts.layers}.{index}"
     if not loader.has(f"{path}.mlp.gate.weight"):
-        return _sparse_mlp(loader, facts, shape, index)
+        return _mlp(loader, facts, shape, index)
     router = loader.linear(f"{path}.mlp.gate")
     before = loader.weight_bytes
     experts = [
@@ -304,15 +310,20 @@ def _feed_forward(loader: Loader, facts: Facts, shape: Shape, index: int) -> MLP
     return Mixture(router, experts, shape.experts_per_token, shape.normalize_experts)
 
 
-def _sparse_mlp(loader: Loader, facts: Facts, shape: Shape, index: int) -> MLP:
+def _mlp(loader: Loader, facts: Facts, shape: Shape, index: int) -> MLP | CoreFeedForward:
     """The feed-forward of a block, with the rules of its side file."""
     path = f"{facts.layers}.{index}"
-    return MLP(
+    core = None if loader.side is None else loader.side.blocks[index].core
+    below = loader.below(index, "down") if core is None else NOTHING
+    mlp = MLP(
         up=loader.linear(*(f"{path}.{n}" for n in facts.up), below=loader.below(index, "up")),
-        down=loader.linear(f"{path}.{facts.down}", below=loader.below(index, "down")),
+        down=loader.linear(f"{path}.{facts.down}", below=below),
         act=_activation(shape.activation, shape.threshold),
         gated=facts.gated,
     )
+    if core is None or loader.side is None:
+        return mlp
+    return CoreFeedForward(mlp, core, loader.side)
 
 
 def _expert(loader: Loader, facts: Facts, shape: Shape, path: str) -> MLP:

@@ -7,6 +7,7 @@
 with norms before, after or around, in sequence or in parallel, as the family says.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from optim.runtime.cache import Layer, LayerCache, LayeredCache, Policy, StaticC
 from optim.runtime.cache_packed import PackedLayer, packed_layers
 from optim.runtime.cache_stream import Turn, stream_cache
 from optim.runtime.kernels import cpu_blocks, cpu_packed, cpu_step
-from optim.runtime.layers import MLP, HeadNorm, Mixture, Norm
+from optim.runtime.layers import HeadNorm, Norm
 from optim.runtime.plane_linear import PlaneLinear
 from optim.runtime.rope import Rope, rotate
 from optim.runtime.shape import Shape
@@ -103,7 +104,7 @@ class Block:
     """One decoder block; a norm that the family lacks is None."""
 
     attention: Attention
-    mlp: MLP | Mixture
+    mlp: Callable[[Tensor], Tensor]
     before_attention: Norm | None
     after_attention: Norm | None
     before_mlp: Norm | None

@@ -114,10 +114,13 @@ class MLP:
     gated: bool
 
     def __call__(self, x: Tensor) -> Tensor:
-        h: Tensor = self.up(x)
-        h = _gate(h, self.act) if self.gated else self.act(h)
-        y: Tensor = self.down(h)
+        y: Tensor = self.down(self.inner(x))
         return y
+
+    def inner(self, x: Tensor) -> Tensor:
+        """What `down` reads: the activations of the neurons."""
+        h: Tensor = self.up(x)
+        return _gate(h, self.act) if self.gated else self.act(h)
 
 
 def _gate(h: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:

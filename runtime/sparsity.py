@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from optim.runtime.architectures import FAMILIES, Decoder
 from optim.runtime.core import Guide, chosen, scores
@@ -30,7 +31,23 @@ class Skips:
 
     token: dict[str, float] = field(default_factory=dict)
     chunk: dict[str, float] = field(default_factory=dict)
+    hooks: list[RemovableHandle] = field(default_factory=list)
+    """What made the block sparse; `remove` takes it off."""
     _counts: dict[str, list[float]] = field(default_factory=dict)
+    _length: int = 0
+
+    def look(self, _block: nn.Module, args: tuple[Any, ...]) -> None:
+        """Note how long the windows are that the block is given: `[b, t, hidden]`."""
+        self._length = args[0].shape[1]
+
+    def windows(self, x: Tensor) -> Tensor:
+        """`x` `[b, t, n]`; some families flatten it to `[b t, n]`."""
+        return x.reshape(-1, self._length, x.shape[-1])
+
+    def remove(self) -> None:
+        """Make the block dense again."""
+        while self.hooks:
+            self.hooks.pop().remove()
 
     def add(self, site: str, zero: Tensor) -> None:
         """`zero` bool `[b, t, n]`: what was skipped at t positions."""
@@ -77,20 +94,23 @@ def sparsify(
     `guide` is shared by a model's blocks, which must see the same prompts in the same order.
     """
     skips = Skips()
+    hooks = skips.hooks
+    hooks.append(block.register_forward_pre_hook(skips.look))
     for site, names in linears_of(facts).items():
         if site in rules.thresholds:
             hook = _below(rules.thresholds[site], site, skips, start)
             for k, name in enumerate(names):
                 each = hook if k == 0 else _quiet(hook)
-                block.get_submodule(name).register_forward_pre_hook(each)
+                hooks.append(block.get_submodule(name).register_forward_pre_hook(each))
     down = block.get_submodule(facts.down)
     if rules.gate is not None:
         if facts.gated:
             act = activation(block, facts)
-            block.get_submodule(facts.up[0]).register_forward_hook(_gated(rules.gate, act, start))
-        down.register_forward_pre_hook(_count_zeros(skips, facts.gated, start))
+            gate = block.get_submodule(facts.up[0])
+            hooks.append(gate.register_forward_hook(_gated(rules.gate, act, start)))
+        hooks.append(down.register_forward_pre_hook(_count_zeros(skips, facts.gated, start)))
     if rules.core is not None:
-        down.register_forward_pre_hook(_core(rules.core, guide, skips, start))
+        hooks.append(down.register_forward_pre_hook(_core(rules.core, guide, skips, start)))
     return skips
 
 
@@ -105,12 +125,12 @@ def activation(block: nn.Module, facts: Decoder) -> Callable[[Tensor], Tensor]:
 
 def _below(t: float, site: str, skips: Skips, start: int) -> Callable[..., Any]:
     def hook(_module: nn.Module, args: tuple[Tensor], *, count: bool = True) -> tuple[Tensor]:
-        x = args[0].clone()
+        x = skips.windows(args[0]).clone()
         zero = x[:, start:].abs() <= t
         x[:, start:][zero] = 0
         if count:
             skips.add(site, zero)
-        return (x,)
+        return (x.view(args[0].shape),)
 
     return hook
 
@@ -130,7 +150,7 @@ def _gated(t: float, act: Callable[[Tensor], Tensor], start: int) -> Callable[..
 
 def _count_zeros(skips: Skips, gated: bool, start: int) -> Callable[..., Any]:
     def hook(_module: nn.Module, args: tuple[Tensor]) -> None:
-        zero = args[0][:, start:] == 0
+        zero = skips.windows(args[0])[:, start:] == 0
         skips.add("down", zero)
         if gated:
             skips.add("rows", zero)
@@ -143,7 +163,7 @@ def _core(core: Core, guide: Guide, skips: Skips, start: int) -> Callable[..., A
 
     def hook(_module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         nonlocal seen
-        h = args[0].clone()
+        h = skips.windows(args[0]).clone()
         for row in h:
             prompt = scores(row[:start], core.norm, guide.side.options)
             if seen == len(guide.clusters):
@@ -153,6 +173,6 @@ def _core(core: Core, guide: Guide, skips: Skips, start: int) -> Callable[..., A
             row[start:, away] = 0 if core.mean is None else core.mean.to(row)[away]
             skips.add("core", away.expand(1, len(row) - start, -1))
             seen += 1
-        return (h,)
+        return (h.view(args[0].shape),)
 
     return hook

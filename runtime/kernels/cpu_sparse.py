@@ -40,7 +40,7 @@ class Columns:
 
     def __init__(self, outputs: int, fields: dict[str, int], tensors: dict[str, Tensor]) -> None:
         self.inputs, self.outputs = tensors["weight"].shape[0], outputs
-        self.tensors = tensors
+        self.fields, self.tensors = fields, tensors
         use_huge_pages(tensors["weight"])
         pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
         stride = tensors["weight"].stride(0) * tensors["weight"].element_size()

@@ -1,0 +1,138 @@
+"""A feed-forward that watches a prompt, chooses its core neurons and decodes with those alone.
+
+Kept rows of gate and up, and kept columns of down, are gathered into a compact feed-forward, so
+that decoding runs the ordinary kernels on fewer weights. `down` lies input by input, where a neuron
+is one run of memory, packed groups included. What the other neurons give on average is a bias:
+
+    y = W[:, kept] h[kept] + b,     b = bias + W mean - W[:, kept] mean[kept]
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from optim.runtime.core import scores
+from optim.runtime.formats.packed_linear import PackedLinear
+from optim.runtime.kernels import cpu_sparse, cpu_w4a8
+from optim.runtime.kernels.gathered import gather_columns, gather_rows
+from optim.runtime.layers import MLP
+from optim.runtime.linear import DenseLinear
+from optim.runtime.side import Core, Side
+from optim.runtime.sparse import SparseLinear
+
+
+class Shifted(nn.Module):
+    """y = inner(x) + shift, `shift` `[out]`."""
+
+    def __init__(self, inner: nn.Module, shift: Tensor) -> None:
+        super().__init__()
+        self.inner, self.shift = inner, shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        return y + self.shift.to(y.dtype)
+
+
+@dataclass(slots=True)
+class CoreFeedForward:
+    """`mlp` with all its neurons, or with the chosen ones; `mode` says what a call does."""
+
+    mlp: MLP
+    core: Core
+    side: Side
+    mode: str = "dense"  # or "watch": dense, and scores are added up; or "sparse"
+    score: Tensor | None = None
+    compact: MLP | None = None
+    _mean_output: Tensor | None = field(default=None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.mode == "sparse" and self.compact is not None:
+            return self.compact(x)
+        h = self.mlp.inner(x)
+        if self.mode == "watch":
+            now = scores(h.flatten(0, -2), self.core.norm, self.side.options)
+            self.score = now if self.score is None else self.score + now
+        y: Tensor = self.mlp.down(h)
+        return y
+
+    def keep(self, neurons: Tensor) -> None:
+        """Gather the compact feed-forward of `neurons` (int64, ascending)."""
+        total = int(self.core.norm.numel()) if self.core.norm is not None else 0
+        if len(neurons) == total:
+            self.compact = self.mlp
+            return
+        rows = torch.cat((neurons, neurons + total)) if self.mlp.gated else neurons
+        down = columns_of(self.mlp.down, neurons)
+        if self.core.mean is not None:
+            mean = self.core.mean.to(neurons.device, torch.float32)
+            if self._mean_output is None:
+                self._mean_output = self.mlp.down(mean.view(1, 1, -1)).flatten()
+            kept: Tensor = down(mean[neurons].view(1, 1, -1))
+            down = Shifted(down, self._mean_output - kept.flatten())
+        self.compact = MLP(rows_of(self.mlp.up, rows), down, self.mlp.act, self.mlp.gated)
+
+
+def rows_of(linear: nn.Module, rows: Tensor) -> nn.Module:
+    """A linear with only the outputs `rows`."""
+    if isinstance(linear, DenseLinear):
+        bias = None if linear.bias is None else linear.bias[rows]
+        return DenseLinear(linear.weight[rows], bias)
+    if isinstance(linear, PackedLinear) and isinstance(linear.kernel, cpu_w4a8.Weight):
+        return Kernel(gather_rows(linear.kernel, rows))
+    return Picked(linear, rows)
+
+
+def columns_of(linear: nn.Module, columns: Tensor) -> nn.Module:
+    """A linear with only the inputs `columns`, its bias included."""
+    if isinstance(linear, SparseLinear):
+        return SparseLinear(gather_columns(linear.columns, columns), cpu_sparse.NOTHING)
+    if isinstance(linear, DenseLinear):
+        return DenseLinear(linear.weight[:, columns].contiguous(), linear.bias)
+    return Spread(linear, columns)
+
+
+class Kernel(nn.Module):
+    """A linear that is a kernel's weight alone."""
+
+    def __init__(self, kernel: cpu_w4a8.Weight) -> None:
+        super().__init__()
+        self.kernel = kernel
+
+    @property
+    def nbytes(self) -> int:
+        return self.kernel.nbytes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernel(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+
+
+class Picked(nn.Module):
+    """The outputs `rows` of a linear that cannot be gathered here: right, and no faster."""
+
+    def __init__(self, inner: nn.Module, rows: Tensor) -> None:
+        super().__init__()
+        self.inner, self.rows = inner, rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        return y[..., self.rows]
+
+
+class Spread(nn.Module):
+    """A linear that cannot be gathered here, the inputs beside `columns` zero."""
+
+    def __init__(self, inner: nn.Module, columns: Tensor) -> None:
+        super().__init__()
+        self.inner, self.columns = inner, columns
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = int(self.columns.max()) + 1
+        whole = x.new_zeros(*x.shape[:-1], max(width, _inputs(self.inner)))
+        whole[..., self.columns] = x
+        y: Tensor = self.inner(whole)
+        return y
+
+
+def _inputs(linear: nn.Module) -> int:
+    return int(getattr(getattr(linear, "kernel", linear), "inputs", 0))

@@ -1,0 +1,49 @@
+"""Some rows of a W4A8 weight, some inputs of a column-wise one, as smaller weights of their own.
+
+Integers and scales are copied as they are: the small weight gives exactly what the large one gives
+for those rows, and for inputs that are zero elsewhere.
+"""
+
+import copy
+import ctypes
+
+import torch
+from torch import Tensor
+
+from optim.runtime.kernels import cpu_sparse, cpu_w4a8
+
+
+def gather_rows(weight: cpu_w4a8.Weight, rows: Tensor) -> cpu_w4a8.Weight:
+    """`weight` `[out, in]` with the outputs `rows` (int64), in that order."""
+    small = copy.copy(weight)
+    small.outputs = len(rows)
+    small.weight = _lanes(weight.weight, rows)
+    small.scale = _lanes(weight.scale, rows)
+    small.zero = None if weight.zero is None else _lanes(weight.zero, rows)
+    small.bias = None if weight.bias is None else _lanes(weight.bias, rows)
+    small._layer = type(weight._layer).from_buffer_copy(weight._layer)
+    small._layer.outputs = len(rows)
+    for name in ("weight", "scale", "zero", "bias"):
+        held = getattr(small, name)
+        setattr(small._layer, name, None if held is None else held.data_ptr())
+    small.address = ctypes.addressof(small._layer)
+    return small
+
+
+def _lanes(blocks: Tensor, rows: Tensor) -> Tensor:
+    """Rows of `[blocks, n, lanes]`, where row r is lane r % lanes of block r // lanes."""
+    lanes = blocks.shape[2]
+    picked = blocks[rows // lanes, :, rows % lanes]
+    padded = torch.nn.functional.pad(picked, (0, 0, 0, -len(rows) % lanes))
+    return padded.view(-1, lanes, blocks.shape[1]).transpose(1, 2).contiguous()
+
+
+def gather_columns(columns: cpu_sparse.Columns, inputs: Tensor) -> cpu_sparse.Columns:
+    """`columns` with only `inputs` (int64, ascending); groups keep the inputs that are left."""
+    tensors = dict(columns.tensors)
+    tensors["weight"] = tensors["weight"][inputs]
+    fields = columns.fields
+    if "group_of" in tensors:
+        starts = torch.searchsorted(inputs, tensors["group_of"].long())
+        tensors["group_of"] = starts.to(torch.int32)
+    return cpu_sparse.Columns(columns.outputs, fields, tensors)
