@@ -11,7 +11,7 @@ from optim.export.plan import BLOCK, Plan
 from optim.recipes.build import to_yaml
 from optim.recipes.schema import Recipe
 from optim.runtime.artifact import FORMAT_VERSION, Workspace
-from optim.runtime.lossless import BF12_KEY, DF11_KEY, KEYS, SHAPES
+from optim.runtime.lossless import BF12_KEY, DF11_KEY, HASHES, KEYS, SHAPES
 from optim.runtime.verify import MANIFEST
 
 DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -99,7 +99,7 @@ def _manifest(made: Plan, workspace: Workspace) -> dict[str, Any]:
         "shards": {record["file"]: record["sha256"] for record in records},
         SHAPES: shapes,
         "limits": limits,
-        "original_sha256": {k: v for r in records for k, v in r["original_sha256"].items()},
+        HASHES: {k: v for r in records for k, v in r["original_sha256"].items()},
     }
 
 

@@ -21,7 +21,7 @@ from optim.export.survey import Survey, survey
 from optim.recipes.errors import CHECK_FAILED, OptimError
 from optim.runtime.artifact import Workspace, disk_error
 from optim.runtime.formats.bf12 import Splitter
-from optim.runtime.lossless import LosslessStore, pieces, tensor_hash
+from optim.runtime.lossless import SHAPES, LosslessStore, pieces, tensor_hash
 from optim.runtime.tensor_writer import TensorWriter
 
 Progress = Callable[[int, int, str], None]
@@ -170,7 +170,7 @@ class _Job:
         """Decode the file that was written and compare with the originals' hashes."""
         path = self.workspace.files / record["file"]
         config = packed_config(self.layout, [record])
-        store = LosslessStore([path], config, record["shapes"])
+        store = LosslessStore([path], config, {SHAPES: record["shapes"]})
         for name, sha256 in record["original_sha256"].items():
             if tensor_hash(pieces(store, name)) != sha256:
                 raise OptimError(

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -23,6 +22,11 @@ class Survey:
     counts: Counts = field(default_factory=Counts)
     high: Array = field(default_factory=lambda: np.zeros(256, np.int64))
 
+    def both(self, tensor: Tensor) -> None:
+        """Count exponents and high bytes."""
+        self.counts.add(tensor)
+        bf12.count(tensor, self.high)
+
     def unfit(self, layout: str) -> str:
         """Why the layout cannot hold the tensor; empty if it can."""
         if layout == "df11":
@@ -34,10 +38,10 @@ class Survey:
 def survey(pieces: Iterator[Tensor], layout: str | None) -> Survey:
     """Hash a tensor that comes in pieces, and (None: do not) count what `layout` codes."""
     found = Survey()
-    count: dict[str | None, Callable[[Tensor], Any]] = {
+    count: dict[str | None, Callable[[Tensor], None]] = {
         None: lambda tensor: None,
         "df11": found.counts.add,
-        "bf12": lambda tensor: (found.counts.add(tensor), bf12.count(tensor, found.high)),
+        "bf12": found.both,
     }
 
     def counted() -> Iterator[Tensor]:

@@ -29,7 +29,7 @@ DF11_KEY, BF12_KEY = "dfloat11_config", "bf12_config"
 KEYS = {DF11_KEY: "df11", BF12_KEY: "bf12"}
 MOST_PATTERNS = 4096
 PIECE = 1 << 22  # weights of a tensor in memory at a time
-SHAPES = "shapes"  # of our manifest: packed tensor -> its shape
+SHAPES, HASHES = "shapes", "original_sha256"  # of our manifest: tensor -> the fact
 
 Packed = dfloat11.Unit | bf12.Matrix
 
@@ -46,9 +46,9 @@ class LosslessStore:
     """
 
     def __init__(
-        self, files: Iterable[Path], config: Mapping[str, Any], shapes: Mapping[str, Any]
+        self, files: Iterable[Path], config: Mapping[str, Any], manifest: Mapping[str, Any]
     ) -> None:
-        """`shapes` of packed tensors that are known; others follow from `config`."""
+        """`manifest` may know the packed tensors' shapes and hashes; see SHAPES and HASHES."""
         self._stored = SafetensorsFiles(files)
         self.files = self._stored.files
         self.layout = layout_of(config)
@@ -57,6 +57,7 @@ class LosslessStore:
         """Unit -> the tensors it stands for, in order; a bf12 matrix is a unit of one."""
         self._open: dict[str, Packed] = {}
         self._where: dict[str, tuple[str, int]] = {}
+        shapes, self._hashes = (_mapping(manifest, key) for key in (SHAPES, HASHES))
         for unit, tensors in _units(self._stored.infos, config, shapes):
             self._enter(unit, tensors, config, shapes)
         packed = {key for unit in self.units for key, _ in self._pieces(unit).values()}
@@ -108,7 +109,17 @@ class LosslessStore:
         return flat.view(torch.uint8).numpy()
 
     def read(self, part: Part) -> Tensor:
-        """The tensor or part of one, on the CPU, bit for bit what was packed."""
+        """The tensor or part of one, on the CPU, bit for bit what was packed.
+
+        A whole tensor whose hash is known is compared with it: OptimError (2) if it differs.
+        """
+        tensor = self._decoded(part)
+        known = self._hashes.get(part.stored)
+        if known and part == Part(part.stored) and tensor_hash([tensor]) != known:
+            raise _broken(part.stored, "it is not what was packed, its sha256 differs")
+        return tensor
+
+    def _decoded(self, part: Part) -> Tensor:
         if part.stored not in self._where:
             return self._stored.read(part)
         unit, begin = self._where[part.stored]
@@ -130,9 +141,8 @@ class LosslessStore:
 
 def open_lossless(folder: Path, config: Mapping[str, Any]) -> LosslessStore:
     """All the files of a packed folder: their names and order mean nothing."""
-    shapes = (read_manifest(folder) or {}).get(SHAPES)
     files = sorted(folder.glob("*.safetensors"))
-    return LosslessStore(files, config, shapes if isinstance(shapes, dict) else {})
+    return LosslessStore(files, config, read_manifest(folder) or {})
 
 
 def pieces(store: Store, name: str) -> Iterator[Tensor]:
@@ -156,6 +166,12 @@ def tensor_hash(tensors: Iterable[Tensor]) -> str:
                 waiting.result()
             waiting = pool.submit(digest.update, data)
     return digest.hexdigest()
+
+
+def _mapping(manifest: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A mapping inside a manifest, which may come from anywhere: empty if it is not there."""
+    value = manifest.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def _units(

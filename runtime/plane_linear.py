@@ -1,6 +1,6 @@
 """A linear whose bf16 weight is held as bf12 planes: three quarters of the bytes, the same numbers.
 
-On a CPU that computes in float32 every output is bit for bit that of a bf16 `DenseLinear`: one row's
+On a CPU that computes in float32 every output is bit for bit that of a bf16 `DenseLinear`: a row's
 sum runs in the same order, and for many tokens the same slices are widened. On a GPU the fused
 kernel adds in another order; `exact` expands the weight and uses the plain product.
 """
@@ -42,12 +42,14 @@ class PlaneLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight itself, bf16 `[out, in]`: made anew each time."""
-        return self.planes[:]
+        whole: Tensor = self.planes[:]
+        return whole
 
     def __getitem__(self, ids: Tensor) -> Tensor:
         """Rows of the weight, bf16 `[..., in]`, for int64 `ids` of any shape."""
-        if ids.device.type != "cpu":
-            return self.planes.take(ids)
+        if not isinstance(self.planes, Planes):
+            taken: Tensor = self.planes.take(ids)
+            return taken
         rows = [self.planes[i : i + 1] for i in ids.reshape(-1).tolist()]
         return torch.cat(rows).view(*ids.shape, -1)
 

@@ -102,11 +102,8 @@ def load() -> ctypes.CDLL:
     lib.optim_df11_count.restype = None
     lib.optim_df11_encode.argtypes = [pointer, integer, *[pointer] * 7]
     lib.optim_df11_encode.restype = integer
-    lib.optim_df11_decode.argtypes = [
-        *(pointer, integer, *[pointer] * 4, integer),
-        *([pointer] * 3),
-        *(ctypes.c_int, pointer),
-    ]
+    blocks: list[type[Any]] = [pointer, integer, *[pointer] * 4, integer]
+    lib.optim_df11_decode.argtypes = [*blocks, *[pointer] * 3, ctypes.c_int, pointer]
     lib.optim_df11_decode.restype = integer
     return lib
 

@@ -299,3 +299,111 @@ int64_t optim_sparse(const Sparse *s, const float *x, float *y, float threshold,
     }
     return job.count;
 }
+
+/* ---- rows that a gate leaves over: y[i] = W[rows[i]] . x, weights [outputs][stride] ---- */
+
+typedef struct {
+    const Sparse *s;
+    const int32_t *rows;
+    const float *x; /* [inputs]; BF16: even ones, then odd */
+    const int8_t *q;
+    const float *step;
+    float *y;
+    int64_t count, next;
+} Dots;
+
+enum { SHARE = 16 }; /* rows a thread takes */
+
+static float total(floats v) {
+    float sum = 0;
+    for (int i = 0; i < 8; i++) sum += v[i];
+    return sum;
+}
+
+static float dot_float(const float *w, const float *x, int64_t n) {
+    floats a = {0}, b = {0};
+    int64_t k = 0;
+    for (; k + 16 <= n; k += 16) {
+        a += load(w + k) * load(x + k);
+        b += load(w + k + 8) * load(x + k + 8);
+    }
+    float y = total(a + b);
+    for (; k < n; k++) y += w[k] * x[k];
+    return y;
+}
+
+static float dot_bf16(const uint16_t *w, const float *even, const float *odd, int64_t n) {
+    floats a = {0}, b = {0};
+    int64_t k = 0;
+    for (; k + 16 <= n; k += 16) {
+        words v;
+        memcpy(&v, w + k, sizeof v);
+        a += load(even + k / 2) * (floats)(v << 16);
+        b += load(odd + k / 2) * (floats)(v & 0xffff0000u);
+    }
+    float y = total(a + b);
+    for (; k < n; k++) {
+        const uint32_t word = (uint32_t)w[k] << 16;
+        float value;
+        memcpy(&value, &word, 4);
+        y += value * (k % 2 ? odd : even)[k / 2];
+    }
+    return y;
+}
+
+static void dots_task(void *data) {
+    Dots *j = data;
+    const Sparse *s = j->s;
+    int64_t from;
+    while ((from = __atomic_fetch_add(&j->next, SHARE, __ATOMIC_RELAXED)) < j->count) {
+        const int64_t end = from + SHARE < j->count ? from + SHARE : j->count;
+        for (int64_t i = from; i < end; i++) {
+            const char *row = s->weight + j->rows[i] * s->stride;
+            const char *later = s->weight + j->rows[i + 1 < j->count ? i + 1 : i] * s->stride;
+            for (int64_t b = 0; b < s->stride; b += 64) __builtin_prefetch(later + b);
+            const int64_t half = (s->inputs + 1) / 2;
+            j->y[i] = s->kind == FLOAT ? dot_float((const float *)row, j->x, s->inputs)
+                                       : dot_bf16((const uint16_t *)row, j->x, j->x + half,
+                                                  s->inputs);
+        }
+    }
+}
+
+/* h[i] *= W[rows[i]] . x for the listed rows of `up`, held row by row: float or bf16. */
+static int times_up(const Sparse *up, const float *x, const int32_t *rows, float *h, int64_t count,
+                    int threads, Parallel *parallel) {
+    const int64_t half = (up->inputs + 1) / 2;
+    float *scratch = malloc((2 * half + count) * sizeof(float));
+    if (!scratch) return 1;
+    float *y = scratch + 2 * half;
+    for (int64_t k = 0; k < up->inputs; k++)
+        scratch[up->kind == BF16 ? k / 2 + k % 2 * half : k] = x[k];
+    Dots job = {up, rows, scratch, NULL, NULL, y, count, 0};
+    if (parallel && threads > 1 && count > SHARE)
+        parallel(dots_task, &job, threads, 0);
+    else
+        dots_task(&job);
+    for (int64_t i = 0; i < count; i++) h[i] *= y[i] + (up->bias ? up->bias[rows[i]] : 0);
+    free(scratch);
+    return 0;
+}
+
+/* y = down (gate * (up x)), where gate [neurons] is act(gate(x)): neurons whose gate is up to
+ * `threshold` in size are not looked at. `up` row by row (float, bf16), `down` input by input.
+ * Returns how many were used, -1 if there is no memory. */
+int64_t optim_gated(const Sparse *up, const Sparse *down, const float *x, const float *gate,
+                    float *y, float threshold, int threads, Parallel *parallel) {
+    const int64_t n = down->inputs;
+    int32_t *rows = malloc((n + 1) * (sizeof(int32_t) + 2 * sizeof(float)));
+    if (!rows) return -1;
+    float *h = (float *)(rows + n + 1), *whole = h + n + 1;
+    const int64_t count = list(gate, n, threshold, rows, h);
+    int64_t used = times_up(up, x, rows, h, count, threads, parallel) ? -1 : count;
+    if (used >= 0) {
+        memset(whole, 0, n * sizeof(float));
+        for (int64_t i = 0; i < count; i++) whole[rows[i]] = h[i];
+        if (optim_sparse(down, whole, y, 0, threads, parallel) < 0) used = -1;
+    }
+    free(rows);
+    return used;
+}

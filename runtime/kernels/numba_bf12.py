@@ -28,7 +28,7 @@ def rows(planes: Any, start: int, stop: int, out: Array) -> None:
     flat[at] = (flat[at] & 0xFF) | planes.escaped[a:b].astype(np.uint16) << 8
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True)
 def _split(
     weights: Array, name: Array, first: int, low: Array, high: Array, at: Array, escaped: Array
 ) -> int:
@@ -53,7 +53,7 @@ def _split(
     return count
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True)
 def _rows(low: Array, high: Array, palette: Array, out: Array) -> None:
     rows, cols = low.shape
     for row in range(rows):

@@ -38,14 +38,14 @@ def decode(
     return out, int(bad)
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True)
 def _count(weights: Array, exponents: Array, rest: Array) -> None:
     for w in weights:
         exponents[w >> 7 & 0xFF] += 1
         rest[(w >> 8 & 0x80) | (w & 0x7F)] += 1
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True)
 def _encode(
     weights: Array,
     codes: Array,
@@ -75,10 +75,10 @@ def _encode(
         if window % 512 == 0:
             positions[window // 512] = element + i + 1
     state[0], state[1], state[2], state[3] = word, bits, window, element + weights.size
-    return window - first
+    return int(window - first)
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True)
 def _decode(
     stream: Array,
     size: int,
