@@ -136,8 +136,6 @@ def prune(
     max_kl: flags.MaxKl = None,
     steps: flags.Steps = None,
     train: flags.Train = None,
-    lr: flags.Rate = None,
-    threshold: flags.ReluThreshold = None,
 ) -> None:
     """Leave out what hardly matters as the model runs: small inputs, idle neurons, zeros."""
     from optim.cli import prune as command
@@ -164,8 +162,6 @@ def prune(
         "prune.max_kl": max_kl,
         "prune.steps": steps,
         "prune.train": train,
-        "prune.lr": lr,
-        "prune.threshold": threshold,
     }
     how = How(device, threads, trust_remote_code, force, json, quiet)
     command.prune(recipe, keys, sets or [], how, print_recipe=print_recipe, dry_run=dry_run)

@@ -164,13 +164,6 @@ Train = Annotated[
     str | None,
     Option("--train", help="prosparse: ffn, lora or full.", rich_help_panel=METHOD),
 ]
-Rate = Annotated[
-    float | None, Option("--lr", help="prosparse: learning rate.", rich_help_panel=METHOD)
-]
-ReluThreshold = Annotated[
-    float | None,
-    Option("--threshold", help="prosparse: of FATReLU; 0 is ReLU.", rich_help_panel=METHOD),
-]
 
 # run: sampling.
 SAMPLING = "Sampling"

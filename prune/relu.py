@@ -61,6 +61,11 @@ def _is_gated(module: nn.Module) -> bool:
     return gated and down and any(hasattr(module, name) for name in ACTIVATIONS)
 
 
+def activation_keys(config: Any) -> list[str]:
+    """How the family's configuration calls the activation (gemma: by two names)."""
+    return [key for key in ("hidden_activation", "hidden_act") if hasattr(config, key)]
+
+
 def swap(ffns: list[nn.Module]) -> list[Swapped]:
     """Replace each block's activation in place by a `Swapped` one."""
     swapped = []

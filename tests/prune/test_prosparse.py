@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from optim.prune import prosparse, train
+from optim.prune import held_back, prosparse, train
 from optim.prune.plan import plan
 from optim.recipes.build import build_recipe
 from optim.recipes.errors import OptimError
@@ -35,7 +35,7 @@ QUICK = {
 @pytest.fixture(autouse=True)
 def _held_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """The built-in text is long for a tokenizer of bytes: two short windows of it."""
-    monkeypatch.setattr(prosparse, "HELD_BACK", ("builtin:eval", 32, 2))
+    monkeypatch.setattr(held_back, "HELD_BACK", ("builtin:eval", 32, 2))
 
 
 def made(model: Path, text: Path, out: Path, **keys: Any) -> Any:
@@ -73,6 +73,21 @@ def test_what_is_written_is_a_plain_relu_model(make_model, some_text, tmp_path) 
     moved = {n for n in before if not torch.equal(before[n], after[n])}
     assert moved == {n for n in before if ".mlp." in n}
     assert len((tmp_path / "out" / "training.jsonl").read_text().splitlines()) == 6
+
+
+def test_the_history_is_drawn_where_matplotlib_is_installed(
+    make_model, some_text, tmp_path, monkeypatch
+) -> None:
+    source = make_model("llama")
+    run(source, some_text, tmp_path / "with", steps=2)
+    card = (tmp_path / "with" / "README.md").read_text()
+    for name in ("loss.png", "sparsity.png"):
+        assert (tmp_path / "with" / name).read_bytes().startswith(b"\x89PNG")
+        assert f"({name})" in card
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run(source, some_text, tmp_path / "without", steps=2)
+    assert not list((tmp_path / "without").glob("*.png"))
+    assert "png" not in (tmp_path / "without" / "README.md").read_text()
 
 
 def test_the_engine_runs_it_with_its_threshold(make_model, some_text, tmp_path) -> None:
@@ -188,7 +203,7 @@ def test_a_killed_run_goes_on_and_another_recipe_does_not_take_its_state(
 ) -> None:
     program = """
 import json, os, signal, sys
-from optim.prune import prosparse
+from optim.prune import held_back, prosparse
 from optim.prune.plan import plan
 from optim.recipes.build import build_recipe
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from optim.prune import prosparse
+from optim.prune import held_back, prosparse
 from optim.prune.plan import plan
 from optim.prune.team import Team
 from optim.recipes.build import build_recipe
@@ -18,11 +18,11 @@ from optim.runtime.checkpoint import open_checkpoint
 
 PROGRAM = """
 import json, sys
-from optim.prune import prosparse
+from optim.prune import held_back, prosparse
 from optim.prune.plan import plan
 from optim.recipes.build import build_recipe
 
-prosparse.HELD_BACK = ("builtin:eval", 32, 2)
+held_back.HELD_BACK = ("builtin:eval", 32, 2)
 made = plan(build_recipe(None, json.loads(sys.argv[1]), []), device="cpu")
 prosparse.prune(made, lambda point, total: print(point.step, flush=True))
 """
@@ -54,7 +54,7 @@ def test_two_processes_train_as_one(
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.split() == ["0", "1", "2"]  # only the leader reports
 
-    monkeypatch.setattr(prosparse, "HELD_BACK", ("builtin:eval", 32, 2))
+    monkeypatch.setattr(held_back, "HELD_BACK", ("builtin:eval", 32, 2))
     recipe = build_recipe(None, keys(source, some_text, tmp_path / "one"), [])
     prosparse.prune(plan(recipe, device="cpu"), lambda point, total: None)
     one, two = (open_checkpoint(str(tmp_path / name)) for name in ("one", "two"))
