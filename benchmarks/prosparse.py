@@ -7,8 +7,8 @@
 Text A is `evaluation` `[n, 1024]` of the .npz (token ids of `demo`), text B is builtin:eval. Every
 position of a window counts. `ratio` is the geometric mean of the windows' perplexity ratios to the
 original, `error` its standard error in log units; `token` is the share of zeros in the product of
-gate and up, `chunk` the share of neurons that are zero for 8 tokens in a row, in percent, means over
-the blocks.
+gate and up, `chunk` the share of neurons that are zero for 8 tokens in a row, in percent, means
+over the blocks.
 """
 
 import argparse
