@@ -230,6 +230,7 @@ def run(
     context: flags.Context = None,
     kv_bits: flags.KvBits = 16,
     kv_policy: flags.KvPolicy = "full",
+    exact: flags.Exact = False,
     device: flags.Device = "auto",
     threads: flags.Threads = None,
     json: flags.Json = False,
@@ -257,7 +258,8 @@ def run(
     }
     given = {key: value for key, value in sampling.items() if value is not None}
     options = command.RunOptions(
-        system, raw, chat, stats, json, context, kv_bits, kv_policy, threads, device, given
+        *(system, raw, chat, stats, json, context, kv_bits, kv_policy, threads, device),
+        *(exact, given),
     )
     if batch is None:
         raise typer.Exit(command.run(model, prompt, options))
@@ -265,11 +267,16 @@ def run(
 
 
 @app.command(rich_help_panel="Look", epilog="Example: optim inspect smollm2-awq --verify")
-def inspect(model: flags.Model, verify: flags.Verify = False, json: flags.Json = False) -> None:
+def inspect(
+    model: flags.Model,
+    verify: flags.Verify = False,
+    tensors: flags.Tensors = False,
+    json: flags.Json = False,
+) -> None:
     """Show where the bytes are, and how an artifact was made, without loading it."""
     from optim.cli import inspect as command
 
-    command.inspect(model, verify=verify, as_json=json)
+    command.inspect(model, verify=verify, as_json=json, tensors=tensors)
 
 
 @app.command(
@@ -310,6 +317,7 @@ def bench(
     context: flags.Context = None,
     kv_bits: flags.KvBits = 16,
     kv_policy: flags.KvPolicy = "full",
+    exact: flags.Exact = False,
     device: flags.Device = "auto",
     threads: flags.Threads = None,
     json: flags.Json = False,
@@ -330,6 +338,7 @@ def bench(
         kv_bits,
         kv_policy,
         context,
+        exact,
     )
     command.bench(model, asked, as_json=json, quiet=quiet)
 

@@ -24,6 +24,7 @@ class Asked:
     kv_bits: int = 16
     kv_policy: str = "full"
     context: int | None = None
+    exact: bool = False
 
 
 def bench(source: str, asked: Asked, *, as_json: bool, quiet: bool) -> None:
@@ -59,7 +60,7 @@ def _jobs(source: str, asked: Asked) -> list[Any]:
     if unknown:
         raise OptimError(f"there is no peer {unknown[0]!r}", f"known: {', '.join(PEERS)}", USAGE)
 
-    def job(model: str, engine: str = "optim") -> Any:
+    def job(model: str, engine: str = "optim", form: Any = None) -> Any:
         return Job(
             source=model,
             engine=engine,
@@ -72,10 +73,24 @@ def _jobs(source: str, asked: Asked) -> list[Any]:
             kv_bits=asked.kv_bits,
             kv_policy=asked.kv_policy,
             context=asked.context,
+            form=form or ("exact" if asked.exact else "planes"),
         )
 
+    plain = [job(source, form="bf16")] if _is_packed(source) else []
     base = [job(asked.against)] if asked.against else []
-    return [job(source), *base, *(job(asked.against or source, peer) for peer in asked.peer)]
+    return [
+        job(source),
+        *plain,
+        *base,
+        *(job(asked.against or source, peer) for peer in asked.peer),
+    ]
+
+
+def _is_packed(source: str) -> bool:
+    """Whether weights are packed without loss: then the same weights as bf16 are measured too."""
+    from optim.runtime.checkpoint import open_checkpoint
+
+    return open_checkpoint(source).layout is not None
 
 
 def _lengths(text: str) -> tuple[int, ...]:
@@ -134,7 +149,8 @@ def _row(run: dict[str, Any], timing: dict[str, Any], peak: float, ours: float) 
 
 def _name(run: dict[str, Any]) -> str:
     engine = "" if run["engine"] == "optim" else f"{run['engine']} "
-    return f"{engine}{run['source']}"
+    form = " as bf16" if run["form"] == "bf16" else ""
+    return f"{engine}{run['source']}{form}"
 
 
 def _spread(rate: dict[str, float]) -> str:

@@ -13,6 +13,9 @@ Model = Annotated[
 Json = Annotated[bool, Option("--json", help="Print one JSON document instead of tables.")]
 Quiet = Annotated[bool, Option("--quiet", help="No progress and no notes; errors still show.")]
 Device = Annotated[str, Option("--device", help="auto, cpu or cuda.")]
+Exact = Annotated[
+    bool, Option("--exact", help="Packed weights: sums as the plain model has them, bit for bit.")
+]
 Threads = Annotated[int | None, Option("--threads", min=1, help="CPU threads.")]
 TrustCode = Annotated[
     bool, Option("--trust-remote-code", help="Run Python code that comes with the model.")
@@ -208,6 +211,7 @@ Stop = Annotated[
 # inspect, eval, bench.
 Verify = Annotated[bool, Option("--verify", help="Hash the files; exit 3 if one has changed.")]
 Against = Annotated[str | None, Option("--against", metavar="BASE", help="The original model.")]
+Tensors = Annotated[bool, Option("--tensors", help="List packed tensors beside the entropy limit.")]
 Text = Annotated[
     str, Option("--text", metavar="SPEC", help="builtin:NAME, a file or folder, or a hub id.")
 ]

@@ -10,20 +10,28 @@ if TYPE_CHECKING:
     from optim.runtime.checkpoint import Checkpoint
 
 
-def inspect(source: str, *, verify: bool, as_json: bool) -> None:
-    """Print the size table; with `verify`, raise OptimError (3) if a shard has changed."""
+def inspect(source: str, *, verify: bool, as_json: bool, tensors: bool = False) -> None:
+    """Print the size table; with `verify`, raise OptimError (3) if a shard has changed.
+
+    Of a model that was packed without loss every tensor is decoded and compared with its hash;
+    `tensors` lists its packed tensors beside the entropy limit.
+    """
     from optim.runtime.checkpoint import open_checkpoint
     from optim.runtime.verify import verify as problems_of
 
     checkpoint = open_checkpoint(source)
     facts = _facts(checkpoint)
     problems = problems_of(checkpoint.folder) if verify else []
+    if verify and checkpoint.layout and not problems:
+        problems, facts["proven"] = _disproved(checkpoint)
     if verify:
         facts["verified"] = not problems
     if as_json:
         ui.emit(facts)
     else:
         _show(facts)
+        if tensors:
+            _show_tensors(facts["packed"])
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)
         fix = "make it again, or fetch it again"
@@ -45,9 +53,48 @@ def _facts(checkpoint: "Checkpoint") -> dict[str, Any]:
         "file_bytes": sum(path.stat().st_size for path in checkpoint.store.files),
         "bits_per_weight": 8 * nbytes / params if params else None,
         "groups": rows,
+        "packed": _packed(checkpoint),
         "left_out": list(checkpoint.left_out),
         "manifest": read_manifest(checkpoint.folder),
     }
+
+
+def _packed(checkpoint: "Checkpoint") -> list[dict[str, Any]]:
+    """Each tensor that is packed without loss: its bits a weight, and the entropy limit."""
+    from optim.runtime.verify import read_manifest
+
+    manifest = read_manifest(checkpoint.folder)
+    limits, known = _section(manifest, "limits"), _section(manifest, "packed_bits")
+    found = []
+    for name, info in checkpoint.tensors.items():
+        if (held := checkpoint.held(name)) is not None:
+            bits, limit = known.get(name), limits.get(name)
+            bits = bits if isinstance(bits, int | float) else 16 * held[1] / info.nbytes
+            facts = {"name": name, "format": held[0], "weights": info.nbytes // 2, "bits": bits}
+            found.append(facts | {"limit": limit if isinstance(limit, int | float) else None})
+    return found
+
+
+def _disproved(checkpoint: "Checkpoint") -> tuple[list[str], int]:
+    """Tensors that do not decode to what was packed, and how many do."""
+    from optim.runtime.lossless import disproved
+
+    with ui.progress("decode") as step:
+        return disproved(checkpoint.store, checkpoint.folder, step)
+
+
+def _show_tensors(packed: list[dict[str, Any]]) -> None:
+    rows = (
+        (
+            tensor["name"],
+            tensor["format"],
+            ui.count(tensor["weights"]),
+            f"{tensor['bits']:.3f}",
+            "" if tensor["limit"] is None else f"{tensor['limit']:.3f}",
+        )
+        for tensor in packed
+    )
+    ui.table(("tensor", "format", "weights", "bits/w", "limit"), rows, left=2)
 
 
 def _show(facts: dict[str, Any]) -> None:
@@ -59,8 +106,23 @@ def _show(facts: dict[str, Any]) -> None:
     if facts["left_out"]:
         ui.note(f"{len(facts['left_out'])} stored tensors are no part of the text model")
     _show_manifest(facts["manifest"])
+    if facts["packed"]:
+        ui.say(_against_limit(facts["packed"]))
     if facts.get("verified"):
         ui.say("verified: every shard is as it was written")
+    if facts.get("proven"):
+        ui.say(f"proven: {facts['proven']} tensors decode to what was packed, bit for bit")
+
+
+def _against_limit(packed: list[dict[str, Any]]) -> str:
+    """The packed weights' size in bits, and the least that a code of single weights can reach."""
+    total = sum(tensor["weights"] for tensor in packed)
+    bits = sum(tensor["bits"] * tensor["weights"] for tensor in packed) / total
+    text = f"packed without loss: {bits:.3f} bits/weight"
+    if any(tensor["limit"] is None for tensor in packed):
+        return text
+    limit = sum(tensor["limit"] * tensor["weights"] for tensor in packed) / total
+    return f"{text}; the entropy of single weights is {limit:.3f}"
 
 
 def _show_manifest(manifest: dict[str, Any] | None) -> None:

@@ -45,6 +45,7 @@ class RunOptions:
     kv_policy: str = "full"
     threads: int | None = None
     device: str = "auto"
+    exact: bool = False
     sampling: dict[str, Any] = field(default_factory=dict)  # as Sampling names them; no None
 
 
@@ -127,11 +128,13 @@ def _utf8(text: str, name: str) -> str:
 def _load(source: str, options: RunOptions) -> tuple[Sampling, Policy, Model]:
     """What is typed is checked before the weights are read."""
     from optim.runtime.cache import Policy
-    from optim.runtime.model import load_model
+    from optim.runtime.model import Form, load_model
     from optim.runtime.sampling import Sampling
 
     sampling, policy = Sampling(**options.sampling), Policy(options.kv_bits, options.kv_policy)
-    return sampling, policy, load_model(source, device=options.device, threads=options.threads)
+    form: Form = "exact" if options.exact else "planes"
+    model = load_model(source, device=options.device, threads=options.threads, form=form)
+    return sampling, policy, model
 
 
 def _open(source: str, options: RunOptions) -> Session:

@@ -4,6 +4,7 @@ A unit is gone through twice: once to count exponents, which gives the code and 
 once to encode. What is in memory is a piece, the gaps and the positions.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -62,9 +63,9 @@ class Encoder:
     def __init__(self, counts: Array, splits: Sequence[int]) -> None:
         """`counts` of the unit's exponents; `splits` where each tensor but the first begins."""
         self.code: Code = code_of(counts)
-        bits = int((counts * self.code.lengths).sum())
+        self.stream_bits = int((counts * self.code.lengths).sum())
         self.size, self.splits = int(counts.sum()), np.array(splits, np.int64)
-        self.bytes = -(-bits // 8)
+        self.bytes = -(-self.stream_bits // 8)
         self.blocks = -(-self.bytes // BLOCK_BYTES)
         gaps = np.zeros(self.blocks * BLOCK_BYTES // 8 + 1, np.uint8)
         positions = np.zeros(self.blocks + 2, np.uint32)
@@ -81,6 +82,15 @@ class Encoder:
         }
         made = {piece: (torch.uint8, tuple(lengths[piece])) for piece in PIECES}
         return made | {SPLITS: (torch.int64, self.splits.shape)}
+
+    def bits(self, counts: Array) -> float:
+        """Bits a weight of one of the unit's tensors, whose exponents are `counts`.
+
+        A tensor bears the index and the tables by its share of the stream.
+        """
+        total = 8 * sum(math.prod(shape) * t.itemsize for t, shape in self.sizes().values())
+        coded = int((counts * self.code.lengths).sum()) / self.stream_bits
+        return 8 + coded * (total - 8 * self.size) / int(counts.sum())
 
     def push(self, weights: Tensor) -> dict[str, Array]:
         """Encode the next weights: what to append to `encoded_exponent` and `sign_mantissa`."""

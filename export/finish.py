@@ -98,6 +98,7 @@ def _manifest(made: Plan, workspace: Workspace) -> dict[str, Any]:
         "notes": [*made.notes, *(note for record in records for note in record["notes"])],
         "shards": {record["file"]: record["sha256"] for record in records},
         SHAPES: shapes,
+        "packed_bits": {k: v for record in records for k, v in record["packed_bits"].items()},
         "limits": limits,
         HASHES: {k: v for r in records for k, v in r["original_sha256"].items()},
     }

@@ -121,21 +121,27 @@ class _Job:
             raw += [name for name, why in reasons.items() if why]
             if kept := [name for name, why in reasons.items() if not why]:
                 units[unit] = kept
-        facts = self._write(shard.file, units, raw, surveys)
-        packed = [name for names in units.values() for name in names]
-        return facts | {
+        coders = {unit: self._coder(names, surveys) for unit, names in units.items()}
+        packed = {name: coders[unit] for unit, names in units.items() for name in names}
+        bits = {name: coder.bits(surveys[name].counts.exponents) for name, coder in packed.items()}
+        return self._write(shard.file, units, raw, surveys, coders) | {
             "units": units,
             "notes": notes,
             "original_sha256": {name: found.sha256 for name, found in surveys.items()},
             "shapes": {name: list(self.store.infos[name].shape) for name in packed},
+            "packed_bits": bits,
             "limits": {name: surveys[name].counts.limit() for name in packed},
         }
 
     def _write(
-        self, file: str, units: dict[str, list[str]], raw: list[str], surveys: dict[str, Survey]
+        self,
+        file: str,
+        units: dict[str, list[str]],
+        raw: list[str],
+        surveys: dict[str, Survey],
+        coders: dict[str, Encoder | Splitter],
     ) -> dict[str, Any]:
         prefix, infos = PREFIX[self.layout], self.store.infos
-        coders = {unit: self._coder(names, surveys) for unit, names in units.items()}
         sizes = {n: (stored_dtype(infos[n], self.made.pack), infos[n].shape) for n in raw}
         for unit, coder in coders.items():
             sizes |= {f"{unit}.{prefix}{piece}": size for piece, size in coder.sizes().items()}

@@ -20,8 +20,9 @@ from optim.runtime.core_ffn import CoreFeedForward
 from optim.runtime.decoder import Attention, Block, Decoder
 from optim.runtime.formats.packed import SUFFIXES, Scheme, SchemeOf
 from optim.runtime.formats.packed_linear import PackedLinear, fuse
+from optim.runtime.gated_ffn import GatedFeedForward, MaskedGate
 from optim.runtime.kernels import cpu_step
-from optim.runtime.kernels.cpu_sparse import NOTHING
+from optim.runtime.kernels.cpu_sparse import NOTHING, Rows
 from optim.runtime.layers import (
     ACTIVATIONS,
     MLP,
@@ -36,13 +37,13 @@ from optim.runtime.linear import DenseLinear, Joined, held_dtype
 from optim.runtime.machine import release_memory, use_huge_pages
 from optim.runtime.one_call import one_call
 from optim.runtime.plain import schemes_of
-from optim.runtime.plane_linear import PlaneLinear, runs_here
+from optim.runtime.plane_linear import Form, PlaneLinear, runs_here
 from optim.runtime.rope import Rope, ropes
 from optim.runtime.shape import Layer, Shape, resolve
 from optim.runtime.side import Side, read_side
-from optim.runtime.sparse import MaskedLinear, sparse_dense, sparse_packed
+from optim.runtime.sparse import MaskedLinear, SparseLinear, sparse_dense, sparse_packed
 
-FeedForward = MLP | Mixture | CoreFeedForward
+FeedForward = MLP | Mixture | CoreFeedForward | GatedFeedForward | MaskedGate
 
 
 @dataclass(slots=True)
@@ -53,7 +54,7 @@ class Loader:
     device: torch.device
     dtype: torch.dtype
     side: Side | None = None
-    exact: bool = False
+    form: Form = "planes"
     weight_bytes: int = field(default=0)
     _scheme_of: SchemeOf = field(init=False)
 
@@ -114,10 +115,10 @@ class Loader:
     def _planes(self, weight: Tensor) -> bool:
         """Whether a weight stays packed: that of a packed model, where a kernel reads planes."""
         packed = self.checkpoint.layout is not None and weight.dtype == torch.bfloat16
-        return packed and runs_here(self.device)
+        return packed and self.form != "bf16" and runs_here(self.device)
 
     def _as_planes(self, weight: Tensor, bias: Tensor | None) -> PlaneLinear:
-        linear = PlaneLinear(weight, bias, exact=self.exact)
+        linear = PlaneLinear(weight, bias, exact=self.form == "exact")
         self.weight_bytes += linear.nbytes - weight.nbytes
         return linear
 
@@ -153,18 +154,18 @@ class Loader:
 
 
 def build(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, exact: bool = False
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, form: Form = "planes"
 ) -> tuple[Decoder | CoreDecoder, int]:
     """The decoder of `checkpoint` and the bytes of weights that one token reads.
 
-    `exact`: a weight packed without loss is multiplied as the plain one would be.
+    `form` says how weights that were packed without loss are held: see plane_linear.Form.
     Raises OptimError (2) for a tensor that is missing or does not fit the configuration.
     """
     config = checkpoint.text_config
     family = FAMILIES[config["model_type"]]
     facts = family.decoder
     shape = resolve(config, facts)
-    loader = Loader(checkpoint, device, dtype, read_side(checkpoint), exact)
+    loader = Loader(checkpoint, device, dtype, read_side(checkpoint), form)
     head = _own_head(loader, shape)
     blocks = []
     for index in range(len(shape.layers)):
@@ -310,11 +311,16 @@ def _feed_forward(loader: Loader, facts: Facts, shape: Shape, index: int) -> Fee
     return Mixture(router, experts, shape.experts_per_token, shape.normalize_experts)
 
 
-def _mlp(loader: Loader, facts: Facts, shape: Shape, index: int) -> MLP | CoreFeedForward:
+def _mlp(loader: Loader, facts: Facts, shape: Shape, index: int) -> FeedForward:
     """The feed-forward of a block, with the rules of its side file."""
     path = f"{facts.layers}.{index}"
-    core = None if loader.side is None else loader.side.blocks[index].core
+    rules = None if loader.side is None else loader.side.blocks[index]
+    if rules is not None and rules.gate is not None and facts.gated:
+        return _gated(loader, facts, shape, path, rules.gate)
+    core = None if rules is None else rules.core
     below = loader.below(index, "down") if core is None else NOTHING
+    if rules is not None and rules.gate is not None:
+        below = rules.gate
     mlp = MLP(
         up=loader.linear(*(f"{path}.{n}" for n in facts.up), below=loader.below(index, "up")),
         down=loader.linear(f"{path}.{facts.down}", below=below),
@@ -324,6 +330,22 @@ def _mlp(loader: Loader, facts: Facts, shape: Shape, index: int) -> MLP | CoreFe
     if core is None or loader.side is None:
         return mlp
     return CoreFeedForward(mlp, core, loader.side)
+
+
+def _gated(
+    loader: Loader, facts: Facts, shape: Shape, path: str, threshold: float
+) -> GatedFeedForward | MaskedGate:
+    """A feed-forward that leaves out what its gate makes small."""
+    act = _activation(shape.activation, shape.threshold)
+    gate, up = (f"{path}.{name}" for name in facts.up)
+    down = loader.linear(f"{path}.{facts.down}", below=0.0)
+    if not isinstance(down, SparseLinear) or not loader.has(f"{up}.weight"):
+        return MaskedGate(loader.linear(gate, up), down, act, threshold)
+    weight = loader.weight(f"{up}.weight")
+    bias = loader.tensor(f"{up}.bias") if loader.has(f"{up}.bias") else None
+    loader.weight_bytes += weight.nbytes
+    rows = Rows(weight, bias)
+    return GatedFeedForward(loader.linear(gate), rows, down.columns, act, threshold)
 
 
 def _expert(loader: Loader, facts: Facts, shape: Shape, path: str) -> MLP:

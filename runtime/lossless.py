@@ -8,7 +8,7 @@ each unit by a regular expression; the shapes are in our manifest, or follow fro
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -172,6 +172,25 @@ def _mapping(manifest: Mapping[str, Any], key: str) -> dict[str, Any]:
     """A mapping inside a manifest, which may come from anywhere: empty if it is not there."""
     value = manifest.get(key)
     return value if isinstance(value, dict) else {}
+
+
+def disproved(
+    store: Store, folder: Path, progress: Callable[[int, int, str], None]
+) -> tuple[list[str], int]:
+    """Decode every tensor again: what is not what was packed, in words, and how many are.
+
+    Needs no original: the manifest has its hashes. Tensors without one are not counted.
+    """
+    hashes = _mapping(read_manifest(folder) or {}, HASHES)
+    problems = [f"{name} is missing" for name in sorted(hashes.keys() - store.infos.keys())]
+    proven = 0
+    for at, name in enumerate(store.infos, 1):
+        progress(at, len(store.infos), name)
+        if name in hashes and tensor_hash(pieces(store, name)) != hashes[name]:
+            problems.append(f"{name} does not decode to what was packed")
+        elif name in hashes:
+            proven += 1
+    return problems, proven
 
 
 def _units(

@@ -19,6 +19,7 @@ import torch
 
 from optim.recipes.errors import OptimError
 from optim.runtime.cache import Policy
+from optim.runtime.plane_linear import Form
 
 WORKER = "import sys; from optim.runtime.measure import worker; worker(sys.stdin, sys.stdout)"
 MARK = "optim-measure:"  # libraries may print to stdout too
@@ -40,6 +41,7 @@ class Job:
     kv_bits: int = 16
     kv_policy: str = "full"
     context: int | None = None
+    form: Form = "planes"
 
 
 @dataclass(slots=True)
@@ -86,7 +88,7 @@ class OptimEngine:
     def __init__(self, job: Job) -> None:
         from optim.runtime.model import load_model
 
-        self._model = load_model(job.source, device=job.device, threads=job.threads)
+        self._model = load_model(job.source, device=job.device, threads=job.threads, form=job.form)
         self._policy, self._context = Policy(job.kv_bits, job.kv_policy), job.context
         self.place, self.weight_bytes = self._model.place, self._model.weight_bytes
 
@@ -135,6 +137,7 @@ def run_here(job: Job) -> dict[str, Any]:
         timings.append(timing.summary())
     return {
         "source": job.source,
+        "form": job.form,
         "engine": job.engine,
         "place": engine.place,
         "weight_bytes": engine.weight_bytes,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from optim.runtime.build import build
 from optim.runtime.cache import Cache, Policy
 from optim.runtime.checkpoint import Checkpoint, open_checkpoint
 from optim.runtime.machine import compute_dtype, pick_device, release_code, release_memory
+from optim.runtime.plane_linear import Form
 
 if TYPE_CHECKING:
     from optim.runtime.text import Tokenizer
@@ -114,10 +116,15 @@ class Model:
 
 
 def load_model(
-    source: "str | Checkpoint", *, device: str = "auto", threads: int | None = None
+    source: "str | Checkpoint",
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    form: Form = "planes",
 ) -> Model:
     """Make `source` runnable on `device` ("auto": a GPU if there is one), with `threads` on a CPU.
 
+    `form` says how weights that were packed without loss are held: see plane_linear.Form.
     Raises OptimError: 2 for a source that cannot be read, 4 for a device that is not there.
     """
     if threads:
@@ -125,7 +132,7 @@ def load_model(
     place = pick_device(device)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     known = checkpoint.text_config.get("model_type") in FAMILIES
-    make: Callable[..., tuple[Runner, int]] = build if known else _build_foreign
+    make: Callable[..., tuple[Runner, int]] = partial(build, form=form) if known else _build_foreign
     # Parsing a vocabulary takes 50 MB for a moment: before the weights are there.
     tokenizer = checkpoint.tokenizer() if _has_tokenizer(checkpoint) else None
     release_memory()

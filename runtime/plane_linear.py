@@ -5,7 +5,7 @@ sum runs in the same order, and for many tokens the same slices are widened. On 
 kernel adds in another order; `exact` expands the weight and uses the plain product.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from optim.runtime.formats.bf12 import Planes, planes_of
 from optim.runtime.kernels import cpu_bf12
 from optim.runtime.linear import FEW, many
+
+Form = Literal["planes", "exact", "bf16"]
+"""How a packed model's weights are held: as planes; as planes, multiplied exactly as bf16 would be;
+or decoded at load, as if they had never been packed."""
 
 
 class PlaneLinear(nn.Module):

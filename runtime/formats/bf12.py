@@ -118,6 +118,11 @@ class Splitter:
             k: (torch.int32 if k == "at" else torch.uint8, shape) for k, shape in shapes.items()
         }
 
+    def bits(self, counts: Array) -> float:
+        """Bits a weight of the whole tensor."""
+        total = sum(math.prod(shape) * t.itemsize for t, shape in self.sizes().values())
+        return 8 * total / max(math.prod(self.shape), 1)
+
     def push(self, weights: Tensor) -> dict[str, Array]:
         """The next rows, bf16 `[..., cols]`: what to append to each plane but the palette."""
         w = words(weights).reshape(-1, self.cols)
