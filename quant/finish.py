@@ -8,17 +8,28 @@ from torch import Tensor
 
 from optim.quant.plan import Plan
 from optim.recipes.build import to_yaml
+from optim.recipes.schema import MergeQuant
 from optim.runtime.artifact import FORMAT_VERSION, INDEX, Workspace, index_of
 from optim.runtime.corpus import token_hash
 from optim.runtime.formats.packed import write_config
 from optim.runtime.verify import MANIFEST
 
+SHARED_LAYOUT = (
+    "vLLM and transformers (with the `compressed-tensors` package) load the folder as it is."
+)
+OWN_LAYOUT = "The layout is optim's own (docs/artifact.md): no field format holds static steps."
 
-def finish(made: Plan, workspace: Workspace, windows: Tensor | None) -> dict[str, Any]:
-    """Write what belongs beside the shards and publish; returns the facts of the report."""
+
+def finish(
+    made: Plan, workspace: Workspace, windows: Tensor | None, static: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write what belongs beside the shards and publish; returns the facts of the report.
+
+    `static` is the quantization_config of static integers; without one it is that of the schemes.
+    """
     manifest = _manifest(made, workspace, windows)
     recipe = made.recipe.model_copy(update={"output": None})
-    workspace.write_text("config.json", json.dumps(_config(made), indent=2) + "\n")
+    workspace.write_text("config.json", json.dumps(_config(made, static), indent=2) + "\n")
     workspace.write_text(INDEX, index_of(workspace.done) + "\n")
     workspace.write_text(MANIFEST, json.dumps(manifest, indent=1) + "\n")
     workspace.write_text("recipe.yaml", to_yaml(recipe))
@@ -34,12 +45,13 @@ def finish(made: Plan, workspace: Workspace, windows: Tensor | None) -> dict[str
     return facts
 
 
-def _config(made: Plan) -> dict[str, Any]:
+def _config(made: Plan, static: dict[str, Any] | None) -> dict[str, Any]:
     names = {module: _published(made, module) for module in (*made.schemes, *made.ignored)}
     schemes = {names[module]: scheme for module, scheme in made.schemes.items()}
     config = dict(made.checkpoint.text_config)
     config["architectures"] = [type(made.walk.model).__name__]
-    config["quantization_config"] = write_config(schemes, [names[m] for m in made.ignored])
+    ignored = [names[module] for module in made.ignored]
+    config["quantization_config"] = static or write_config(schemes, ignored)
     if made.walk.head_name in made.schemes:
         config["tie_word_embeddings"] = False
     return config
@@ -81,6 +93,9 @@ def _manifest(made: Plan, workspace: Workspace, windows: Tensor | None) -> dict[
 
 def _card(made: Plan, manifest: dict[str, Any]) -> str:
     source = made.checkpoint.source
+    static = isinstance(made.recipe.quantize, MergeQuant)
+    tag = "optim" if static else "compressed-tensors, optim"
+    others = OWN_LAYOUT if static else SHARED_LAYOUT
     recipe = to_yaml(made.recipe.model_copy(update={"output": None})).strip()
     rows = "\n".join(
         f"| {row.group} | {row.format} | {row.tensors} | {row.params:,} | {row.nbytes:,} |"
@@ -89,7 +104,7 @@ def _card(made: Plan, manifest: dict[str, Any]) -> str:
     return f"""---
 base_model: {source}
 library_name: transformers
-tags: [compressed-tensors, optim]
+tags: [{tag}]
 ---
 
 # {made.output.name}
@@ -105,7 +120,7 @@ tags: [compressed-tensors, optim]
 
     optim run {made.output.name}
 
-vLLM and transformers (with the `compressed-tensors` package) load the folder as it is.
+{others}
 
 ## Make it again
 

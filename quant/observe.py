@@ -45,7 +45,7 @@ def observe(
                 zeros = torch.zeros(x.shape[1], device=x.device)
                 found[name] = Inputs(zeros.new_zeros(len(zeros), len(zeros)), zeros, 0)
             seen = found[name]
-            _add_gram(seen.gram, x)
+            add_gram(seen.gram, x)
             seen.magnitude += x.abs().sum(0)
             seen.tokens += len(x)
 
@@ -65,7 +65,7 @@ def observe(
         for handle in handles:
             handle.remove()
     for name, seen in found.items():
-        _mirror(seen.gram)
+        mirror(seen.gram)
         seen.gram /= seen.tokens
         seen.magnitude /= seen.tokens
         if not bool(seen.gram.diagonal().isfinite().all()):  # it bounds all the rest
@@ -77,15 +77,16 @@ def observe(
     return found
 
 
-def _add_gram(gram: Tensor, x: Tensor) -> None:
-    """gram += XᵀX, the upper blocks only; `observe` mirrors them at the end."""
+def add_gram(gram: Tensor, x: Tensor) -> None:
+    """gram += XᵀX, the upper blocks only; `mirror` fills in the others at the end."""
     width = gram.shape[0]
     for start in range(0, width, GRAM_STRIP):
         strip = slice(start, start + GRAM_STRIP)
         gram[strip, start:].addmm_(x[:, strip].T, x[:, start:])
 
 
-def _mirror(gram: Tensor) -> None:
+def mirror(gram: Tensor) -> None:
+    """Make a Gram matrix of `add_gram` whole."""
     for start in range(0, gram.shape[0], GRAM_STRIP):
         end = start + GRAM_STRIP
         gram[end:, start:end] = gram[start:end, end:].T

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from optim.quant.rotation import refuse_family
 from optim.recipes.errors import MACHINE, USAGE, OptimError
 from optim.recipes.patterns import matches
-from optim.recipes.schema import Override, Recipe, Rounding, Rtn
+from optim.recipes.schema import MergeQuant, Override, Recipe, Rounding, Rtn
 from optim.runtime.architectures import FAMILIES
 from optim.runtime.artifact import exists_error
 from optim.runtime.checkpoint import Checkpoint, open_checkpoint, require_plain
@@ -86,6 +87,8 @@ def plan(
         torch.set_num_threads(threads)
     checkpoint = open_checkpoint(recipe.model, trust_remote_code=trust_remote_code)
     require_plain(checkpoint)
+    if isinstance(recipe.quantize, MergeQuant):
+        refuse_family(str(checkpoint.text_config.get("model_type")), recipe.quantize.rotate)
     place = pick_device(device)
     walk = Walk(checkpoint, place)
     shapes = linear_shapes(checkpoint, walk)
@@ -115,12 +118,25 @@ def plan(
         output_bytes=output_bytes,
         peak_bytes=_peak_bytes(recipe, checkpoint, shapes, walk),
         disk_bytes=disk,
-        notes=tuple(_notes(checkpoint, schemes)),
+        notes=tuple(_notes(checkpoint, recipe, shapes, schemes)),
     )
 
 
-def _notes(checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> Iterator[str]:
+def _notes(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    shapes: Mapping[str, tuple[int, int]],
+    schemes: Mapping[str, Scheme],
+) -> Iterator[str]:
     """What one should know beforehand, though nothing is wrong."""
+    if isinstance(recipe.quantize, MergeQuant):
+        tokens = recipe.calibration.num_samples * recipe.calibration.seq_len
+        widest = max(shapes[name][1] for name in schemes)
+        if tokens < widest:
+            yield (
+                f"{tokens} calibration tokens are few for inputs of {widest} channels: "
+                "damping is raised for them"
+            )
     family = checkpoint.text_config.get("model_type")
     if family not in FAMILIES:
         yield f"family {family} is not in the table: its groups are found from the graph"
@@ -192,6 +208,8 @@ def _resolve(
 
 
 def _short(quantize: Rounding) -> str:
+    if isinstance(quantize, MergeQuant):
+        return f"{quantize.method}-w4a{quantize.act_bits}"
     group = "channel" if quantize.group_size == -1 else f"g{quantize.group_size}"
     return f"{quantize.method}-w{quantize.bits}{group}{'-sym' if quantize.sym else ''}"
 

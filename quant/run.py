@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from optim.quant.finish import finish
 from optim.quant.grid import nearest
+from optim.quant.merged import merge_solver, static_config, static_tensors, with_prefix
+from optim.quant.mergequant import MergeSolver
 from optim.quant.plan import Plan, plan
 from optim.quant.rounding import RoundedLinear
 from optim.quant.solve import BlockSolver, Solved
 from optim.recipes.errors import USAGE, OptimError
-from optim.recipes.schema import Recipe, Rtn
+from optim.recipes.schema import MergeQuant, Recipe, Rtn
 from optim.runtime.artifact import Workspace, tensor_sha256
 from optim.runtime.checkpoint import Checkpoint
 from optim.runtime.corpus import calibration_windows, token_hash
@@ -65,8 +67,9 @@ def quantize(made: Plan, progress: Progress, windows: Tensor | None = None) -> R
     workspace = Workspace(made.output, _identity(made, windows), made.force)
     try:
         with torch.inference_mode():
-            _Job(made, workspace, windows, progress).run()
-        facts = finish(made, workspace, windows)
+            job = _Job(made, workspace, windows, progress)
+            job.run()
+        facts = finish(made, workspace, windows, job.static)
     except BaseException as error:
         bad_input = isinstance(error, OptimError) and error.code == USAGE
         if bad_input or not workspace.done:
@@ -134,10 +137,23 @@ class _Job:
         names = made.checkpoint.tensors
         weight = f"{first}.weight" if f"{first}.weight" in names else next(iter(names))
         self.dtype = names[weight].dtype
-        assert made.recipe.quantize is not None
-        self.solver = BlockSolver(self.walk, made.recipe.quantize, made.schemes, self.dtype)
+        self.solver, self.static = self._solver()
         self.outer = _outer_shards(made.checkpoint, self.walk.prefix, made.schemes)
         self.count = len(self.walk) + len(self.outer)
+
+    def _solver(self) -> tuple[BlockSolver | MergeSolver, dict[str, Any] | None]:
+        """What solves a block, and the configuration of static integers where it makes them."""
+        recipe = self.made.recipe.quantize
+        assert recipe is not None
+        if not isinstance(recipe, MergeQuant):
+            return BlockSolver(self.walk, recipe, self.made.schemes, self.dtype), None
+        assert self.windows is not None
+        self.progress(0, len(self.walk), "looking for outlier tokens")
+        solver, prefix = merge_solver(
+            recipe, self.made.checkpoint, self.walk, self.windows, self.workspace.folder
+        )
+        self.windows = with_prefix(prefix, self.windows)
+        return solver, static_config(recipe, self.made.schemes, prefix)
 
     def run(self) -> None:
         """Do every step that is not journalled yet."""
@@ -162,6 +178,8 @@ class _Job:
         if done == 0:
             self.progress(0, len(self.walk), "embedding the calibration text")
             states = self.walk.embed(self.windows, path)
+            if isinstance(self.solver, MergeSolver):
+                self.solver.begin(states)
         elif not path.is_file():
             raise OptimError(
                 f"{path} is missing: the unfinished run cannot go on",
@@ -180,6 +198,7 @@ class _Job:
 
     def _block(self, i: int, states: HiddenStates | None) -> HiddenStates | None:
         if states is None:
+            assert isinstance(self.solver, BlockSolver)
             solved = Solved(self.solver.round(i), None, None)
             after = None
         else:
@@ -188,9 +207,11 @@ class _Job:
             for rows in self.walk.slices(states):
                 after[rows] = self.walk.run(i, solved.block, states[rows])
         prefix = f"{self.walk.prefix}.{i}."
-        record = self._write(
-            i, block_tensors(solved.block, prefix, self.made.checkpoint, self.dtype)
-        )
+        if self.static is None:
+            tensors = block_tensors(solved.block, prefix, self.made.checkpoint, self.dtype)
+        else:
+            tensors = static_tensors(solved.block, prefix, self.made.checkpoint)
+        record = self._write(i, tensors)
         record |= {"error": solved.error, "rounding_error": solved.rounding_error}
         self.workspace.commit(record | {"notes": [f"block {i}: {n}" for n in solved.notes]})
         self._states_path(i).unlink(missing_ok=True)

@@ -55,7 +55,7 @@ class BlockSolver:
         """Compress block i given its inputs; OptimError (2) for weights that are not finite."""
         block = self.walk.block(i)
         schemes = self._schemes(i, block)
-        _refuse_non_finite(block, f"{self.walk.prefix}.{i}")
+        refuse_non_finite(block, f"{self.walk.prefix}.{i}")
         hidden = states[slice(0, max(1, PROBE_TOKENS // states.length))]
         leaders, expected = leaders_of(block, lambda: self.walk.run(i, block, hidden))
         plain = {n: self._nearest(linear_at(block, n), s) for n, s in schemes.items()}
@@ -77,7 +77,7 @@ class BlockSolver:
     def round(self, i: int) -> nn.Module:
         """Block i rounded plainly, with no calibration."""
         block = self.walk.block(i)
-        _refuse_non_finite(block, f"{self.walk.prefix}.{i}")
+        refuse_non_finite(block, f"{self.walk.prefix}.{i}")
         schemes = self._schemes(i, block)
         for name, scheme in schemes.items():
             plain = self._nearest(linear_at(block, name), scheme)
@@ -261,7 +261,8 @@ def _replace(block: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         block.set_submodule(name, module)
 
 
-def _refuse_non_finite(block: nn.Module, prefix: str) -> None:
+def refuse_non_finite(block: nn.Module, prefix: str) -> None:
+    """OptimError (2), naming the tensor, for a loaded block whose weights are not finite."""
     for name, parameter in block.named_parameters():
         if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
             raise OptimError(

@@ -90,8 +90,37 @@ class Awq(Rounding):
     damping: float = Field(default=0.01, gt=0, lt=1)
 
 
-METHODS: dict[str, type[Rounding]] = {"awq": Awq, "rtn": Rtn, "gptq": Gptq}
-Quantize = Annotated[Awq | Rtn | Gptq, Field(discriminator="method")]
+class MergeQuant(Rounding):
+    """Static integers: 4-bit weights, activations whose steps are part of the model (Wang 2025).
+
+    It quantizes every linear of a block, so the keys that choose among them have one value.
+    """
+
+    method: Literal["mergequant"]
+    bits: Literal[4] = 4
+    group_size: Literal[-1] = -1
+    sym: Literal[True] = True
+    lm_head_bits: None = None
+    act_bits: Literal[4, 8] = 4
+    down_bits: Literal[4, 8] = 8
+    rotate: bool = True
+    prefix: bool = True
+    damping: float = Field(default=0.01, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _takes_all_linears(self) -> "MergeQuant":
+        if self.targets != ("Linear",) or self.ignore != ("lm_head",) or self.overrides:
+            raise ValueError("mergequant quantizes all linears of a block, and the head never")
+        return self
+
+
+METHODS: dict[str, type[Rounding]] = {
+    "awq": Awq,
+    "rtn": Rtn,
+    "gptq": Gptq,
+    "mergequant": MergeQuant,
+}
+Quantize = Annotated[Awq | Rtn | Gptq | MergeQuant, Field(discriminator="method")]
 
 
 class Threshold(Section):

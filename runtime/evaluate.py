@@ -28,6 +28,7 @@ from optim.runtime.machine import pick_device
 from optim.runtime.plain import PlainView
 from optim.runtime.side import Side, read_side
 from optim.runtime.sparsity import Skips, SparseWalk
+from optim.runtime.static import static_walk
 from optim.runtime.walk import HiddenStates, Walk
 
 Progress = Callable[[int, int, str], None]
@@ -116,13 +117,18 @@ def evaluate_windows(
         done = 0
         for k, model in enumerate(models):
             side = sides[k] if k < len(sides) else None
-            walk = Walk(PlainView(model), place)
+            static = static_walk(model, place)
+            walk = Walk(PlainView(model), place) if static is None else static.walk
 
             def step(i: int, done: int = done, name: str = model.name) -> None:
                 progress(done + i, steps, name)
 
             sparse = None if side is None else SparseWalk(walk, side, prompt)
-            walked.append((walk, _hidden(walk, windows, Path(folder) / str(k), step, sparse)))
+            path = Path(folder) / str(k)
+            if static is None:
+                walked.append((walk, _hidden(walk, windows, path, step, sparse)))
+            else:
+                walked.append((walk, static.hidden(windows, path, step)))
             skips.append([] if sparse is None else sparse.skips)
             done += len(walk)
         reference = walked.pop() if base else None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from optim.runtime.checkpoint import Checkpoint
 from optim.runtime.formats.packed import SUFFIXES, SchemeOf, dequantize, parse_config, unpack
+from optim.runtime.formats.w4a4 import METHOD
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 def schemes_of(checkpoint: Checkpoint) -> SchemeOf:
     """Canonical module name -> how it is packed; quantization_config has the published names."""
     config = checkpoint.quantization
-    if not config:
+    if not config or config.get("quant_method") == METHOD:
         return lambda _name: None
     scheme_of = parse_config(config)
     return lambda name: scheme_of(checkpoint.disk_name(f"{name}.weight").removesuffix(".weight"))

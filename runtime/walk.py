@@ -92,7 +92,8 @@ class Experts(nn.ModuleList):
 class Walk:
     """A checkpoint's model, its blocks loaded one at a time.
 
-    `device` is where blocks run, `dtype` what hidden states are held and computed in.
+    `device` is where blocks run, `dtype` what hidden states are held and computed in. `dress` may
+    set modules of its own into an empty block (of the given path) before the rest is read.
     """
 
     def __init__(
@@ -101,9 +102,10 @@ class Walk:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         read: Callable[[str], Tensor] | None = None,
+        dress: Callable[[nn.Module, str], None] | None = None,
     ) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
-        self._read = read or checkpoint.read
+        self._read, self._dress = read or checkpoint.read, dress
         self.model = _meta_model(checkpoint)
         self.prefix, self.blocks = find_blocks(self.model)
         self.calls: list[Call] = []
@@ -135,7 +137,7 @@ class Walk:
         for name, module in self.blocks.named_modules(prefix=self.prefix):
             if isinstance(module, nn.Linear):
                 names.add(name)
-            elif _is_fused_experts(module):
+            elif is_fused_experts(module):
                 count = module.gate_up_proj.shape[0]
                 names |= {f"{name}.{e}.{part}" for e in range(count) for part in EXPERT_PARTS}
         return names
@@ -177,6 +179,8 @@ class Walk:
     def block(self, i: int) -> nn.Module:
         """Block i with its weights read, on the device, in their stored dtype."""
         block = copy.deepcopy(self.blocks[i])
+        if self._dress is not None:
+            self._dress(block, f"{self.prefix}.{i}.")
         return self._fill(block, f"{self.prefix}.{i}.")
 
     def run(self, i: int, block: nn.Module, hidden: Tensor) -> Tensor:
@@ -193,7 +197,7 @@ class Walk:
             path = f"{prefix}{name}." if name else prefix
             if isinstance(child, nn.Linear):
                 module.set_submodule(name, self._linear(path, child.weight, child.bias))
-            elif _is_fused_experts(child):
+            elif is_fused_experts(child):
                 module.set_submodule(name, self._experts(child, path))
         for name, parameter in module.named_parameters():
             if parameter.is_meta:
@@ -368,7 +372,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda pair: len(pair[1]))
 
 
-def _is_fused_experts(module: nn.Module) -> bool:
+def is_fused_experts(module: nn.Module) -> bool:
+    """Whether this is transformers' module of all experts of a mixture."""
     weight = getattr(module, "gate_up_proj", None)
     return isinstance(weight, nn.Parameter) and weight.dim() == 3
 

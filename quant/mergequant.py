@@ -1,0 +1,363 @@
+"""Static 4-bit weights and activations in the manner of MergeQuant (arXiv 2503.07654).
+
+Block after block, and in a block site after site (the norm before attention, what `o_proj` reads,
+the norm before the feed-forward, what `down_proj` reads), each seen through everything that is
+already quantized before it:
+
+    fold the norms, turn the stream, mix what o_proj and down_proj read   (rotation.py)
+    choose the site's steps on a sample                                   (migration.py)
+    H' = sum of q q^T over all calibration tokens, q the site's integers
+    round W' = W diag(steps) with the error feedback of H'                (gptq.py)
+
+The paper's text was not available: what is carried out here is its published idea, the step
+in the norm and the de-quantization in the weights, completed by us; see docs/mergequant.md.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from optim.quant import gptq
+from optim.quant.grid import Grid, make_grid, ranges, round_to
+from optim.quant.migration import (
+    WEIGHT_SCHEME,
+    Columns,
+    Steps,
+    choose_clip,
+    choose_steps,
+    clipped_grid,
+    one_step,
+    site_parts,
+    split,
+)
+from optim.quant.observe import add_gram, mirror
+from optim.quant.rotation import NormSite, Places, fold_norm, places, turn
+from optim.quant.solve import Solved, refuse_non_finite
+from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.architectures import FAMILIES
+from optim.runtime.formats.w4a4 import (
+    Exact,
+    Site,
+    StaticSite,
+    StepLinear,
+    StepNorm,
+    TokenSite,
+    pack_nibbles,
+)
+from optim.runtime.hadamard import Mixing, mixing
+from optim.runtime.walk import HiddenStates, Walk, linear_at
+
+SAMPLE_TOKENS = 4096  # the steps are chosen on so many
+PROBE_TOKENS = 512
+ROW_BYTES = 16 * 2**20  # float32 rows of a linear that are rounded at a time
+FOLD_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What is done at each kind of site.
+
+    `norm`, `out`, `down`: "channel" (a step a channel), "tensor" (one step) or "token" (a step a
+    token, found at run time).
+    """
+
+    bits: int = 4
+    down_bits: int = 4
+    rotate: bool = True
+    norm: str = "channel"
+    out: str = "channel"
+    down: str = "channel"
+    centred: bool = True
+    mixed: bool = True
+    feedback: bool = True
+    clipped: bool = True
+    damping: float = 0.01
+
+
+@dataclass(slots=True)
+class MergeSolver:
+    """Everything that is the same for every block of a run; `prefix` counts its tokens."""
+
+    walk: Walk
+    form: Form
+    rotation: Mixing | None
+    prefix: int = 0
+    exact: Exact = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.exact = Exact(self.prefix)
+
+    def begin(self, states: HiddenStates) -> None:
+        """Turn the stream that the first block reads, in place."""
+        if self.rotation is None:
+            return
+        for rows in self.walk.slices(states):
+            states[rows] = self.rotation(states[rows])
+
+    def solve(self, i: int, states: HiddenStates) -> Solved:
+        """Quantize block i given its inputs.
+
+        OptimError (2) for weights or inputs that are not finite.
+        """
+        block = self.walk.block(i)
+        refuse_non_finite(block, f"{self.walk.prefix}.{i}")
+        hidden = states[slice(0, max(1, PROBE_TOKENS // states.length))]
+        found = self._fold(i, block, hidden)
+        expected = self.walk.run(i, block, hidden)
+        job = _Block(self, i, block, states)
+        job.norm_site(found.attention)
+        job.read_site([found.out], self.form.out, self.form.bits)
+        job.norm_site(found.mlp)
+        several = len(found.downs) > 1  # of a mixture: positions are lost among experts
+        job.read_site(
+            list(found.downs), "token" if several else self.form.down, self.form.down_bits
+        )
+        return self._compare(i, block, hidden, expected, job)
+
+    def _fold(self, i: int, block: nn.Module, hidden: Tensor) -> Places:
+        """Norms folded and the stream turned; OptimError if that changes the block."""
+        model_type = str(self.walk.model.config.get_text_config().model_type)
+        found = places(block, model_type)
+        plain = hidden if self.rotation is None else self.rotation.inverse(hidden)
+        before = self.walk.run(i, block, plain) - plain
+        for site in (found.attention, found.mlp):
+            fold_norm(block, site, FAMILIES[model_type].norm_offset)
+        if self.rotation is not None:
+            turn(block, found, self.rotation)
+            before = self.rotation(before)
+        after = self.walk.run(i, block, hidden) - hidden.to(before)
+        change = float((after - before).norm() / before.norm().clamp(min=1e-20))
+        if not change < FOLD_TOLERANCE:
+            what = f"block {i}: folding its norms changes what it computes by {change:.1g}"
+            raise OptimError(what, "-m awq checks each fold and leaves out what fails", USAGE)
+        return found
+
+    def _compare(
+        self, i: int, block: nn.Module, hidden: Tensor, expected: Tensor, job: "_Block"
+    ) -> Solved:
+        """The block's error on the probe, and that of the same steps with plain rounding."""
+        text = slice(self.prefix, None)
+        added = (expected - hidden.to(expected))[:, text].square().sum().clamp(min=1e-20)
+
+        def error() -> float:
+            got = self.walk.run(i, block, hidden)
+            return float((got - expected)[:, text].square().sum() / added)
+
+        def put(linears: Mapping[str, StepLinear]) -> None:
+            for name, linear in linears.items():
+                block.set_submodule(name, linear)
+
+        best = error()
+        put(job.plain)
+        rounding = error()
+        if best <= rounding:
+            put(job.solved)
+        else:
+            job.notes.append(f"plain rounding: error feedback's error {best:.3g} was no better")
+        return Solved(block, min(best, rounding), rounding, job.notes)
+
+
+class _Left(Exception):
+    """Raised at the site: what the block computes after it is not needed."""
+
+
+@dataclass(slots=True)
+class _Block:
+    """One block on its way from floats to codes."""
+
+    solver: MergeSolver
+    i: int
+    block: nn.Module
+    states: HiddenStates
+    solved: dict[str, StepLinear] = field(default_factory=dict)
+    plain: dict[str, StepLinear] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def norm_site(self, where: NormSite) -> None:
+        """Steps into the norm, or where a router reads it too, before each of its linears."""
+        form = self.solver.form
+        sample = self._sample(where.norm, after=True)
+        site, steps, columns = self._site(sample, form.norm, form.bits, None, not form.rotate)
+        gram = self._gram([where.norm], site, after=True)[where.norm]
+        fused = where.fused and isinstance(site, StaticSite)
+        known = self._feedback(where.norm, gram)
+        for name in where.linears:
+            weight = linear_at(self.block, name).dense()
+            made = weight, steps, columns, known, gram.diagonal()
+            self._round(name, *made, form.bits, None if fused else site)
+        if fused:
+            assert isinstance(site, StaticSite)
+            norm = self.block.get_submodule(where.norm)
+            eps = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)))
+            self.block.set_submodule(where.norm, StepNorm(site, eps))
+
+    def read_site(self, names: list[str], kind: str, bits: int) -> None:
+        """Steps in front of linears that no norm feeds: what they read is mixed first."""
+        sites: dict[str, Site] = {}
+        steps: dict[str, Steps | None] = {}
+        mix = (
+            mixing(linear_at(self.block, names[0]).in_features) if self.solver.form.mixed else None
+        )
+        mix = None if mix is None else mix.to(self.solver.walk.device, torch.float32)
+        if kind == "token" and len(names) > 1:
+            sites = dict.fromkeys(names, TokenSite(1.0, bits, mix))
+            steps = dict.fromkeys(names)
+        else:
+            (name,) = names
+            sample = self._sample(name, after=False)
+            sites[name], steps[name], _ = self._site(sample, kind, bits, mix, False)
+        grams = self._gram(names, sites, after=False)
+        for name in names:
+            linear = linear_at(self.block, name)
+            weight = linear.dense() if mix is None else mix(linear.dense())
+            gram = grams.pop(name, None)
+            if gram is None:
+                self.notes.append(f"no token reached {name}: rounded plainly")
+                gram = torch.eye(weight.shape[1], device=weight.device)
+            energy = gram.diagonal().clone()
+            known = self._feedback(name, gram)
+            self._round(name, weight, steps[name], None, known, energy, bits, sites[name])
+
+    def _site(
+        self, sample: Tensor, kind: str, bits: int, mix: Mixing | None, divided: bool
+    ) -> tuple[Site, Steps | None, Columns | None]:
+        if mix is not None:
+            sample = mix(sample)
+        if kind == "token":
+            return TokenSite(choose_clip(sample, bits), bits, mix), None, None
+        form, columns = self.solver.form, None
+        if kind == "tensor":
+            steps = one_step(sample, bits)
+        else:
+            steps = choose_steps(sample, bits, form.centred and not divided)
+        if divided and kind == "channel":
+            columns = split(steps.step)
+        return StaticSite(site_parts(steps, columns), bits, mix, self.solver.exact), steps, columns
+
+    def _feedback(self, name: str, gram: Tensor) -> gptq.Feedback | None:
+        form = self.solver.form
+        if not form.feedback:
+            return None
+        known = gptq.feedback(gram.clone(), form.damping)
+        if known.damping > form.damping:
+            self.notes.append(
+                f"{name}: too little calibration text, damping raised to {known.damping:g}"
+            )
+        return known
+
+    def _round(
+        self,
+        name: str,
+        weight: Tensor,
+        steps: Steps | None,
+        columns: Columns | None,
+        known: gptq.Feedback | None,
+        energy: Tensor,
+        bits: int,
+        site: Site | None,
+    ) -> None:
+        """One linear's weight `[out, n]`, its input mixed and its norm folded, to nibbles."""
+        bias = linear_at(self.block, name).dense_bias()
+        if steps is not None and steps.center is not None:
+            constant = weight @ steps.center
+            bias = constant if bias is None else bias + constant
+        if columns is not None:
+            weight = weight[:, columns.index] * columns.worth
+        elif steps is not None:
+            weight = weight * steps.step
+        grids = [self._grid(rows, energy) for rows in _some_rows(weight)]
+        nearest = [make_grid(*ranges(r, WEIGHT_SCHEME), WEIGHT_SCHEME, r.dtype) for r in
+                   _some_rows(weight)]  # fmt: skip
+
+        def linear(levels: Iterable[Tensor], used: list[Grid]) -> StepLinear:
+            packed = torch.cat([pack_nibbles(q.to(torch.uint8)) for q in levels])
+            scale = torch.cat([grid.scale[:, 0] for grid in used])
+            return StepLinear(packed, scale, bias, bits, site)
+
+        parts = list(zip(_some_rows(weight), grids, strict=True))
+        if known is None:
+            levels = [round_to(rows, grid) for rows, grid in parts]
+        else:
+            levels = [gptq.round_with_feedback(rows, grid, known) for rows, grid in parts]
+        self.solved[name] = linear(levels, grids)
+        pairs = zip(_some_rows(weight), nearest, strict=True)
+        self.plain[name] = linear((round_to(rows, grid) for rows, grid in pairs), nearest)
+        self.block.set_submodule(name, self.solved[name])
+
+    def _grid(self, rows: Tensor, energy: Tensor) -> Grid:
+        if self.solver.form.clipped:
+            return clipped_grid(rows, energy)
+        return make_grid(*ranges(rows, WEIGHT_SCHEME), WEIGHT_SCHEME, rows.dtype)
+
+    def _sample(self, name: str, after: bool) -> Tensor:
+        """Some of what a site sees: float32 `[tokens, n]`, without the prefix."""
+        seen: list[Tensor] = []
+        self._watch([name], after, lambda _name, x: seen.append(x), SAMPLE_TOKENS)
+        sample = torch.cat(seen)[:SAMPLE_TOKENS]
+        if not bool(sample.isfinite().all()):
+            raise OptimError(
+                f"block {self.i}: what {name} sees is not finite on the calibration text",
+                "check the model's weights; a 16-bit overflow would show in its own output too",
+                USAGE,
+            )
+        return sample
+
+    def _gram(
+        self, names: list[str], sites: Site | Mapping[str, Site], after: bool
+    ) -> dict[str, Tensor]:
+        """Mean of q q^T over the calibration text (for token steps: of what q stands for)."""
+        grams: dict[str, Tensor] = {}
+        count: dict[str, int] = {}
+
+        def add(name: str, x: Tensor) -> None:
+            codes, step = (sites if isinstance(sites, nn.Module) else sites[name])(x)
+            codes = codes if step is None else codes * step
+            if name not in grams:
+                grams[name] = torch.zeros(codes.shape[1], codes.shape[1], device=codes.device)
+            add_gram(grams[name], codes)
+            count[name] = count.get(name, 0) + len(codes)
+
+        self._watch(names, after, add, None)
+        for name, gram in grams.items():
+            mirror(gram)
+            gram /= count[name]
+        return grams
+
+    def _watch(
+        self, names: list[str], after: bool, see: Callable[[str, Tensor], None], most: int | None
+    ) -> None:
+        """`see` what modules give (`after`) or read, on all the text or `most` tokens of it."""
+        solver, alone = self.solver, len(names) == 1
+
+        def look(name: str, x: Tensor) -> None:
+            x = x[:, solver.prefix :] if x.dim() == 3 else x
+            see(name, x.flatten(0, -2).float())
+            if alone:
+                raise _Left
+
+        def hook(name: str) -> torch.utils.hooks.RemovableHandle:
+            module = self.block.get_submodule(name)
+            if after:
+                return module.register_forward_hook(lambda m, args, out: look(name, out))
+            return module.register_forward_pre_hook(lambda m, args: look(name, args[0]))
+
+        handles = [hook(name) for name in names]
+        try:
+            tokens = 0
+            for rows in solver.walk.slices(self.states):
+                if most is not None and tokens >= most:
+                    break
+                hidden = self.states[rows]
+                tokens += hidden.shape[0] * hidden.shape[1]
+                with suppress(_Left):
+                    solver.walk.run(self.i, self.block, hidden)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _some_rows(weight: Tensor) -> tuple[Tensor, ...]:
+    return weight.split(max(1, ROW_BYTES // (4 * weight.shape[1])))
