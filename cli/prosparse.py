@@ -22,7 +22,7 @@ def work(recipe: Recipe, how: How, dry_run: bool) -> None:
     )
     prosparse.check(made)
     if dry_run:
-        show_plan(made.as_dict(), how.as_json)
+        show_plan(made.as_dict() | prosparse.needs(made), how.as_json)
         return
     try:
         with training.watch("prosparse") as report:
@@ -58,6 +58,7 @@ def show_plan(plan: dict[str, Any], as_json: bool) -> None:
     stages = " -> ".join(f"{peak:g}" for peak in section["l1"]) or "none"
     ui.say(f"ReLU over {100 * section['substitution']:.0f} % of the steps, then lambda {stages}")
     ui.say(f"trained: {section['train']}")
+    ui.say(f"memory about {ui.size(plan['memory'])} · disk {ui.size(plan['disk'])}")
     ui.note(f"nothing was written; the output would be {plan['output']}")
 
 

@@ -9,6 +9,7 @@ paper's tens of billions do. See schedule.py, losses.py and train.py.
 import hashlib
 import json
 import math
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -25,12 +26,14 @@ from optim.prune.relu_checkpoint import write
 from optim.prune.student import load_student, load_teacher
 from optim.prune.team import Team, join
 from optim.prune.train import Job, Point, Report, train
-from optim.recipes.errors import USAGE, OptimError
+from optim.recipes.errors import MACHINE, USAGE, OptimError
 from optim.recipes.schema import ProSparse
 from optim.runtime.artifact import Workspace
 from optim.runtime.checkpoint import require_plain
 from optim.runtime.corpus import calibration_windows, token_hash
 from optim.runtime.machine import reuse_memory
+
+LOGIT_COPIES = 6  # logits, odds and gradients that a pass holds at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ class Outcome:
 
 
 def check(made: Plan) -> None:
-    """Raise OptimError (2) for models that cannot be trained so, and for the held-back text.
+    """Raise OptimError for models that cannot be trained so (2), the held-back text (2), disk (4).
 
     Those are quantized models, ReLU models, and all without one gated feed-forward in each block.
     """
@@ -64,6 +67,30 @@ def check(made: Plan) -> None:
     if made.recipe.calibration.dataset == held_back.HELD_BACK[0]:
         fix = "train on another text, such as builtin:mixed"
         raise OptimError(f"{held_back.HELD_BACK[0]} is what the result is measured on", fix, USAGE)
+
+    need, place = needs(made)["disk"], made.output.absolute().parent
+    free = shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
+    if free < need:
+        what = f"training takes {need / 1e9:.1f} GB of disk, and {free / 1e9:.1f} GB are free"
+        raise OptimError(what, "choose another -o/--output", MACHINE)
+
+
+def needs(made: Plan) -> dict[str, int]:
+    """Bytes: `disk` of two states and the model, `memory` of both models, AdamW and one pass."""
+    section, tensors = _section(made), made.checkpoint.tensors.values()
+    ffns = feed_forwards(made.walk.blocks, made.checkpoint.name)
+    inside = sum(p.numel() for ffn in ffns for p in ffn.parameters())
+    every = sum(math.prod(info.shape) for info in tensors)
+    moving = {"ffn": inside, "full": every, "lora": section.rank * inside // made.neurons}
+    count, width = moving[section.train], 2 if made.walk.device.type == "cuda" else 4
+    tokens = section.micro_batch * made.recipe.calibration.seq_len
+    config = made.checkpoint.text_config
+    logits = 4 * tokens * int(config.get("vocab_size", 0)) * LOGIT_COPIES
+    inner = 4 * tokens * len(ffns) * (8 * made.neurons + 16 * int(config.get("hidden_size", 0)))
+    return {
+        "disk": 24 * count + sum(info.nbytes for info in tensors),
+        "memory": 2 * width * every + 16 * count + logits + inner,
+    }
 
 
 def prune(made: Plan, report: Report, windows: Tensor | None = None) -> Outcome:
