@@ -12,11 +12,12 @@ from torch import Tensor
 
 from optim.recipes.errors import MACHINE, USAGE, OptimError
 from optim.recipes.schema import CoreInfer, Recipe, ReluExact, Threshold
-from optim.runtime.architectures import Decoder
+from optim.runtime.architectures import FAMILIES, Decoder
 from optim.runtime.artifact import exists_error
 from optim.runtime.checkpoint import Checkpoint, open_checkpoint
 from optim.runtime.machine import pick_device
 from optim.runtime.plain import PlainView
+from optim.runtime.shape import resolve
 from optim.runtime.side import linears_of, require_known
 from optim.runtime.walk import Walk
 
@@ -85,6 +86,15 @@ def plan(
     checkpoint = open_checkpoint(recipe.model, trust_remote_code=trust_remote_code)
     facts = require_known(checkpoint)
     _require_format(checkpoint)
+    if isinstance(section, ReluExact):
+        require_relu(checkpoint)
+    needs_gate = isinstance(section, ReluExact) or getattr(section, "only", "") == "gate"
+    if needs_gate and facts.gated and len(facts.up) != 2:
+        raise OptimError(
+            f"{checkpoint.source} stores gate and up as one matrix: neither can be skipped alone",
+            "leave out small inputs of all linears: -m threshold",
+            USAGE,
+        )
     walk = Walk(PlainView(checkpoint), pick_device(device))
     sizes, neurons = _shapes(walk, facts)
     output = Path(recipe.output or f"./{checkpoint.name}-{_short(recipe)}")
@@ -106,6 +116,22 @@ def plan(
         force=force,
         notes=tuple(_notes(recipe, checkpoint)),
     )
+
+
+def is_relu(checkpoint: Checkpoint) -> bool:
+    """Whether the model's feed-forward gives exact zeros; False for families that are unknown."""
+    facts = FAMILIES.get(str(checkpoint.text_config.get("model_type")))
+    return facts is not None and resolve(checkpoint.text_config, facts.decoder).activation == "relu"
+
+
+def require_relu(checkpoint: Checkpoint) -> None:
+    """Refuse (OptimError 2) a model whose activation gives no exact zeros."""
+    if not is_relu(checkpoint):
+        raise OptimError(
+            f"{checkpoint.source} is no ReLU model: its activation gives no exact zeros",
+            "leave out what is small: -m threshold; or train it: -m prosparse",
+            USAGE,
+        )
 
 
 def _require_format(checkpoint: Checkpoint) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.prune import coreinfer, thresholds
+from optim.prune import coreinfer, relu_exact, thresholds
 from optim.prune.plan import Plan, Progress, Solved, plan
 from optim.recipes.build import to_yaml
 from optim.recipes.errors import USAGE, OptimError
-from optim.recipes.schema import CoreInfer, Threshold
+from optim.recipes.schema import CoreInfer, ReluExact, Threshold
 from optim.runtime.artifact import FORMAT_VERSION, INDEX, Workspace, index_of, tensor_sha256
 from optim.runtime.checkpoint import Checkpoint, open_checkpoint
 from optim.runtime.corpus import calibration_windows, token_hash
@@ -81,7 +81,8 @@ def solve(made: Plan, windows: Tensor, folder: Path, progress: Progress) -> Solv
         return thresholds.solve(made, windows, folder, progress)
     if isinstance(section, CoreInfer):
         return coreinfer.solve(made, windows, folder, progress)
-    raise AssertionError(section)
+    assert isinstance(section, ReluExact), section
+    return relu_exact.solve(made, windows, folder, progress)
 
 
 def _calibration(made: Plan) -> Tensor:

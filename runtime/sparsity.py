@@ -103,12 +103,13 @@ def sparsify(
                 each = hook if k == 0 else _quiet(hook)
                 hooks.append(block.get_submodule(name).register_forward_pre_hook(each))
     down = block.get_submodule(facts.down)
-    if rules.gate is not None:
-        if facts.gated:
-            act = activation(block, facts)
-            gate = block.get_submodule(facts.up[0])
-            hooks.append(gate.register_forward_hook(_gated(rules.gate, act, start)))
-        hooks.append(down.register_forward_pre_hook(_count_zeros(skips, facts.gated, start)))
+    if rules.gate is not None and facts.gated:
+        act = activation(block, facts)
+        gate = block.get_submodule(facts.up[0])
+        hooks.append(gate.register_forward_hook(_gated(rules.gate, act, start)))
+        hooks.append(down.register_forward_pre_hook(_count_zeros(skips, start)))
+    elif rules.gate is not None:
+        hooks.append(down.register_forward_pre_hook(_below(rules.gate, "down", skips, start)))
     if rules.core is not None:
         hooks.append(down.register_forward_pre_hook(_core(rules.core, guide, skips, start)))
     return skips
@@ -148,12 +149,11 @@ def _gated(t: float, act: Callable[[Tensor], Tensor], start: int) -> Callable[..
     return hook
 
 
-def _count_zeros(skips: Skips, gated: bool, start: int) -> Callable[..., Any]:
+def _count_zeros(skips: Skips, start: int) -> Callable[..., Any]:
     def hook(_module: nn.Module, args: tuple[Tensor]) -> None:
         zero = skips.windows(args[0])[:, start:] == 0
         skips.add("down", zero)
-        if gated:
-            skips.add("rows", zero)
+        skips.add("rows", zero)
 
     return hook
 

@@ -306,8 +306,6 @@ typedef struct {
     const Sparse *s;
     const int32_t *rows;
     const float *x; /* [inputs]; BF16: even ones, then odd */
-    const int8_t *q;
-    const float *step;
     float *y;
     int64_t count, next;
 } Dots;
@@ -361,10 +359,10 @@ static void dots_task(void *data) {
             const char *row = s->weight + j->rows[i] * s->stride;
             const char *later = s->weight + j->rows[i + 1 < j->count ? i + 1 : i] * s->stride;
             for (int64_t b = 0; b < s->stride; b += 64) __builtin_prefetch(later + b);
-            const int64_t half = (s->inputs + 1) / 2;
-            j->y[i] = s->kind == FLOAT ? dot_float((const float *)row, j->x, s->inputs)
-                                       : dot_bf16((const uint16_t *)row, j->x, j->x + half,
-                                                  s->inputs);
+            const float *odd = j->x + (s->inputs + 1) / 2;
+            j->y[i] = s->kind == FLOAT
+                          ? dot_float((const float *)row, j->x, s->inputs)
+                          : dot_bf16((const uint16_t *)row, j->x, odd, s->inputs);
         }
     }
 }
@@ -378,7 +376,7 @@ static int times_up(const Sparse *up, const float *x, const int32_t *rows, float
     float *y = scratch + 2 * half;
     for (int64_t k = 0; k < up->inputs; k++)
         scratch[up->kind == BF16 ? k / 2 + k % 2 * half : k] = x[k];
-    Dots job = {up, rows, scratch, NULL, NULL, y, count, 0};
+    Dots job = {up, rows, scratch, y, count, 0};
     if (parallel && threads > 1 && count > SHARE)
         parallel(dots_task, &job, threads, 0);
     else

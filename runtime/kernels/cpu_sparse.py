@@ -85,6 +85,38 @@ class Columns:
         return y
 
 
+class Rows:
+    """A linear held row by row, of which only some rows are computed; float32 or bf16."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """`weight` contiguous `[out, in]`, `bias` `[out]`."""
+        self.weight, self.bias = weight, None if bias is None else bias.float().contiguous()
+        use_huge_pages(weight)
+        self._sparse = _Sparse(
+            kind=KINDS[weight.dtype],
+            inputs=weight.shape[1],
+            outputs=weight.shape[0],
+            stride=weight.stride(0) * weight.element_size(),
+            weight=weight.data_ptr(),
+            bias=None if self.bias is None else self.bias.data_ptr(),
+        )
+        self.address = ctypes.addressof(self._sparse)
+
+
+def gated(up: Rows, down: Columns, x: Tensor, gate: Tensor, threshold: float) -> tuple[Tensor, int]:
+    """down(gate * up(x)) without the neurons whose `gate` is up to `threshold` in size.
+
+    x float32 `[in]`, gate float32 `[neurons]`; returns `[out]` and how many neurons were used.
+    """
+    x, gate, y = x.contiguous(), gate.contiguous(), torch.empty(down.outputs)
+    pointers = x.data_ptr(), gate.data_ptr(), y.data_ptr()
+    threads = torch.get_num_threads()
+    used = load().optim_gated(up.address, down.address, *pointers, threshold, threads, team())
+    if used < 0:
+        raise MemoryError
+    return y, used
+
+
 def linear(weight: Tensor, bias: Tensor | None) -> Columns:
     """Columns of a dense `[out, in]` weight in float32 or bf16."""
     tensors = {"weight": _padded(weight.T, TILE)}
@@ -151,6 +183,8 @@ def load() -> ctypes.CDLL:
     pointer = ctypes.c_void_p
     lib.optim_sparse.argtypes = [*[pointer] * 3, ctypes.c_float, ctypes.c_int, pointer]
     lib.optim_sparse.restype = ctypes.c_int64
+    lib.optim_gated.argtypes = [*[pointer] * 5, ctypes.c_float, ctypes.c_int, pointer]
+    lib.optim_gated.restype = ctypes.c_int64
     return lib
 
 
@@ -174,6 +208,9 @@ def check() -> str:
         held = weight.to(dtype)
         wanted = held.double() @ kept.double()
         _agree(linear(held, None)(x, 0.5), wanted)
+        gate = torch.relu(torch.randn(71, generator=generator))
+        got, _ = gated(Rows(held, None), linear(held.T, None), x, gate, 0.0)
+        _agree(got, held.double().T @ (gate.double() * (held.double() @ x.double())))
     return "skips columns"
 
 
