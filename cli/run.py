@@ -128,7 +128,8 @@ def _utf8(text: str, name: str) -> str:
 def _load(source: str, options: RunOptions) -> tuple[Sampling, Policy, Model]:
     """What is typed is checked before the weights are read."""
     from optim.runtime.cache import Policy
-    from optim.runtime.model import Form, load_model
+    from optim.runtime.model import load_model
+    from optim.runtime.plane_linear import Form
     from optim.runtime.sampling import Sampling
 
     sampling, policy = Sampling(**options.sampling), Policy(options.kv_bits, options.kv_policy)

@@ -1,0 +1,114 @@
+"""`optim pack`, `unpack`, and what the other commands say of packed folders."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from optim.cli import main
+
+Make = Callable[..., Path]
+
+
+def run(*words: object) -> int:
+    with pytest.MonkeyPatch.context() as patch, open(os.devnull) as nothing:
+        patch.setattr(sys, "stdin", nothing)
+        patch.setattr(sys, "argv", ["optim", *map(str, words)])
+        return main()
+
+
+@pytest.fixture(scope="module")
+def packed(make_model: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed") / "out"
+    assert run("pack", make_model("llama"), "-o", folder, "--quiet") == 0
+    return folder
+
+
+def test_the_report(make_model: Make, tmp_path: Path, capfd) -> None:
+    assert run("pack", make_model("llama"), "-o", tmp_path / "x", "--layout", "bf12", "--json") == 0
+    out, err = capfd.readouterr()
+    report = json.loads(out)
+    assert report["layout"] == "bf12" and report["packed_weights"] > 50_000
+    assert report["limit_bits_per_weight"] < report["packed_bits_per_weight"]
+    assert "each decoded again and proven equal" in err and "next: optim run" in err
+
+
+def test_a_dry_run_writes_nothing(make_model: Make, tmp_path: Path, capfd) -> None:
+    assert run("pack", make_model("llama"), "-o", tmp_path / "x", "--dry-run") == 0
+    out, err = capfd.readouterr()
+    assert "layout df11" in out and "output about" in out and "nothing was written" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_kept(make_model: Make, packed: Path, capfd) -> None:
+    assert run("pack", make_model("llama"), "-o", packed) == 2
+    assert "exists" in capfd.readouterr().err
+
+
+def test_a_recipe_packs(make_model: Make, tmp_path: Path, packed: Path, capfd) -> None:
+    recipe = packed / "recipe.yaml"
+    assert run("pack", "--recipe", recipe, "--print-recipe") == 0
+    assert "layout: df11" in capfd.readouterr().out
+    assert run("pack", "--recipe", recipe, "-o", tmp_path / "again", "--quiet") == 0
+    for path in packed.glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def test_wide_models_are_refused_with_the_way_out(make_model: Make, tmp_path: Path, capfd) -> None:
+    import torch
+
+    folder = make_model("llama", torch.float32)
+    assert run("pack", folder, "-o", tmp_path / "x") == 2
+    assert "--cast rounds them to bf16" in capfd.readouterr().err
+    assert run("pack", folder, "-o", tmp_path / "x", "--cast") == 0
+    assert "that is not lossless" in capfd.readouterr().err
+
+
+def test_unpack(packed: Path, tmp_path: Path, capfd) -> None:
+    assert run("unpack", packed, "-o", tmp_path / "back") == 0
+    assert "tensors proven by their sha256" in capfd.readouterr().err
+    assert run("unpack", tmp_path / "back", "-o", tmp_path / "never") == 2
+    assert run("unpack", packed) == 2
+
+
+def test_inspect_proves_without_the_original(packed: Path, capfd) -> None:
+    assert run("inspect", packed, "--verify", "--tensors") == 0
+    out = capfd.readouterr().out
+    assert "proven:" in out and "model.layers.1.mlp.down_proj.weight" in out
+    assert run("inspect", packed, "--json") == 0
+    facts = json.loads(capfd.readouterr().out)
+    assert len(facts["packed"]) == 16 and facts["packed"][0]["format"] == "df11"
+    assert all(tensor["limit"] < tensor["bits"] for tensor in facts["packed"])
+
+
+def test_inspect_finds_a_wrong_manifest(packed: Path, tmp_path: Path, capfd) -> None:
+    import shutil
+
+    folder = tmp_path / "wrong"
+    shutil.copytree(packed, folder)
+    manifest = json.loads((folder / "optim.json").read_text())
+    name = "model.layers.0.self_attn.q_proj.weight"
+    manifest["original_sha256"][name] = "0" * 64
+    (folder / "optim.json").write_text(json.dumps(manifest))
+    assert run("inspect", folder, "--verify") == 3
+    assert f"{name} does not decode to what was packed" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("extra", [[], ["--exact"]])
+def test_it_answers_like_the_original(make_model: Make, packed: Path, capfd, extra) -> None:
+    words = ["ab", "--raw", "--max-tokens", "12", "--temperature", "0", *extra]
+    replies = []
+    for model in (make_model("llama"), packed):
+        assert run("run", model, *words) == 0
+        replies.append(capfd.readouterr().out)
+    assert replies[0] == replies[1]
+
+
+def test_eval_finds_no_difference(make_model: Make, packed: Path, some_text: Path, capfd) -> None:
+    words = ["--text", some_text, "--window", "64", "--max-windows", "2", "--json"]
+    assert run("eval", packed, "--against", make_model("llama"), *words) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert result["kl"] == 0 and result["ppl_ratio"] == 1 and result["same_top"] == 1
