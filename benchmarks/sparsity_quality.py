@@ -17,15 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from optim.prune.plan import plan
+from optim.prune.coreinfer import share
+from optim.prune.plan import Plan, Solved, plan
 from optim.prune.run import solve
 from optim.recipes.build import build_recipe
 from optim.runtime.checkpoint import open_checkpoint
 from optim.runtime.corpus import calibration_windows, evaluation_windows
 from optim.runtime.evaluate import evaluate_windows
 from optim.runtime.side import Side, make_side
-from optim.runtime.traffic import read_share
 
+BUDGETS = ("uniform", "measured")
 ROWS: dict[str, list[str]] = {
     **{
         f"threshold {kind} {p:.0%}": [
@@ -44,27 +45,15 @@ ROWS: dict[str, list[str]] = {
         ]
         for only, p in (("down", 0.4), ("down", 0.6), ("ffn", 0.5), ("gate", 0.5))
     },
-    **{
-        f"core {score}{' +prior' if prior else ''} {budget} keep {keep}": [
-            "prune.method=coreinfer",
-            f"prune.keep={keep}",
-            f"prune.score={score}",
-            f"prune.prior={str(prior).lower()}",
-            f"prune.bias={str(score != 'paper').lower()}",
-            f"prune.budget={budget}",
-        ]
-        for keep in (0.4, 0.6, 0.8)
-        for score, prior, budget in (
-            ("paper", False, "uniform"),
-            ("griffin", False, "uniform"),
-            ("energy", False, "uniform"),
-            ("energy", True, "uniform"),
-            ("energy", True, "measured"),
-            ("griffin", True, "uniform"),
-            ("griffin", True, "measured"),
-        )
-    },
 }
+
+
+CORE_ROWS = [  # score, prior, budget, keep
+    *(("energy", True, budget, keep) for keep in (0.4, 0.6, 0.8) for budget in BUDGETS),
+    ("energy", False, "uniform", 0.4),
+    ("griffin", False, "uniform", 0.4),
+    ("paper", False, "uniform", 0.4),
+]
 
 
 def texts(file: str | None, samples: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,15 +70,44 @@ def texts(file: str | None, samples: int, count: int) -> tuple[torch.Tensor, tor
     return given, measured
 
 
-def solved(keys: list[str], windows: torch.Tensor) -> tuple[Side, dict[str, int]]:
-    """The side that a recipe's keys lead to."""
+def solved(keys: list[str], windows: torch.Tensor) -> tuple[Plan, Solved]:
+    """What a recipe's keys lead to on calibration windows."""
     recipe = build_recipe(None, {"model": "demo", "output": "/nowhere/x"}, keys)
     made = plan(recipe, force=True)
-    assert recipe.prune is not None
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        found = solve(made, windows, Path(folder), lambda at, total, text: None)
-    options = recipe.prune.model_dump(mode="json")
-    return make_side(made.checkpoint, recipe.prune.method, options, found.tensors), made.sizes
+        return made, solve(made, windows, Path(folder), lambda at, total, text: None)
+
+
+def side_of(made: Plan, found: Solved) -> Side:
+    """The side file's content."""
+    section = made.recipe.prune
+    assert section is not None
+    return make_side(made.checkpoint, section.method, section.model_dump(), found.tensors)
+
+
+def core_sides(windows: torch.Tensor, wanted: list[str]) -> dict[str, Side]:
+    """The rows of CoreInfer: one calibration, the budgets and scores derived from it."""
+    made, found = solved(["prune.method=coreinfer", "prune.keep=0.4"], windows)
+    curves = [row["errors"] for row in found.blocks]
+    losses = [row["kl_alone"] for row in found.blocks]
+    sides = {}
+    for score, prior, budget, keep in CORE_ROWS:
+        name = f"core {score}{' +prior' if prior else ''} {budget} keep {keep}"
+        if not any(word in name for word in wanted):
+            continue
+        drops = share(curves, losses, 0.4, keep) if budget == "measured" else [1 - keep] * 30
+        tensors = {
+            key: value
+            for key, value in found.tensors.items()
+            if (prior or not key.endswith("prior")) and (score != "paper" or "mean" not in key)
+        }
+        for i, drop in enumerate(drops):
+            tensors[f"{made.facts.layers}.{i}.keep"] = torch.tensor(
+                round((1 - drop) * made.neurons)
+            )
+        options = {"score": score, "alpha": 0.4, "guide": "auto"}
+        sides[name] = make_side(made.checkpoint, "coreinfer", options, tensors)
+    return sides
 
 
 def main() -> None:
@@ -101,13 +119,15 @@ def main() -> None:
     options = parser.parse_args()
     calibration, windows = texts(options.windows, options.samples, options.max_windows)
     demo = open_checkpoint("demo")
-    chosen = {name: keys for name, keys in ROWS.items() if any(w in name for w in options.only)}
-    sides = [solved(keys, calibration) for keys in chosen.values()]
-    found = evaluate_windows([demo] * len(sides), demo, windows, sides=[side for side, _ in sides])
-    for name, one, (_, sizes) in zip(chosen, found, sides, strict=True):
+    wanted = {name: keys for name, keys in ROWS.items() if any(w in name for w in options.only)}
+    sides = {name: side_of(*solved(keys, calibration)) for name, keys in wanted.items()}
+    if any(word in "core energy griffin paper measured keep" for word in options.only):
+        sides |= core_sides(calibration, options.only)
+    found = evaluate_windows([demo] * len(sides), demo, windows, sides=list(sides.values()))
+    for name, one in zip(sides, found, strict=True):
         row: dict[str, Any] = {
             "name": name,
-            "read": round(read_share(one.skipped or [], sizes), 3),
+            "read": round(one.read or 1, 3),
             "ratio": round(one.ppl_ratio or 0, 4),
             "error_percent": round(100 * (one.delta_nll_error or 0), 2),
             "kl": round(one.kl or 0, 4),

@@ -72,3 +72,23 @@ def _show(source: str, asked: Asked, found: dict[str, Any]) -> None:
         change = f"{found['delta_nll']:+.4f} ± {found['delta_nll_error']:.4f}"
         ui.say(f"nll a token {change} · same likeliest token {found['same_top']:.1%}")
     ui.say(f"{found['windows']} windows of {asked.window} tokens from {asked.text}")
+    if found.get("skipped"):
+        _show_skipped(found)
+
+
+SITES = {"qkv": "qkv", "out": "out", "up": "up", "rows": "up rows", "down": "down", "core": "core"}
+
+
+def _show_skipped(found: dict[str, Any]) -> None:
+    """What a sparse model left out: of each block, a token and in 8 tokens alike."""
+    blocks = found["skipped"]
+    sites = [site for site in SITES if site in blocks[0]["token"]]
+    rows = [(str(i), *(_skip(block, site) for site in sites)) for i, block in enumerate(blocks)]
+    ui.say(f"\nskipped by each block: of a token (of 8 tokens alike); the first {found['prompt']}")
+    ui.say("tokens of a window are its prompt, read densely and not measured")
+    ui.table(("block", *(SITES[site] for site in sites)), rows)
+    ui.say(f"a token reads {found['read']:.1%} of the blocks' weights")
+
+
+def _skip(block: dict[str, Any], site: str) -> str:
+    return f"{block['token'][site]:.0%} ({block['chunk'][site]:.0%})"

@@ -135,16 +135,32 @@ def _show_manifest(manifest: dict[str, Any] | None) -> None:
     if method := _section(recipe, "quantize"):
         keys = ("method", "bits", "group_size", "sym", "compensate")
         ui.say(", ".join(f"{key} {method[key]}" for key in keys if key in method))
+    if method := _section(recipe, "prune"):
+        ui.say(", ".join(f"{key} {value}" for key, value in method.items()))
     if calibration:
         dataset = _section(recipe, "calibration").get("dataset")
         size = f"{calibration.get('samples')} x {calibration.get('seq_len')} tokens"
         ui.say(f"calibrated on {dataset}, {size} (sha256 {str(calibration.get('sha256'))[:12]})")
+    _show_sparsity(_section(manifest, "sparsity").get("blocks"))
     blocks = (manifest or {}).get("blocks")
     if isinstance(blocks, list) and blocks:
         error, rounding = (_mean(blocks, key) for key in ("error", "rounding_error"))
         ui.say(f"mean error of a block {error:.2e}; plain rounding {rounding:.2e}")
     for text in (manifest or {}).get("notes") or ():
         ui.note(str(text))
+
+
+def _show_sparsity(blocks: Any) -> None:
+    """The budget of each block: sparsities of its sites, neurons kept, or zeros found."""
+    rows = []
+    for block in blocks if isinstance(blocks, list) else ():
+        facts = _section({"block": block}, "block")
+        facts = facts | _section(facts, "sparsity")
+        rows.append({key: value for key, value in facts.items() if isinstance(value, float)})
+    keys = list(rows[0]) if rows else []
+    if keys:
+        lines = ((str(i), *(f"{row.get(k, 0):.3g}" for k in keys)) for i, row in enumerate(rows))
+        ui.table(("block", *keys), lines)
 
 
 def _section(data: dict[str, Any] | None, key: str) -> dict[str, Any]:

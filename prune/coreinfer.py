@@ -73,11 +73,16 @@ def solve(made: Plan, windows: Tensor, folder: Path, progress: Progress) -> Solv
     costs: list[float | None] = [None] * len(cores)
     if measured:
         losses = _divergences(made, windows[: len(dense)], dense, alone.states)
-        levels, costs = _share(alone.curves, losses, section.keep), list(losses)
+        levels = share(alone.curves, losses, section.keep, section.keep)
+        costs = list(losses)
     tensors = _tensors(made, cores, levels)
     if guide.side.centroids is not None:
         tensors["centroids"] = guide.side.centroids
-    rows = [{"keep": 1 - x, "kl_alone": kl} for x, kl in zip(levels, costs, strict=True)]
+    rows: list[dict[str, Any]] = [
+        {"keep": 1 - x, "kl_alone": kl} for x, kl in zip(levels, costs, strict=True)
+    ]
+    for row, curve in zip(rows, alone.curves, strict=False):
+        row["errors"] = curve
     return Solved(tensors, rows, [])
 
 
@@ -147,12 +152,14 @@ def _divergences(made: Plan, ids: Tensor, dense: Tensor, states: list[Tensor]) -
     return found
 
 
-def _share(curves: list[list[float]], losses: list[float], keep: float) -> list[float]:
-    """The share that each block drops, `1 - keep` on average."""
+def share(
+    curves: list[list[float]], losses: list[float], measured: float, keep: float
+) -> list[float]:
+    """The share that each block drops, `1 - keep` on average; `losses` are at keep `measured`."""
     target = 1 - keep
     scaled = {}
     for i, (curve, loss) in enumerate(zip(curves, losses, strict=True)):
-        at = _between(curve, target)
+        at = _between(curve, 1 - measured)
         scaled[str(i)] = [loss * error / max(at, 1e-12) for error in curve]
     found = allocate(scaled, dict.fromkeys(scaled, 1.0), LEVELS, min(target, LEVELS[-1]))
     return [found[str(i)] for i in range(len(curves))]

@@ -1,6 +1,5 @@
 """What `optim prune` will do to a model, checked before the first weight is read."""
 
-import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from optim.runtime.checkpoint import Checkpoint, open_checkpoint
 from optim.runtime.machine import pick_device
 from optim.runtime.plain import PlainView
 from optim.runtime.shape import resolve
-from optim.runtime.side import linears_of, require_known
+from optim.runtime.side import require_known
+from optim.runtime.traffic import site_sizes
 from optim.runtime.walk import Walk
 
 Progress = Callable[[int, int, str], None]
@@ -96,7 +96,8 @@ def plan(
             USAGE,
         )
     walk = Walk(PlainView(checkpoint), pick_device(device))
-    sizes, neurons = _shapes(walk, facts)
+    sizes = site_sizes(walk, facts)
+    neurons = int(walk.blocks[0].get_parameter(f"{facts.down}.weight").shape[1])
     output = Path(recipe.output or f"./{checkpoint.name}-{_short(recipe)}")
     if output.exists() and not force:
         raise exists_error(output)
@@ -142,16 +143,6 @@ def _require_format(checkpoint: Checkpoint) -> None:
             "start from the 16-bit model, or from what `optim quantize` wrote",
             USAGE,
         )
-
-
-def _shapes(walk: Walk, facts: Decoder) -> tuple[dict[str, int], int]:
-    """Weights of each site in a block, and the neurons of its feed-forward."""
-    block = walk.blocks[0]
-    sizes = {
-        site: sum(math.prod(block.get_parameter(f"{name}.weight").shape) for name in names)
-        for site, names in linears_of(facts).items()
-    }
-    return sizes, int(block.get_parameter(f"{facts.down}.weight").shape[1])
 
 
 def _require_disk(checkpoint: Checkpoint, output: Path) -> None:

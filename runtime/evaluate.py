@@ -27,8 +27,9 @@ from optim.runtime.corpus import evaluation_windows, token_hash
 from optim.runtime.machine import pick_device
 from optim.runtime.plain import PlainView
 from optim.runtime.side import Side, read_side
-from optim.runtime.sparsity import Skips, SparseWalk
+from optim.runtime.sparsity import SparseWalk
 from optim.runtime.static import static_walk
+from optim.runtime.traffic import read_share, site_sizes
 from optim.runtime.walk import HiddenStates, Walk
 
 Progress = Callable[[int, int, str], None]
@@ -51,6 +52,7 @@ class Evaluation:
     text_sha256: str
     prompt: int = 0  # tokens of each window that are read densely and not measured
     skipped: list[dict[str, Any]] | None = None  # of each block, see sparsity.py
+    read: float | None = None  # share of the blocks' weights that a token reads
     base_perplexity: float | None = None
     ppl_ratio: float | None = None
     delta_nll: float | None = None
@@ -109,7 +111,7 @@ def evaluate_windows(
     place = pick_device(device)
     sides = [read_side(model) for model in checkpoints] if sides is None else sides
     prompt = windows.shape[1] // 2 if any(sides) else 0
-    skips: list[list[Skips]] = []
+    sparse_walks: list[SparseWalk | None] = []
     models = [*checkpoints, *([base] if base else [])]
     steps = sum(_block_count(m) for m in models)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
@@ -129,17 +131,22 @@ def evaluate_windows(
                 walked.append((walk, _hidden(walk, windows, path, step, sparse)))
             else:
                 walked.append((walk, static.hidden(windows, path, step)))
-            skips.append([] if sparse is None else sparse.skips)
+            sparse_walks.append(sparse)
             done += len(walk)
         reference = walked.pop() if base else None
         rows = torch.stack(
             [_measure(walked, reference, windows, i, prompt) for i in range(len(windows))]
         )
     found = [_summary(rows[:, k], windows, prompt, base is not None) for k in range(len(sides))]
-    return [
-        replace(one, skipped=[block.as_dict() for block in counted] or None)
-        for one, counted in zip(found, skips, strict=False)
-    ]
+    return [_with_skips(*pair) for pair in zip(found, sparse_walks, strict=False)]
+
+
+def _with_skips(found: Evaluation, sparse: SparseWalk | None) -> Evaluation:
+    if sparse is None:
+        return found
+    skipped = [block.as_dict() for block in sparse.skips]
+    sizes = site_sizes(sparse.walk, sparse.facts)
+    return replace(found, skipped=skipped, read=read_share(skipped, sizes))
 
 
 def _block_count(checkpoint: Checkpoint) -> int:

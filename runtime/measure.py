@@ -77,7 +77,9 @@ class Engine(Protocol):
     """One loaded model: `run` gives the seconds of the prefill and of the decode."""
 
     place: str
-    weight_bytes: int
+
+    @property
+    def weight_bytes(self) -> int: ...
 
     def run(self, prompt: int, new: int, batch: int) -> tuple[float, float]: ...
 
@@ -90,7 +92,12 @@ class OptimEngine:
 
         self._model = load_model(job.source, device=job.device, threads=job.threads, form=job.form)
         self._policy, self._context = Policy(job.kv_bits, job.kv_policy), job.context
-        self.place, self.weight_bytes = self._model.place, self._model.weight_bytes
+        self.place = self._model.place
+
+    @property
+    def weight_bytes(self) -> int:
+        """What a token reads; of a sparse model, what its tokens have read on average."""
+        return round(self._model.token_bytes)
 
     def run(self, prompt: int, new: int, batch: int) -> tuple[float, float]:
         model = self._model

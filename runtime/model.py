@@ -71,6 +71,13 @@ class Model:
             self._tokenizer = self.checkpoint.tokenizer()
         return self._tokenizer
 
+    @property
+    def token_bytes(self) -> float:
+        """Bytes of weights read for a token: `weight_bytes` less what was skipped so far."""
+        from optim.runtime.traffic import skipped_bytes
+
+        return self.weight_bytes - skipped_bytes(self.decoder)
+
     def context(self, asked: int | None) -> int:
         """`asked`, or the model's own. Raises OptimError (2) if that is more than it has."""
         if asked and asked > self.max_context:

@@ -5,8 +5,6 @@ is widened a slice of inputs at a time. Where there is no such kernel the inputs
 the dense linear runs: the same result, at the dense speed.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -41,11 +39,11 @@ class SparseLinear(nn.Module):
         return y
 
     @property
-    def token_bytes(self) -> float:
-        """Bytes of weights read for a token, on average over the tokens decoded so far."""
+    def skipped_bytes(self) -> float:
+        """Bytes of weights not read for a token, on average over the tokens decoded so far."""
         if not self.calls:
-            return self.columns.nbytes
-        return self.columns.nbytes * self.used / (self.calls * self.columns.inputs)
+            return 0.0
+        return self.columns.nbytes * (1 - self.used / (self.calls * self.columns.inputs))
 
 
 class MaskedLinear(nn.Module):
@@ -92,9 +90,3 @@ def sparse_packed(linear: PackedLinear, threshold: float) -> SparseLinear | None
 
 def _readable(scheme: Scheme, device: torch.device) -> bool:
     return device.type == "cpu" and cpu_sparse.supports(scheme) and cpu_sparse.usable()
-
-
-def token_bytes(modules: Sequence[nn.Module]) -> float:
-    """Bytes that the sparse ones of `modules` read for a token, less those they hold."""
-    sparse = [m for m in modules if isinstance(m, SparseLinear)]
-    return sum(m.token_bytes - m.columns.nbytes for m in sparse)
