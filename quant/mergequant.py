@@ -51,6 +51,7 @@ from optim.runtime.hadamard import Mixing, mixing
 from optim.runtime.walk import HiddenStates, Walk, linear_at
 
 SAMPLE_TOKENS = 4096  # the steps are chosen on so many
+KEPT_BYTES = 256 * 2**20  # what a site sees is kept for its second use up to here
 PROBE_TOKENS = 512
 ROW_BYTES = 16 * 2**20  # float32 rows of a linear that are rounded at a time
 FOLD_TOLERANCE = 1e-3
@@ -175,6 +176,7 @@ class _Block:
     solved: dict[str, StepLinear] = field(default_factory=dict)
     plain: dict[str, StepLinear] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    kept: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def norm_site(self, where: NormSite) -> None:
         """Steps into the norm, or where a router reads it too, before each of its linears."""
@@ -295,8 +297,13 @@ class _Block:
     def _sample(self, name: str, after: bool) -> Tensor:
         """Some of what a site sees: float32 `[tokens, n]`, without the prefix."""
         seen: list[Tensor] = []
-        self._watch([name], after, lambda _name, x: seen.append(x), SAMPLE_TOKENS)
-        sample = torch.cat(seen)[:SAMPLE_TOKENS]
+        module = self.block.get_submodule(name)
+        width = int(getattr(module, "in_features", self.states.shape[2]))
+        fits = self.states.shape[0] * self.states.length * width * 4 <= KEPT_BYTES
+        self._watch([name], after, lambda _name, x: seen.append(x), None if fits else SAMPLE_TOKENS)
+        if fits:
+            self.kept = {name: seen}
+        sample = torch.cat([x[:: len(seen) * len(x) // SAMPLE_TOKENS + 1] for x in seen])
         if not bool(sample.isfinite().all()):
             raise OptimError(
                 f"block {self.i}: what {name} sees is not finite on the calibration text",
@@ -320,7 +327,11 @@ class _Block:
             add_gram(grams[name], codes)
             count[name] = count.get(name, 0) + len(codes)
 
-        self._watch(names, after, add, None)
+        if names[0] in self.kept:
+            for x in self.kept.pop(names[0]):
+                add(names[0], x)
+        else:
+            self._watch(names, after, add, None)
         for name, gram in grams.items():
             mirror(gram)
             gram /= count[name]

@@ -20,8 +20,8 @@ from optim.quant.grid import Grid
 from optim.runtime.formats.packed import Scheme
 from optim.runtime.formats.w4a4 import limits
 
-RATIOS = 24
-LEAST_RATIO = 0.15
+RATIOS = 16
+LEAST_RATIO = 0.2
 WEIGHT_RATIOS = tuple(1 - 0.025 * i for i in range(25))  # 1.0 down to 0.4
 SPLIT_AT = 2.5  # standard deviations of the steps above their mean
 WEIGHT_SCHEME = Scheme(4, -1, True)
