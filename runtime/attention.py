@@ -25,21 +25,26 @@ class Rule:
     cap: float | None = None
 
 
-def attend(q: Tensor, cache: Layer, start: int, rule: Rule, padding: Tensor | None) -> Tensor:
+def attend(
+    q: Tensor, cache: Layer, start: int, rule: Rule, padding: Tensor | None, prefix: int = 0
+) -> Tensor:
     """What `q` `[B, T, heads, D]` at start..start+T see in `cache`: `[B, T, heads * D]`.
 
-    The keys and values of those positions are in the cache already.
+    The keys and values of those positions are in the cache already. `padding` follows `prefix`
+    positions, which every row sees.
     """
     if isinstance(cache, LayerCache) and not cache.transposed and rule.cap is None:
-        return _fused(q, cache, start, rule, padding)
+        return _fused(q, cache, start, rule, padding, prefix)
     blocks = [
-        _rows(block, cache, start + i * ROWS, rule, padding)
+        _rows(block, cache, start + i * ROWS, rule, padding, prefix)
         for i, block in enumerate(torch.split(q, ROWS, 1))
     ]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
 
 
-def _rows(q: Tensor, cache: Layer, start: int, rule: Rule, padding: Tensor | None) -> Tensor:
+def _rows(
+    q: Tensor, cache: Layer, start: int, rule: Rule, padding: Tensor | None, prefix: int
+) -> Tensor:
     b, t, heads, d = q.shape
     kv = cache.rows // b
     group, end = heads // kv, start + t
@@ -48,7 +53,7 @@ def _rows(q: Tensor, cache: Layer, start: int, rule: Rule, padding: Tensor | Non
     scores = cache.scores(rows, first, end, rule.scale)
     if rule.cap is not None:
         scores = torch.tanh(scores / rule.cap) * rule.cap
-    mask = visible(start, t, first, rule.window, padding, q.device)
+    mask = visible(start, t, first, rule.window, padding, q.device, prefix)
     if mask is not None:
         hidden = ~mask[:, None, None]
         scores.view(b, kv, group, t, -1).masked_fill_(hidden, torch.finfo(scores.dtype).min)
@@ -64,6 +69,7 @@ def visible(
     window: int | None,
     padding: Tensor | None,
     device: torch.device,
+    prefix: int = 0,
 ) -> Tensor | None:
     """Bool `[B or 1, t, n]`: which of the keys first..start+t each of t queries sees; None: all."""
     if t == 1 and padding is None:
@@ -76,15 +82,18 @@ def visible(
     if padding is None:
         return mask[None]
     # A pad token sees itself: a row without keys would be NaN.
-    return (mask & (keys >= padding[:, None, None])) | (keys == queries)
+    real = (keys >= padding[:, None, None] + prefix) | (keys < prefix)
+    return (mask & real) | (keys == queries)
 
 
-def _fused(q: Tensor, cache: LayerCache, start: int, rule: Rule, padding: Tensor | None) -> Tensor:
+def _fused(
+    q: Tensor, cache: LayerCache, start: int, rule: Rule, padding: Tensor | None, prefix: int
+) -> Tensor:
     b, t, heads, d = q.shape
     end = start + t
     first = max(0, start - rule.window + 1) if rule.window else 0
     keys, values = cache.keys[:, :, first:end], cache.values[:, :, first:end]
-    mask = visible(start, t, first, rule.window, padding, q.device)
+    mask = visible(start, t, first, rule.window, padding, q.device, prefix)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2).to(keys.dtype),
         keys,

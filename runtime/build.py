@@ -20,6 +20,7 @@ from optim.runtime.core_ffn import CoreFeedForward
 from optim.runtime.decoder import Attention, Block, Decoder
 from optim.runtime.formats.packed import SUFFIXES, Scheme, SchemeOf
 from optim.runtime.formats.packed_linear import PackedLinear, fuse
+from optim.runtime.formats.w4a4 import read_config
 from optim.runtime.gated_ffn import GatedFeedForward, MaskedGate
 from optim.runtime.kernels import cpu_step
 from optim.runtime.kernels.cpu_sparse import NOTHING, Rows
@@ -42,6 +43,8 @@ from optim.runtime.rope import Rope, ropes
 from optim.runtime.shape import Layer, Shape, resolve
 from optim.runtime.side import Side, read_side
 from optim.runtime.sparse import MaskedLinear, SparseLinear, sparse_dense, sparse_packed
+from optim.runtime.static import StaticReader
+from optim.runtime.static_decoder import complete
 
 FeedForward = MLP | Mixture | CoreFeedForward | GatedFeedForward | MaskedGate
 
@@ -56,10 +59,14 @@ class Loader:
     side: Side | None = None
     form: Form = "planes"
     weight_bytes: int = field(default=0)
+    static: StaticReader | None = field(init=False)
     _scheme_of: SchemeOf = field(init=False)
 
     def __post_init__(self) -> None:
         self._scheme_of = schemes_of(self.checkpoint)
+        config = read_config(self.checkpoint.quantization)
+        made = (self.checkpoint, config, self.device, self.dtype) if config else None
+        self.static = StaticReader(*made) if made else None
 
     def has(self, name: str) -> bool:
         return name in self.checkpoint.tensors
@@ -81,6 +88,10 @@ class Loader:
 
         Decoding, it leaves out inputs up to `below` in size.
         """
+        if self.static is not None and self.static.has(names[0]):
+            whole = self.static.linear(*names)
+            self.weight_bytes += whole.nbytes
+            return whole
         schemes = {self._scheme(name) for name in names}
         biased = [name for name in names if self.has(f"{name}.bias")]
         if len(schemes) > 1 or len(biased) not in (0, len(names)):
@@ -140,6 +151,8 @@ class Loader:
 
     def norm(self, name: str, facts: Facts, eps: float, offset: int) -> Norm:
         """The norm module `name`; a LayerNorm without affine parameters has no tensors."""
+        if self.static is not None and self.static.has(name):
+            return self.static.norm(name, eps)
 
         def read(part: str) -> Tensor | None:
             key = f"{name}.{part}"
@@ -187,6 +200,8 @@ def build(
         cache_dtype=_cache_dtype(loader, checkpoint.tensors[f"{facts.embed}.weight"].dtype),
         one_call=one_call(blocks, shape),
     )
+    if loader.static is not None:
+        complete(decoder, loader.static)
     side = loader.side
     return decoder if side is None else core_decoder(decoder, side), loader.weight_bytes
 

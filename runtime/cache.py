@@ -253,6 +253,7 @@ class StaticCache:
     """All layers' keys and values for `batch` rows, at most `limit` positions.
 
     `length` positions are filled. `padding` `[B]` counts the pad tokens on the left of each row.
+    Before them lie `prefix` positions of the model's own, which nobody else counts.
     """
 
     layers: Sequence[Layer]
@@ -260,6 +261,7 @@ class StaticCache:
     length: int = 0
     padding: Tensor | None = None
     capacity: int = field(default=0)
+    prefix: int = 0
 
     @property
     def step(self) -> int:
@@ -271,15 +273,15 @@ class StaticCache:
 
     def place(self, count: int) -> int:
         """Make room for `count` positions more; where the first of them goes."""
-        self.reserve(self.length + count)
-        return self.length
+        self.reserve(self.prefix + self.length + count)
+        return self.prefix + self.length
 
     def reserve(self, length: int) -> None:
         """Grow every layer so that `length` positions fit."""
         if length <= self.capacity:
             return
         wanted = max(length, self.capacity + self.capacity // 2)
-        capacity = min(self.limit, -(-wanted // CHUNK) * CHUNK)
+        capacity = min(self.prefix + self.limit, -(-wanted // CHUNK) * CHUNK)
         for layer in self.layers:
             layer.grow(capacity)
         self.capacity = capacity
@@ -302,11 +304,12 @@ class StaticCache:
 
     def state(self) -> dict[str, Tensor]:
         """All tensors, to be saved."""
-        return states(self.layers, self.length)
+        return states(self.layers, self.prefix + self.length)
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`; ValueError, and an empty cache, if it is not of this form."""
-        self.length = self.capacity = restored(self.layers, state, self.limit)
+        self.capacity = restored(self.layers, state, self.prefix + self.limit)
+        self.length = self.capacity - self.prefix
 
 
 def static_layers(

@@ -8,7 +8,7 @@ with norms before, after or around, in sequence or in parallel, as the family sa
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ class Step:
     start: int
     angles: dict[str, tuple[Tensor, Tensor]]
     padding: Tensor | None
+    prefix: int = 0
 
 
 @dataclass(slots=True)
@@ -54,14 +55,15 @@ class Attention:
 
     def __call__(self, x: Tensor, cache: Layer, step: Step) -> Tensor:
         y = self._project(x)
-        alone = x.shape[1] == 1
+        alone = x.shape[1] == 1 and not (step.prefix and step.padding is not None)
         seen = self._one_token(y, cache, step) if alone and self.one_token is not None else None
         if seen is None:
             qk, v = y[:, :, : self.heads + self.kv_heads], y[:, :, self.heads + self.kv_heads :]
             if self.rope is not None:
                 qk = rotate(qk, *step.angles[self.rope])
             cache.write(qk[:, :, self.heads :], v, step.start)
-            seen = attend(qk[:, :, : self.heads], cache, step.start, self.rule, step.padding)
+            q, padding = qk[:, :, : self.heads], step.padding
+            seen = attend(q, cache, step.start, self.rule, padding, step.prefix)
         out: Tensor = self.out(seen)
         return out
 
@@ -149,10 +151,17 @@ class Decoder:
     dtype: torch.dtype
     cache_dtype: torch.dtype
     one_call: cpu_blocks.Blocks | None
+    prefix: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Keys and values `[1, P, kv_heads, D]` of each block that every text begins with."""
+
+    @property
+    def prefix_length(self) -> int:
+        """Positions before the first token of a text."""
+        return self.prefix[0][0].shape[1] if self.prefix else 0
 
     @property
     def max_context(self) -> int:
-        return self.shape.max_context
+        return self.shape.max_context - self.prefix_length
 
     def new_cache(
         self,
@@ -171,9 +180,17 @@ class Decoder:
             layers = static_layers(count, batch, heads, dim, device, self.cache_dtype)
         else:
             layers = packed_layers(count, batch, heads, dim, device, policy.bits)
+        if policy.kind == "stream" and self.prefix:
+            what = "the model begins every text with tokens of its own, which a stream would forget"
+            raise OptimError(what, "--kv-policy full", USAGE)
         if policy.kind == "stream":
             return stream_cache(layers, self._turns(limit), limit, batch)
-        return StaticCache(layers, limit, padding=padding)
+        cache = StaticCache(layers, limit, padding=padding, prefix=self.prefix_length)
+        if self.prefix:
+            cache.reserve(self.prefix_length)
+        for layer, (keys, values) in zip(layers, self.prefix, strict=False):
+            layer.write(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), 0)
+        return cache
 
     def _turns(self, limit: int) -> list[Turn | None]:
         """How each block's keys are moved to other positions."""
@@ -189,7 +206,7 @@ class Decoder:
 
     def __call__(self, ids: Tensor, cache: LayeredCache, all_logits: bool) -> Tensor:
         """fp32 logits after `ids` `[B, T]`, which follow what is in `cache`: the last, or all T."""
-        end = min(cache.length + ids.shape[1], cache.span)
+        end = min(cache.length + ids.shape[1], cache.span) + self.prefix_length
         logits = []
         for chunk in torch.split(ids, min(CHUNK, cache.step), 1):
             h = self._hidden(chunk, cache, end)
@@ -212,6 +229,7 @@ class Decoder:
         places = torch.arange(cache.length, cache.length + t, device=ids.device)[None]
         if cache.padding is not None:
             places = (places - cache.padding[:, None]).clamp_(min=0)
+        places = places + self.prefix_length
         h = self.embed[ids].to(self.dtype)
         if self.shape.embed_scale != 1:
             h = h * self.shape.embed_scale
@@ -220,7 +238,7 @@ class Decoder:
         if self.positions is not None:
             h = h + self.positions[places + POSITION_OFFSET].to(h.dtype)
         angles = {kind: rope.angles(places, end) for kind, rope in self.ropes.items()}
-        return h, Step(start, angles, cache.padding)
+        return h, Step(start, angles, cache.padding, self.prefix_length)
 
     def _logits(self, h: Tensor) -> Tensor:
         h = _norm(self.norm, h)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from optim.runtime.formats.w4a4 import StepNorm
 from optim.runtime.kernels import cpu_step
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -83,7 +84,7 @@ class LayerNorm:
         return F.layer_norm(x.float(), shape, self.weight, self.bias, self.eps).to(x.dtype)
 
 
-Norm = RMSNorm | LayerNorm
+Norm = RMSNorm | LayerNorm | StepNorm
 
 
 @dataclass(slots=True)
