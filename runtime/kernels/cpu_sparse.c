@@ -17,7 +17,8 @@
 #endif
 
 enum { BF16 = 0, FLOAT = 1, INT4 = 4 };
-enum { TILE = 64, STRIP = 2048, EACH = 4 }; /* outputs that pad, at a time; rows at a time */
+enum { TILE = 64, STRIP = 2048 };  /* outputs that weights are padded to; outputs at a time */
+enum { EACH = 4, MANY = 8 };         /* rows at a time; rows of int4 */
 
 typedef float floats __attribute__((vector_size(32)));
 typedef uint32_t words __attribute__((vector_size(32)));
@@ -133,27 +134,27 @@ INLINE void two_rows(const char *p, const char *q, __m256i x, __m256i *sum) {
     sum[3] = _mm256_add_epi16(sum[3], _mm256_maddubs_epi16(_mm256_unpackhi_epi8(e, f), x));
 }
 
-static void four_rows(const char **row, const char **later, const int16_t *x, int64_t n,
+static void many_rows(const char **row, const char **later, const int16_t *x, int64_t n,
                       int16_t *sum) {
-    const __m256i p = _mm256_set1_epi16((int16_t)((x[0] & 255) | x[1] << 8));
-    const __m256i q = _mm256_set1_epi16((int16_t)((x[2] & 255) | x[3] << 8));
+    __m256i pair[MANY / 2];
+    for (int r = 0; r < MANY; r += 2)
+        pair[r / 2] = _mm256_set1_epi16((int16_t)((x[r] & 255) | x[r + 1] << 8));
     for (int64_t k = 0; k < n; k += TILE, sum += TILE) {
         __m256i s[4];
-        for (int r = 0; r < EACH; r++) __builtin_prefetch(later[r] + k / 2);
+        for (int r = 0; r < MANY; r++) __builtin_prefetch(later[r] + k / 2);
         memcpy(s, sum, sizeof s);
-        two_rows(row[0] + k / 2, row[1] + k / 2, p, s);
-        two_rows(row[2] + k / 2, row[3] + k / 2, q, s);
+        for (int r = 0; r < MANY; r += 2) two_rows(row[r] + k / 2, row[r + 1] + k / 2, pair[r / 2], s);
         memcpy(sum, s, sizeof s);
     }
 }
 #else
 static const int PLACE[8] = {0, 1, 2, 3, 4, 5, 6, 7};
 
-static void four_rows(const char **row, const char **later, const int16_t *x, int64_t n,
+static void many_rows(const char **row, const char **later, const int16_t *x, int64_t n,
                       int16_t *sum) {
     (void)later;
     for (int64_t k = 0; k < n; k += TILE, sum += TILE)
-        for (int r = 0; r < EACH; r++) {
+        for (int r = 0; r < MANY; r++) {
             const uint8_t *p = (const uint8_t *)row[r] + k / 2;
             for (int i = 0; i < TILE / 2; i++) {
                 sum[i] += (p[i] & 15) * x[r];
@@ -166,15 +167,15 @@ static void four_rows(const char **row, const char **later, const int16_t *x, in
 static void int4_sum(const Job *j, const char *base, int64_t from, int64_t end, int64_t n,
                      int16_t *sum) {
     memset(sum, 0, n * sizeof(int16_t));
-    for (int64_t i = from; i < end; i += EACH) {
-        const char *row[EACH], *later[EACH];
-        int16_t x[EACH];
-        for (int r = 0; r < EACH; r++) {
+    for (int64_t i = from; i < end; i += MANY) {
+        const char *row[MANY], *later[MANY];
+        int16_t x[MANY];
+        for (int r = 0; r < MANY; r++) {
             row[r] = row_of(j, base, i + r < end ? i + r : i);
             x[r] = i + r < end ? j->q[i + r] : 0;
-            later[r] = row_of(j, base, i + EACH + r);
+            later[r] = row_of(j, base, i + MANY + r);
         }
-        four_rows(row, later, x, n, sum);
+        many_rows(row, later, x, n, sum);
     }
 }
 
@@ -243,31 +244,37 @@ static int64_t list(const float *x, int64_t n, float threshold, int32_t *rows, f
     return count;
 }
 
+static float peak_of(const float *x, int64_t n) {
+    float peak = 0;
+#pragma omp simd reduction(max : peak)
+    for (int64_t k = 0; k < n; k++) peak = fabsf(x[k]) > peak ? fabsf(x[k]) : peak;
+    return peak;
+}
+
 /* x by chunks on a grid of its own, as cpu_w4a8.c rounds it; active rows by pieces of a group. */
 static void pieces(const Sparse *s, const float *x, Job *j, int16_t *q, float *step, int32_t *from,
                    int32_t *of) {
-    int64_t group = 0, chunk = -1, size = 0;
+    int64_t group = -1, group_end = 0, chunk_end = 0, size = 0, p = -1;
     float inverse = 0, worth = 0;
     for (int64_t i = 0; i < j->count; i++) {
-        const int32_t k = j->rows[i];
-        if (k / s->chunk != chunk) {
-            chunk = k / s->chunk;
-            const int64_t all = (chunk + 1) * s->chunk, end = all < s->inputs ? all : s->inputs;
-            float peak = 0;
-            for (int64_t c = chunk * s->chunk; c < end; c++)
-                peak = fabsf(x[c]) > peak ? fabsf(x[c]) : peak;
+        const int64_t k = j->rows[i];
+        int fresh = 0;
+        if (k >= chunk_end) {
+            const int64_t chunk = k / s->chunk * s->chunk, left = s->inputs - chunk;
+            const float peak = peak_of(x + chunk, left < s->chunk ? left : s->chunk);
+            chunk_end = chunk + s->chunk, fresh = 1;
             inverse = peak > 0 ? 127 / peak : 0, worth = peak / 127;
         }
-        while (k >= s->group_of[group + 1]) group++;
+        for (; k >= group_end; fresh = 1) group_end = s->group_of[++group + 1];
         const float scaled = j->x[i] * inverse;
         q[i] = (int16_t)(scaled + (scaled < 0 ? -0.5f : 0.5f));
         size += abs(q[i]);
-        const int64_t p = j->pieces - 1;
-        if (p < 0 || of[p] != group || step[p] != worth || 15 * size > INT16_MAX) {
-            from[j->pieces] = (int32_t)i, of[j->pieces] = (int32_t)group;
-            step[j->pieces++] = worth, size = abs(q[i]);
+        if (fresh || 15 * size > INT16_MAX) {
+            p++, size = abs(q[i]);
+            from[p] = (int32_t)i, of[p] = (int32_t)group, step[p] = worth;
         }
     }
+    j->pieces = p + 1;
     from[j->pieces] = (int32_t)j->count;
 }
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from optim.runtime.kernels import cpu_sparse, cpu_w4a8
+from optim.runtime.machine import use_huge_pages
 
 
 def gather_rows(weight: cpu_w4a8.Weight, rows: Tensor) -> cpu_w4a8.Weight:
@@ -18,6 +19,7 @@ def gather_rows(weight: cpu_w4a8.Weight, rows: Tensor) -> cpu_w4a8.Weight:
     small = copy.copy(weight)
     small.outputs = len(rows)
     small.weight = _lanes(weight.weight, rows)
+    use_huge_pages(small.weight)
     small.scale = _lanes(weight.scale, rows)
     small.zero = None if weight.zero is None else _lanes(weight.zero, rows)
     small.bias = None if weight.bias is None else _lanes(weight.bias, rows)
