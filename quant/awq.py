@@ -71,10 +71,12 @@ def search_scale(
 
 
 def _search_ratio(loss_at: Callable[[int], float], n_grid: int) -> tuple[int, float]:
-    """The best point of 0 .. n_grid and its loss: every other one, then around the best."""
-    losses = {i: loss_at(i) for i in range(0, n_grid + 1, 2)}
-    found = min(losses, key=losses.__getitem__)
-    losses |= {i: loss_at(i) for i in (found - 1, found + 1) if 0 <= i <= n_grid}
+    """The best point of 0 .. n_grid and its loss: every fourth one, then closer around the best."""
+    losses = {i: loss_at(i) for i in range(0, n_grid + 1, 4)}
+    for step in (2, 1):
+        found = min(losses, key=losses.__getitem__)
+        near = (i for i in (found - step, found + step) if 0 <= i <= n_grid)
+        losses |= {i: loss_at(i) for i in near if i not in losses}
     found = min(losses, key=losses.__getitem__)
     return found, losses[found]
 

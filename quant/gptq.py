@@ -22,6 +22,7 @@ from optim.quant.grid import Grid
 
 BLOCK = 128  # columns rounded before what they owe is passed on
 STRIP = 512  # columns factored at a time
+TILE = 64  # rows rounded side by side: with a block's columns they stay in the nearest cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +88,17 @@ def round_with_feedback(weight: Tensor, grid: Grid, fed: Feedback) -> Tensor:
     """Integers for rows of a weight `[rows, in]` on their grid, float32 `[rows, in]`."""
     columns = weight.shape[1]
     group = torch.arange(columns, device=weight.device) // (columns // grid.scale.shape[1])
-    w = weight[:, fed.order]
-    scale = grid.scale[:, group[fed.order]]
-    zero = grid.zero[:, group[fed.order]]
-    error = torch.zeros_like(w)
-    q = torch.empty_like(w)
+    # Transposed: a column's rows lie side by side, and they are rounded side by side.
+    w = weight.T[fed.order]
+    scale, zero = grid.scale.T[group[fed.order]], grid.zero.T[group[fed.order]]
+    error, q = torch.zeros_like(w), torch.empty_like(w)
     for start in reversed(range(0, columns, BLOCK)):
         part, after = slice(start, start + BLOCK), slice(start + BLOCK, None)
-        owed = error[:, after] @ fed.factor[part, after].T
-        block = (w[:, part] + owed, w[:, part], scale[:, part], zero[:, part])
-        q[:, part], error[:, part] = _round_block(*block, fed.factor[part, part], float(grid.top))
-    out = torch.empty_like(q)
-    out[:, fed.order] = q
+        target = torch.addmm(w[part], fed.factor[part, after], error[after])
+        block = (target, w[part], scale[part], zero[part])
+        q[part], error[part] = _round_block(*block, fed.factor[part, part], float(grid.top))
+    out = torch.empty_like(weight)
+    out[:, fed.order] = q.T
     return out
 
 
@@ -107,7 +107,7 @@ def _round_block(
 ) -> tuple[Tensor, Tensor]:
     if w.device.type == "cpu":
         arrays = (t.contiguous().numpy() for t in (target, w, scale, zero, factor))
-        q, error = _round_rows(*arrays, np.float32(top))  # type: ignore[call-arg]
+        q, error = _round_tiles(*arrays, np.float32(top))  # type: ignore[call-arg]
         return torch.from_numpy(q), torch.from_numpy(error)
     return round_block_reference(target, w, scale, zero, factor, top)
 
@@ -115,30 +115,35 @@ def _round_block(
 def round_block_reference(
     target: Tensor, w: Tensor, scale: Tensor, zero: Tensor, factor: Tensor, top: float
 ) -> tuple[Tensor, Tensor]:
-    """Columns from the last: (integers, errors) `[rows, b]`.
+    """Columns from the last: (integers, errors) `[b, rows]`.
 
-    target `[rows, b]` is the weight plus what later blocks owe; factor `[b, b]` as in `Feedback`.
+    target `[b, rows]` is the weight plus what later blocks owe; factor `[b, b]` as in `Feedback`.
     """
     target, q, error = target.clone(), torch.empty_like(w), torch.empty_like(w)
-    for k in reversed(range(w.shape[1])):
-        q[:, k] = (target[:, k] / scale[:, k] + zero[:, k]).round().clamp(0, top)
-        error[:, k] = w[:, k] - (q[:, k] - zero[:, k]) * scale[:, k]
-        target[:, :k] += error[:, k : k + 1] * factor[:k, k]
+    for k in reversed(range(len(w))):
+        q[k] = (target[k] / scale[k] + zero[k]).round().clamp(0, top)
+        error[k] = w[k] - (q[k] - zero[k]) * scale[k]
+        target[:k] += factor[:k, k : k + 1] * error[k]
     return q, error
 
 
 @numba.njit(parallel=True, fastmath=True, cache=True)
-def _round_rows(target, w, scale, zero, factor, top):  # type: ignore[no-untyped-def]
-    rows, columns = w.shape
+def _round_tiles(target, w, scale, zero, factor, top):  # type: ignore[no-untyped-def]
+    columns, rows = w.shape
     q = np.empty_like(w)
     error = np.empty_like(w)
-    for r in numba.prange(rows):
+    for tile in numba.prange((rows + TILE - 1) // TILE):
+        first = tile * TILE
+        here = min(TILE, rows - first)
+        value = target[:, first : first + here].copy()
         for k in range(columns - 1, -1, -1):
-            value = target[r, k]
-            for j in range(k + 1, columns):
-                value += error[r, j] * factor[k, j]
-            level = np.rint(value / scale[r, k] + zero[r, k])
-            level = min(max(level, np.float32(0)), top)
-            q[r, k] = level
-            error[r, k] = w[r, k] - (level - zero[r, k]) * scale[r, k]
+            for r in range(here):
+                s, z = scale[k, first + r], zero[k, first + r]
+                level = min(max(np.rint(value[k, r] / s + z), np.float32(0)), top)
+                q[k, first + r] = level
+                error[k, first + r] = w[k, first + r] - (level - z) * s
+            owed = error[k, first : first + here]
+            for j in range(k):
+                for r in range(here):
+                    value[j, r] += owed[r] * factor[j, k]
     return q, error

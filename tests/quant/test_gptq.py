@@ -65,23 +65,25 @@ def test_a_channel_never_active_rounds_plainly() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 17), st.integers(1, 40), st.sampled_from([2, 3, 4, 8]), st.integers(0, 2**31))
+@given(
+    st.integers(1, 150), st.integers(1, 40), st.sampled_from([2, 3, 4, 8]), st.integers(0, 2**31)
+)
 def test_the_compiled_loop_equals_the_reference(
     rows: int, columns: int, bits: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    w = torch.randn(rows, columns, generator=generator)
-    owed = torch.randn(rows, columns, generator=generator) * 0.1
-    scale = torch.rand(rows, columns, generator=generator) * 0.3 + 0.1
-    zero = torch.randint(0, 2**bits, (rows, columns), generator=generator).float()
+    w = torch.randn(columns, rows, generator=generator)
+    owed = torch.randn(columns, rows, generator=generator) * 0.1
+    scale = torch.rand(columns, rows, generator=generator) * 0.3 + 0.1
+    zero = torch.randint(0, 2**bits, (columns, rows), generator=generator).float()
     factor = (torch.randn(columns, columns, generator=generator) * 0.2).triu(1)
     args = (w + owed, w, scale, zero, factor, float(2**bits - 1))
     q, error = gptq._round_block(*args)
     wanted_q, wanted_error = gptq.round_block_reference(*args)
     # Sums in another order may round a value that is a tie to the other side, and all after it.
-    same = (q == wanted_q).all(-1)
+    same = (q == wanted_q).all(0)
     assert same.float().mean() >= 0.9 or rows < 10
-    assert torch.allclose(error[same], wanted_error[same], atol=1e-4)
+    assert torch.allclose(error[:, same], wanted_error[:, same], atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
