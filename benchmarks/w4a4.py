@@ -140,7 +140,8 @@ def main() -> None:
     base = open_checkpoint("demo")
     calibration, windows = texts(options.windows, options.samples, options.evaluate, base)
     trial = {k: json.loads(v) for k, v in (item.split("=") for item in options.set)}
-    wanted = {n: row for n, row in ROWS.items() if any(part in n for part in options.rows)}
+    parts = [[part] if part in ROWS else [n for n in ROWS if part in n] for part in options.rows]
+    wanted = {name: ROWS[name] for names in parts for name in names}
     with tempfile.TemporaryDirectory() as name, torch.inference_mode():
         folder = Path(name)
         expected = plain(base, windows, folder)

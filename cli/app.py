@@ -74,8 +74,12 @@ def quantize(
     clip: flags.Clip = None,
     compensate: flags.Compensate = None,
     damping: flags.Damping = None,
+    act_bits: flags.ActBits = None,
+    down_bits: flags.DownBits = None,
+    rotate: flags.Rotate = None,
+    prefix: flags.Prefix = None,
 ) -> None:
-    """Store weights in 2, 3, 4 or 8 bits, guided by text (AWQ, GPTQ) or not (rounding)."""
+    """Store weights in 2, 3, 4 or 8 bits, guided by text or not; mergequant: activations too."""
     from optim.cli import quantize as command
 
     keys = {
@@ -96,6 +100,10 @@ def quantize(
         "quantize.clip": clip,
         "quantize.compensate": compensate,
         "quantize.damping": damping,
+        "quantize.act_bits": act_bits,
+        "quantize.down_bits": down_bits,
+        "quantize.rotate": rotate,
+        "quantize.prefix": prefix,
     }
     how = command.How(device, threads, trust_remote_code, force, json, quiet)
     command.quantize(recipe, keys, sets or [], how, print_recipe=print_recipe, dry_run=dry_run)

@@ -27,7 +27,10 @@ RecipeModel = Annotated[
     Argument(metavar="MODEL", help="A folder, a .gguf file, a hub id, `demo`; or the recipe's."),
 ]
 Method = Annotated[
-    str | None, Option("-m", "--method", help="awq, gptq or rtn. Default: awq.", show_default=False)
+    str | None,
+    Option(
+        "-m", "--method", help="awq, gptq, rtn or mergequant. Default: awq.", show_default=False
+    ),
 ]
 Output = Annotated[
     str | None, Option("-o", "--output", help="Folder to write. Default: ./MODEL-METHOD-FORMAT.")
@@ -78,7 +81,27 @@ Compensate = Annotated[
     ),
 ]
 Damping = Annotated[
-    float | None, Option("--damping", help="awq, gptq: 0 to 1.", rich_help_panel=METHOD)
+    float | None, Option("--damping", help="awq, gptq, mergequant: 0 to 1.", rich_help_panel=METHOD)
+]
+ActBits = Annotated[
+    int | None,
+    Option("--act-bits", help="mergequant: activations, 4 or 8.", rich_help_panel=METHOD),
+]
+DownBits = Annotated[
+    int | None,
+    Option("--down-bits", help="mergequant: down_proj's, 4 or 8.", rich_help_panel=METHOD),
+]
+Rotate = Annotated[
+    bool | None,
+    Option("--rotate/--no-rotate", help="mergequant: turn the stream.", rich_help_panel=METHOD),
+]
+Prefix = Annotated[
+    bool | None,
+    Option(
+        "--prefix/--no-prefix",
+        help="mergequant: begin every text with its outlier tokens.",
+        rich_help_panel=METHOD,
+    ),
 ]
 Recipe = Annotated[
     str | None, Option("--recipe", help="A file or a built-in name; flags go over it.")

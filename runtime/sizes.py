@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from optim.runtime.checkpoint import Checkpoint
 from optim.runtime.formats.packed import SUFFIXES, SchemeOf
+from optim.runtime.formats.w4a4 import INPUT_PARTS, read_config
 from optim.runtime.plain import schemes_of
 
 BLOCK = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.\d+\.")
@@ -46,7 +47,7 @@ def stored(checkpoint: Checkpoint) -> list[Stored]:
     found = []
     for name, info in checkpoint.tensors.items():
         module, _, suffix = name.rpartition(".")
-        if suffix in SUFFIXES:
+        if suffix in SUFFIXES or suffix in INPUT_PARTS:
             pieces.setdefault(module, {})[suffix] = name
             continue
         kind = str(info.dtype).removeprefix("torch.")
@@ -88,6 +89,9 @@ def _packed(
     """A packed linear; its number of weights from the shapes of its pieces."""
     infos = {suffix: checkpoint.tensors[name] for suffix, name in names.items()}
     nbytes = sum(info.nbytes for info in infos.values())
+    if read_config(checkpoint.quantization) and "weight_packed" in infos:
+        outputs, width = infos["weight_packed"].shape
+        return Stored(f"{module}.weight", "4-bit static", 2 * outputs * width, nbytes)
     scheme = scheme_of(module)
     if scheme is None or not {"weight_packed", "weight_scale"} <= infos.keys():
         return Stored(f"{module}.weight", "unknown", 0, nbytes)

@@ -97,6 +97,10 @@ FLAGS = {
     "--compensate": "quantize.compensate=true",
     "--no-compensate": "quantize.compensate=false",
     "--damping 0.5": "quantize.damping=0.5",
+    "-m mergequant --act-bits 8": "quantize={method: mergequant, act_bits: 8}",
+    "-m mergequant --down-bits 4": "quantize={method: mergequant, down_bits: 4}",
+    "-m mergequant --no-rotate": "quantize={method: mergequant, rotate: false}",
+    "-m mergequant --no-prefix": "quantize={method: mergequant, prefix: false}",
 }
 
 

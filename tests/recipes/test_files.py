@@ -114,9 +114,9 @@ HEAD2 = "bad.yaml is not a valid recipe (2 problems)\n  "
         ("version: 1\nquantize:", HEAD + "bad.yaml:2: quantize: "
          "must be a mapping of keys to values (got nothing)"),
         ("version: 1\nquantize: {bits: 4}", HEAD + "bad.yaml:2: quantize.method: "
-         "must be given; choose one of 'awq', 'rtn', 'gptq'"),
+         "must be given; choose one of 'awq', 'rtn', 'gptq', 'mergequant'"),
         ("version: 1\nquantize: {method: fp8}", HEAD + "bad.yaml:2: quantize.method: "
-         "unknown method 'fp8'; choose one of 'awq', 'rtn', 'gptq'"),
+         "unknown method 'fp8'; choose one of 'awq', 'rtn', 'gptq', 'mergequant'"),
         ("version: 1\nquantize:\n  method: rtn\n  n_grid: 4", HEAD + "bad.yaml:4: "
          "quantize.n_grid: not a key of method 'rtn' (it is one of awq)"),
         ("version: 1\nquantize: {method: rtn, ignore: lm_head}", HEAD + "bad.yaml:2: "
