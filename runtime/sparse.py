@@ -82,8 +82,9 @@ def sparse_dense(weight: Tensor, bias: Tensor | None, threshold: float) -> Spars
 
 def sparse_packed(linear: PackedLinear, threshold: float) -> SparseLinear | None:
     """A packed linear that is not prepared yet as SparseLinear; None where no kernel reads it."""
-    if not _readable(linear.scheme, next(linear.buffers()).device):
-        return None
+    scale = linear.weight_scale
+    if scale is None or scale.dtype != torch.bfloat16 or not _readable(linear.scheme, scale.device):
+        return None  # scales of another type would have to be rounded
     q, scale, zero = unpack(linear.stored(), linear.scheme, linear.name)
     return SparseLinear(cpu_sparse.packed(q, scale, zero, linear.scheme, linear.bias), threshold)
 
