@@ -25,8 +25,8 @@ def work(recipe: Recipe, how: How, dry_run: bool) -> None:
         show_plan(made.as_dict() | prosparse.needs(made), how.as_json)
         return
     try:
-        with training.watch("prosparse") as report:
-            outcome = prosparse.prune(made, report)
+        with training.watch("prosparse") as (report, progress):
+            outcome = prosparse.prune(made, report, progress)
     except KeyboardInterrupt:
         ui.note("stopped; the same command goes on from the last saved state")
         raise

@@ -16,11 +16,15 @@ EVERY = 10  # steps a line where there is no terminal
 SMOOTH = 0.9  # of the shown losses: a batch is small and its loss noisy
 
 Report = Callable[[Any, int], None]
+Progress = Callable[[int, int], None]
 
 
 @contextmanager
-def watch(title: str) -> Iterator[Report]:
-    """What a training calls after each step: a live display, or a line every ten steps."""
+def watch(title: str) -> Iterator[tuple[Report, Progress]]:
+    """What a training calls after each step and each refitted block.
+
+    A live display, or a line every ten steps where there is no terminal.
+    """
     shown = _Shown(title)
     if ui.notes.quiet or not ui.notes.is_terminal:
 
@@ -29,7 +33,11 @@ def watch(title: str) -> Iterator[Report]:
             if (point.step + 1) % EVERY == 0 or point.step + 1 == total:
                 ui.note(f"{title} {' · '.join(shown.facts())}")
 
-        yield line
+        def block(at: int, total: int) -> None:
+            if at % EVERY == 0 or at == total:
+                ui.note(f"{title} · refit {at}/{total} blocks")
+
+        yield line, block
         return
     with Live(console=ui.notes, transient=True, refresh_per_second=4) as live:
 
@@ -37,7 +45,7 @@ def watch(title: str) -> Iterator[Report]:
             shown.take(point, total)
             live.update(shown.picture())
 
-        yield draw
+        yield draw, lambda at, total: live.update(Text(f"{title} · refit {at}/{total} blocks"))
 
 
 class _Shown:

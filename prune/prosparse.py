@@ -21,6 +21,7 @@ from torch import Tensor
 
 from optim.prune import held_back
 from optim.prune.plan import Plan
+from optim.prune.refit import Progress, refit
 from optim.prune.relu import activation_keys, feed_forwards, recompute
 from optim.prune.relu_checkpoint import write
 from optim.prune.student import load_student, load_teacher
@@ -93,11 +94,17 @@ def needs(made: Plan) -> dict[str, int]:
     }
 
 
-def prune(made: Plan, report: Report, windows: Tensor | None = None) -> Outcome:
-    """Train and write; the same command goes on with a run that was stopped.
+def prune(
+    made: Plan,
+    report: Report,
+    progress: Progress = lambda at, total: None,
+    windows: Tensor | None = None,
+) -> Outcome:
+    """Train, refit and write; the same command goes on with a run that was stopped.
 
-    `windows` int64 `[n, length]` stand in for the recipe's text. Raises OptimError: 1 where the
-    loss diverges (the last good state is kept), 2 for bad input, 4 where the machine gave out.
+    `report` hears of each step, `progress` of each refitted block. `windows` int64 `[n, length]`
+    stand in for the recipe's text. Raises OptimError: 1 where the loss diverges (the last good
+    state is kept), 2 for bad input, 4 where the machine gave out.
     """
     start = time.monotonic()
     check(made)
@@ -113,6 +120,9 @@ def prune(made: Plan, report: Report, windows: Tensor | None = None) -> Outcome:
         team.share(None)  # nobody trains before the output is known to be ours
         job = _job(made, windows, team, state)
         history = train(job, report if team.leads else lambda point, total: None)
+        chosen = windows[: _section(made).refit]
+        if team.leads and len(chosen):
+            refit(job, chosen, progress)
         found = held_back.measure_as_stored(job, made.checkpoint)
         if workspace is not None:
             write(made, workspace, windows, job.student, history, found)

@@ -27,6 +27,7 @@ QUICK = {
     "prune.lr": 3e-3,
     "prune.l1": [0.05, 0.1],
     "prune.batch": 2,
+    "prune.refit": 0,
     "calibration.num_samples": 4,
     "calibration.seq_len": 32,
 }
@@ -58,7 +59,7 @@ def test_what_is_written_is_a_plain_relu_model(make_model, some_text, tmp_path) 
     from transformers import AutoModelForCausalLM
 
     source = make_model("llama")
-    outcome = run(source, some_text, tmp_path / "out")
+    outcome = run(source, some_text, tmp_path / "out", refit=2)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["hidden_act"] == "relu" and "hidden_act_param" not in config
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
