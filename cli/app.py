@@ -156,7 +156,6 @@ def prune(
         "calibration.num_samples": num_samples,
         "calibration.seq_len": seq_len,
         "calibration.seed": seed,
-        "prune.method": method if method or recipe else "threshold",
         "prune.sparsity": sparsity,
         "prune.only": only,
         "prune.allocation": allocation,
@@ -171,6 +170,8 @@ def prune(
         "prune.steps": steps,
         "prune.train": train,
     }
+    if method:
+        keys["prune.method"] = method
     how = How(device, threads, trust_remote_code, force, json, quiet)
     command.prune(recipe, keys, sets or [], how, print_recipe=print_recipe, dry_run=dry_run)
 

@@ -19,6 +19,8 @@ def prune(
     dry_run: bool,
 ) -> None:
     """Build the recipe of the command line, and print it, plan it or do it."""
+    if "prune.method" not in keys and not file_or_name:
+        keys = {"prune.method": _fitting_method(keys.get("model"), sets)} | keys
     recipe = build_recipe(file_or_name, keys, sets)
     if print_recipe:
         ui.say(to_yaml(recipe).rstrip("\n"))
@@ -27,6 +29,21 @@ def prune(
         raise OptimError("no model is given", "optim prune MODEL; `demo` is one", USAGE)
     ui.notes.quiet = how.quiet
     _work(recipe, how, dry_run)
+
+
+def _fitting_method(model: str | None, sets: list[str]) -> str | None:
+    """What a model is pruned with where nobody says: exactly if it has ReLU, else by thresholds."""
+    if any(text.startswith("prune.method=") for text in sets):
+        return None
+    if model is None:
+        return "threshold"
+    from optim.prune.plan import is_relu
+    from optim.runtime.checkpoint import open_checkpoint
+
+    if is_relu(open_checkpoint(model)):
+        ui.note("a ReLU model: its zeros are skipped without loss (-m relu-exact)")
+        return "relu-exact"
+    return "threshold"
 
 
 def _work(recipe: Recipe, how: How, dry_run: bool) -> None:
