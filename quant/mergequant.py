@@ -124,6 +124,8 @@ class MergeSolver:
         found = places(block, model_type)
         plain = hidden if self.rotation is None else self.rotation.inverse(hidden)
         before = self.walk.run(i, block, plain) - plain
+        if not bool(before.isfinite().all()):
+            raise _not_finite(i, "the block")
         for site in (found.attention, found.mlp):
             fold_norm(block, site, FAMILIES[model_type].norm_offset)
         if self.rotation is not None:
@@ -305,11 +307,7 @@ class _Block:
             self.kept = {name: seen}
         sample = torch.cat([x[:: len(seen) * len(x) // SAMPLE_TOKENS + 1] for x in seen])
         if not bool(sample.isfinite().all()):
-            raise OptimError(
-                f"block {self.i}: what {name} sees is not finite on the calibration text",
-                "check the model's weights; a 16-bit overflow would show in its own output too",
-                USAGE,
-            )
+            raise _not_finite(self.i, name)
         return sample
 
     def _gram(
@@ -368,6 +366,14 @@ class _Block:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _not_finite(i: int, name: str) -> OptimError:
+    return OptimError(
+        f"block {i}: what {name} sees or gives is not finite on the calibration text",
+        "check the model's weights; a 16-bit overflow would show in its own output too",
+        USAGE,
+    )
 
 
 def _some_rows(weight: Tensor) -> tuple[Tensor, ...]:
