@@ -57,17 +57,7 @@ def refit(job: Job, windows: Tensor, progress: Progress) -> list[tuple[float, fl
         down = ffn.get_submodule("down_proj")
         for rows in _slices(windows):
             teacher.states[rows] = teacher.run(i, rows)
-        before = _advanced(student, i, teacher.states)
-        after = before
-        if isinstance(down, nn.Linear):
-            old = down.weight.clone()
-            down.weight += _solve(student, i, down, teacher.states)
-            after = _advanced(student, i, teacher.states)
-            if not after[1] < before[1]:
-                down.weight.copy_(old)
-                after = before
-        student.states = after[0]
-        errors.append((before[1], after[1]))
+        errors.append(_refit_block(student, i, down, teacher.states))
         progress(i + 1, len(job.student.ffns))
     return errors
 
@@ -77,31 +67,45 @@ def _slices(windows: Tensor) -> list[slice]:
     return [slice(i, i + step) for i in range(0, len(windows), step)]
 
 
-def _advanced(student: Stream, i: int, wanted: Tensor) -> tuple[Tensor, float]:
-    """Block i's output for all windows, and its SquareHead error."""
-    out = torch.cat([student.run(i, rows) for rows in _slices(student.states)])
-    return out, float(square_head([wanted], [out]))
+def _refit_block(student: Stream, i: int, down: nn.Module, wanted: Tensor) -> tuple[float, float]:
+    """Solve block i if that helps, and take the states through it; its error before and after."""
+    out, delta = _solved(student, i, down, wanted)
+    before = after = float(square_head([wanted], [out]))
+    if delta is not None and isinstance(down, nn.Linear):
+        old = down.weight.clone()
+        down.weight += delta
+        new = torch.cat([student.run(i, rows) for rows in _slices(wanted)])
+        after = float(square_head([wanted], [new]))
+        if after < before:
+            out = new
+        else:
+            down.weight.copy_(old)
+            after = before
+    student.states = out
+    return before, after
 
 
-def _solve(student: Stream, i: int, down: nn.Linear, wanted: Tensor) -> Tensor:
-    """ΔW `[hidden, neurons]` of block i."""
+def _solved(
+    student: Stream, i: int, down: nn.Module, wanted: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Block i's output `[n, length, hidden]`, and ΔW `[hidden, neurons]` of a plain `down_proj`."""
     seen: list[Tensor] = []
-    handle = down.register_forward_pre_hook(
-        lambda _m, inputs: seen.append(inputs[0].flatten(0, -2))
-    )
-    size = down.in_features
-    gram = torch.zeros(size, size, device=wanted.device)
-    cross = torch.zeros(size, down.out_features, device=wanted.device)
+    handle = down.register_forward_pre_hook(lambda _m, args: seen.append(args[0].flatten(0, -2)))
+    gram: Tensor | float = 0.0
+    cross: Tensor | float = 0.0
+    outputs = []
     for rows in _slices(wanted):
-        out = student.run(i, rows)
-        f = wanted[rows].flatten(0, 1).float()
-        weight = 1 / f.square().sum(-1, keepdim=True).clamp_min(1e-12)
+        outputs.append(student.run(i, rows))
+        f, g = wanted[rows].flatten(0, 1).float(), outputs[-1].flatten(0, 1).float()
         x1 = seen.pop().float()
-        gram += (x1 * weight).T @ x1
-        cross += (x1 * weight).T @ (f - out.flatten(0, 1).float())
+        weighted = (x1 / f.square().sum(-1, keepdim=True).clamp_min(1e-12)).T
+        gram, cross = gram + weighted @ x1, cross + weighted @ (f - g)
     handle.remove()
+    if not isinstance(down, nn.Linear):
+        return torch.cat(outputs), None
+    assert isinstance(gram, Tensor)
     gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-    return torch.linalg.solve(gram, cross).T.to(down.weight.dtype)
+    return torch.cat(outputs), torch.linalg.solve(gram, cross).T.to(down.weight.dtype)
 
 
 class _Reached(Exception):
