@@ -162,20 +162,20 @@ static int fast(const Stream *s) { return s->left >= ROOM && s->at < s->end; }
 
 /* EACH lookups in each of `n` streams; 0 if there is no code where one of them is. */
 static inline __attribute__((always_inline)) int lookups(const Job *j, Stream *s, const int n) {
-    uint64_t bits[STREAMS], used[STREAMS];
-    uint8_t *to[STREAMS];
-    for (int k = 0; k < n; k++) bits[k] = bits_at(j, s[k].at), used[k] = 0, to[k] = s[k].to;
+    uint64_t bits[STREAMS], sums[STREAMS]; /* number of symbols, then bits << 8 */
+    for (int k = 0; k < n; k++) bits[k] = bits_at(j, s[k].at), sums[k] = 0;
     for (int i = 0; i < EACH; i++) /* 7 bits are lost to alignment: 5 * 11 + 7 < 64 */
 #pragma GCC unroll 4
         for (int k = 0; k < n; k++) {
             const Entry e = j->table[bits[k] >> (64 - INDEX)];
             const uint32_t symbols = (uint32_t)e; /* little-endian, as every target here */
-            memcpy(to[k], &symbols, SYMBOLS);
-            to[k] += e >> 32 & 0xff, used[k] += e >> 40, bits[k] <<= e >> 40;
+            memcpy(s[k].to + (sums[k] & 0xff), &symbols, SYMBOLS);
+            sums[k] += e >> 32, bits[k] <<= e >> 40;
         }
     for (int k = 0; k < n; k++) {
-        s[k].left -= to[k] - s[k].to, s[k].to = to[k], s[k].at += (int64_t)used[k];
-        if (__builtin_expect(used[k] == 0, 0) && !slow(j, s + k)) return 0;
+        const int64_t count = sums[k] & 0xff;
+        s[k].left -= count, s[k].to += count, s[k].at += (int64_t)(sums[k] >> 8);
+        if (__builtin_expect(sums[k] == 0, 0) && !slow(j, s + k)) return 0;
     }
     return 1;
 }
@@ -187,9 +187,17 @@ static int alone(const Job *j, Stream *s) {
 }
 
 static int together(const Job *j, Stream *s) {
-    while (fast(s) && fast(s + 1) && fast(s + 2) && fast(s + 3))
-        if (!lookups(j, s, STREAMS)) return 0;
-    return 1;
+    for (;;) {
+        int64_t rounds = 1 << 20; /* each takes ROOM symbols and 96 bits at most */
+        for (int k = 0; k < STREAMS; k++) {
+            const int64_t by_symbols = s[k].left / ROOM, by_bits = (s[k].end - s[k].at) / 96;
+            rounds = rounds < by_symbols ? rounds : by_symbols;
+            rounds = rounds < by_bits ? rounds : by_bits;
+        }
+        if (rounds <= 0) return 1;
+        for (; rounds > 0; rounds--)
+            if (!lookups(j, s, STREAMS)) return 0;
+    }
 }
 
 static void merge(const uint8_t *sm, const uint8_t *e, uint16_t *out, int64_t n) {
