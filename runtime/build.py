@@ -23,7 +23,7 @@ from optim.runtime.formats.packed_linear import PackedLinear, fuse
 from optim.runtime.formats.w4a4 import read_config
 from optim.runtime.gated_ffn import GatedFeedForward, MaskedGate
 from optim.runtime.kernels import cpu_step
-from optim.runtime.kernels.cpu_sparse import NOTHING, Rows
+from optim.runtime.kernels.cpu_sparse import NOTHING, Columns, Rows
 from optim.runtime.layers import (
     ACTIVATIONS,
     MLP,
@@ -333,7 +333,8 @@ def _mlp(loader: Loader, facts: Facts, shape: Shape, index: int) -> FeedForward:
     if rules is not None and rules.gate is not None and facts.gated:
         return _gated(loader, facts, shape, path, rules.gate)
     core = None if rules is None else rules.core
-    below = loader.below(index, "down") if core is None else NOTHING
+    by_input = core is not None and loader.device.type == "cpu"
+    below = NOTHING if by_input else loader.below(index, "down")
     if rules is not None and rules.gate is not None:
         below = rules.gate
     mlp = MLP(
@@ -354,13 +355,13 @@ def _gated(
     act = _activation(shape.activation, shape.threshold)
     gate, up = (f"{path}.{name}" for name in facts.up)
     down = loader.linear(f"{path}.{facts.down}", below=0.0)
-    if not isinstance(down, SparseLinear) or not loader.has(f"{up}.weight"):
+    columns = down.columns if isinstance(down, SparseLinear) else None
+    if not isinstance(columns, Columns) or not loader.has(f"{up}.weight"):
         return MaskedGate(loader.linear(gate, up), down, act, threshold)
     weight = loader.weight(f"{up}.weight")
     bias = loader.tensor(f"{up}.bias") if loader.has(f"{up}.bias") else None
     loader.weight_bytes += weight.nbytes
-    rows = Rows(weight, bias)
-    return GatedFeedForward(loader.linear(gate), rows, down.columns, act, threshold)
+    return GatedFeedForward(loader.linear(gate), Rows(weight, bias), columns, act, threshold)
 
 
 def _expert(loader: Loader, facts: Facts, shape: Shape, path: str) -> MLP:

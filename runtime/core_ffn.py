@@ -85,7 +85,7 @@ def rows_of(linear: nn.Module, rows: Tensor) -> nn.Module:
 
 def columns_of(linear: nn.Module, columns: Tensor) -> nn.Module:
     """A linear with only the inputs `columns`, its bias included."""
-    if isinstance(linear, SparseLinear):
+    if isinstance(linear, SparseLinear) and isinstance(linear.columns, cpu_sparse.Columns):
         return SparseLinear(gather_columns(linear.columns, columns), cpu_sparse.NOTHING)
     if isinstance(linear, DenseLinear):
         return DenseLinear(linear.weight[:, columns].contiguous(), linear.bias)

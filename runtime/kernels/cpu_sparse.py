@@ -119,10 +119,7 @@ def gated(up: Rows, down: Columns, x: Tensor, gate: Tensor, threshold: float) ->
 
 def linear(weight: Tensor, bias: Tensor | None) -> Columns:
     """Columns of a dense `[out, in]` weight in float32 or bf16."""
-    tensors = {"weight": _padded(weight.T, TILE)}
-    if bias is not None:
-        tensors["bias"] = bias.float().contiguous()
-    return Columns(weight.shape[0], {"kind": KINDS[weight.dtype]}, tensors)
+    return Columns(weight.shape[0], {"kind": KINDS[weight.dtype]}, dense_layout(weight, bias))
 
 
 def packed(
@@ -132,31 +129,30 @@ def packed(
     inputs = q.shape[1]
     size = inputs if scheme.group_size == -1 else scheme.group_size
     starts = torch.tensor([*range(0, inputs, size), inputs], dtype=torch.int32)
-    return gathered(q, scale, zero, scheme, bias, starts)
+    tensors = packed_layout(q, scale, zero, scheme, bias) | {"group_of": starts}
+    facts = {"kind": INT4, "chunk": cpu_w4a8.chunk_of(scheme), "groups": scale.shape[1]}
+    return Columns(q.shape[0], facts, tensors)
 
 
-def gathered(
-    q: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    scheme: Scheme,
-    bias: Tensor | None,
-    starts: Tensor,
-) -> Columns:
-    """`packed`, where group g has the inputs from `starts[g]` to `starts[g + 1]`: int32."""
-    tensors = {
-        "weight": _nibbles(q),
-        "scale": _padded(scale.to(torch.bfloat16).T, TILE),
-        "group_of": starts.contiguous(),
-    }
+def dense_layout(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    """`weight` `[in, padded out]`, and `bias` float32 if there is one."""
+    tensors = {"weight": _padded(weight.T, TILE)}
+    return tensors if bias is None else tensors | {"bias": bias.float().contiguous()}
+
+
+def packed_layout(
+    q: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, bias: Tensor | None
+) -> dict[str, Tensor]:
+    """`weight` uint8 `[in, padded out / 2]`, `scale` bf16 and `zero` uint8 `[groups, padded out]`.
+
+    Without `zero` it is 8 everywhere.
+    """
+    tensors = {"weight": _nibbles(q), "scale": _padded(scale.to(torch.bfloat16).T, TILE)}
     middle = 2 ** (scheme.bits - 1)
     if zero is not None or middle != 8:
         zeros = torch.full_like(scale, middle, dtype=torch.uint8) if zero is None else zero
         tensors["zero"] = _padded(zeros.to(torch.uint8).T, TILE)
-    if bias is not None:
-        tensors["bias"] = bias.float().contiguous()
-    facts = {"kind": INT4, "chunk": cpu_w4a8.chunk_of(scheme), "groups": scale.shape[1]}
-    return Columns(q.shape[0], facts, tensors)
+    return tensors if bias is None else tensors | {"bias": bias.float().contiguous()}
 
 
 def _padded(rows: Tensor, to: int) -> Tensor:
