@@ -279,7 +279,7 @@ class _Block:
         def linear(levels: Iterable[Tensor], used: list[Grid]) -> StepLinear:
             packed = torch.cat([pack_nibbles(q.to(torch.uint8)) for q in levels])
             scale = torch.cat([grid.scale[:, 0] for grid in used])
-            return StepLinear(packed, scale, bias, bits, site)
+            return StepLinear(packed, scale, bias, bits, site, self.solver.exact)
 
         parts = list(zip(_some_rows(weight), grids, strict=True))
         if known is None:

@@ -68,7 +68,9 @@ class StaticReader:
         if any("bias" in s for s in stored):
             bias = torch.cat([s.get("bias", torch.zeros_like(s["weight_scale"])) for s in stored])
         site = self._site(names[0], role)
-        linear = StepLinear(packed, scale, bias, self.static.bits[role], site, self.dtype)
+        linear = StepLinear(
+            packed, scale, bias, self.static.bits[role], site, self.exact, self.dtype
+        )
         return linear.to(self.device)
 
     def _role(self, name: str) -> str:

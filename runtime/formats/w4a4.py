@@ -22,8 +22,10 @@ Byte b of a row has column b in its low and column b + ceil(K/2) in its high nib
 activations, each contiguous, meet the two halves of a run of bytes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -211,6 +213,7 @@ class StepLinear(nn.Module):
         bias: Tensor | None,
         bits: int,
         site: Site | None,
+        exact: Exact | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """`packed`, `scale`, `bias` as stored; `bits` are those of the codes; y is `dtype`."""
@@ -219,6 +222,7 @@ class StepLinear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
         self.bits, self.site, self.dtype = bits, site, dtype
+        self.exact = exact or Exact()
         self.out_features, self.in_features = packed.shape[0], 2 * packed.shape[1]
 
     @property
@@ -229,33 +233,64 @@ class StepLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         codes, step = (x, None) if self.site is None else self.site(x)
-        flat = codes.reshape(-1, codes.shape[-1])
-        flat = F.pad(flat, (0, self.in_features - flat.shape[1]))  # an odd K was packed with one 0
-        y = self._product(flat).view(*codes.shape[:-1], -1) * self.scale
+        codes = F.pad(codes, (0, self.in_features - codes.shape[-1]))  # an odd K is packed with a 0
+        free = self.exact.positions if codes.dim() == 3 else 0
+        if free:
+            parts = plain_product(codes[:, :free], self.packed, self.bits), codes[:, free:]
+            y = torch.cat((parts[0], product(parts[1], self.packed, self.bits)), 1)
+        else:
+            y = product(codes, self.packed, self.bits)
+        y = y * self.scale
         if step is not None:
             y = y * step
         if self.bias is not None:
             y = y + self.bias
         return y.to(self.dtype)
 
-    def _product(self, codes: Tensor) -> Tensor:
-        """sum_k (u - 8) code: float32 `[M, out]`."""
-        return plain_product(codes, self.packed, self.bits)
+
+def product(codes: Tensor, packed: Tensor, bits: int) -> Tensor:
+    """Whole codes `[..., K]` as floats, nibbles `[N, K/2]` -> sums float32 `[..., N]`.
+
+    Through the kernel that works here; all of them give the same integers.
+    """
+    kernel = fast_product(codes.device.type)
+    if kernel is None:
+        return plain_product(codes, packed, bits)
+    flat = codes.reshape(-1, codes.shape[-1]).to(torch.int8)
+    return kernel(flat, packed).view(*codes.shape[:-1], packed.shape[0])
+
+
+@cache
+def fast_product(device: str) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """A product of int8 codes `[M, K]` and nibbles on this kind of device; None: use torch's."""
+    from optim.runtime.kernels import cpu_static
+
+    if device == "cpu":
+        return cpu_static.product if cpu_static.usable() else None
+    if device != "cuda" or not find_spec("triton"):
+        return None
+    from optim.runtime.kernels import triton_w4a8
+
+    try:
+        triton_w4a8.check()
+    except Exception:  # whatever it is, torch's product is taken; `optim doctor` says why
+        return None
+    return lambda codes, packed: triton_w4a8.whole(codes, packed).float()
 
 
 def plain_product(codes: Tensor, packed: Tensor, bits: int) -> Tensor:
-    """Codes `[M, K]` as floats, nibbles `[N, K/2]` -> sums float32 `[M, N]`, in torch.
+    """Codes `[..., K]`, whole or not, nibbles `[N, K/2]` -> sums float32 `[..., N]`, in torch.
 
     Rows are unpacked a tile at a time. Sums of integers are exact in float32 up to 2^24; longer
     rows go in pieces that stay below.
     """
     columns = 2 * packed.shape[1]
     step, piece = max(64, TILE // columns), EXACT_SUM // (8 << bits - 1)
-    out = codes.new_empty(codes.shape[0], packed.shape[0])
+    out = codes.new_empty(*codes.shape[:-1], packed.shape[0])
     for start in range(0, packed.shape[0], step):
         rows = unpack_nibbles(packed[start : start + step], columns).float() - 8
-        parts = zip(codes.split(piece, 1), rows.split(piece, 1), strict=True)
-        out[:, start : start + step] = sum(c @ r.T for c, r in parts)
+        parts = zip(codes.split(piece, -1), rows.split(piece, 1), strict=True)
+        out[..., start : start + step] = sum(c @ r.T for c, r in parts)
     return out
 
 
