@@ -143,7 +143,6 @@ def prune(
     refresh: flags.Refresh = None,
     max_kl: flags.MaxKl = None,
     steps: flags.Steps = None,
-    train: flags.Train = None,
 ) -> None:
     """Leave out what hardly matters as the model runs: small inputs, idle neurons, zeros."""
     from optim.cli import prune as command
@@ -168,7 +167,6 @@ def prune(
         "prune.refresh": refresh,
         "prune.max_kl": max_kl,
         "prune.steps": steps,
-        "prune.train": train,
     }
     if method:
         keys["prune.method"] = method

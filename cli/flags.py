@@ -186,10 +186,6 @@ PackOutput = Annotated[
 Packed = Annotated[str, Argument(metavar="MODEL", help="A packed folder, or a hub id of one.")]
 UnpackOutput = Annotated[str | None, Option("-o", "--output", help="Folder to write.")]
 Steps = Annotated[int | None, Option("--steps", help="prosparse: steps.", rich_help_panel=METHOD)]
-Train = Annotated[
-    str | None,
-    Option("--train", help="prosparse: ffn, lora or full.", rich_help_panel=METHOD),
-]
 
 # run: sampling.
 SAMPLING = "Sampling"
