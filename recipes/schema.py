@@ -183,7 +183,7 @@ class ProSparse(Section):
     kl: float = Field(default=1.0, ge=0)
     square_head: float = Field(default=1.0, ge=0)
     labels: float = Field(default=0.0, ge=0)
-    refit: int = Field(default=96, ge=0)
+    refit: int = Field(default=64, ge=0)
     recompute: bool = False
     save_every: int = Field(default=25, ge=1)
 
