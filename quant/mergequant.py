@@ -377,4 +377,4 @@ def _not_finite(i: int, name: str) -> OptimError:
 
 
 def _some_rows(weight: Tensor) -> tuple[Tensor, ...]:
-    return weight.split(max(1, ROW_BYTES // (4 * weight.shape[1])))
+    return torch.split(weight, max(1, ROW_BYTES // (4 * weight.shape[1])))

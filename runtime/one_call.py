@@ -84,8 +84,9 @@ def _packed(linear: nn.Module) -> cpu_w4a8.Weight:
 
 
 def _rms(norm: Norm | None) -> Tensor | None:
-    _need(norm is None or isinstance(norm, RMSNorm))
-    return norm.weight if norm else None
+    if norm is not None and not isinstance(norm, RMSNorm):
+        raise _Other
+    return None if norm is None else norm.weight
 
 
 def _always(norm: Norm | None) -> Tensor:

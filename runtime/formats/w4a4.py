@@ -289,7 +289,7 @@ def plain_product(codes: Tensor, packed: Tensor, bits: int) -> Tensor:
     out = codes.new_empty(*codes.shape[:-1], packed.shape[0])
     for start in range(0, packed.shape[0], step):
         rows = unpack_nibbles(packed[start : start + step], columns).float() - 8
-        parts = zip(codes.split(piece, -1), rows.split(piece, 1), strict=True)
+        parts = zip(torch.split(codes, piece, -1), torch.split(rows, piece, 1), strict=True)
         out[..., start : start + step] = sum(c @ r.T for c, r in parts)
     return out
 
