@@ -104,7 +104,8 @@ class Unit:
         end = int(np.searchsorted(self.elements, first + count, "left"))
         elements = self.elements[begin : end + 1]
         stop = min(self.bytes, (end + 1) * BLOCK_BYTES)
-        stream = np.zeros(stop - begin * BLOCK_BYTES + PAD, np.uint8)
+        stream = np.empty(stop - begin * BLOCK_BYTES + PAD, np.uint8)
+        stream[-PAD:] = 0
         stream[:-PAD] = self._read("encoded_exponent", begin * BLOCK_BYTES, stop)
         rest = self._read("sign_mantissa", int(elements[0]), int(elements[-1]))
         bounds = self._bounds(begin, end)
