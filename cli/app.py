@@ -82,9 +82,7 @@ def quantize(
     """Store weights in 2, 3, 4 or 8 bits, guided by text or not; mergequant: activations too."""
     from optim.cli import quantize as command
 
-    keys = {
-        "model": model,
-        "output": output,
+    keys = {"model": model, "output": output} | {
         "calibration.dataset": calibration,
         "calibration.num_samples": num_samples,
         "calibration.seq_len": seq_len,
