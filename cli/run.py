@@ -135,6 +135,8 @@ def _load(source: str, options: RunOptions) -> tuple[Sampling, Policy, Model]:
     sampling, policy = Sampling(**options.sampling), Policy(options.kv_bits, options.kv_policy)
     form: Form = "exact" if options.exact else "planes"
     model = load_model(source, device=options.device, threads=options.threads, form=form)
+    if model.advice is not None:
+        ui.note(model.advice)
     return sampling, policy, model
 
 

@@ -13,6 +13,7 @@ from optim.runtime.architectures import FAMILIES
 from optim.runtime.build import build
 from optim.runtime.cache import Cache, Policy
 from optim.runtime.checkpoint import Checkpoint, open_checkpoint
+from optim.runtime.formats.w4a4 import fast_product, read_config
 from optim.runtime.machine import compute_dtype, pick_device, release_code, release_memory
 from optim.runtime.plane_linear import Form
 
@@ -56,6 +57,15 @@ class Model:
     @property
     def max_context(self) -> int:
         return self.decoder.max_context
+
+    @property
+    def advice(self) -> str | None:
+        """What to know about this model on this machine, if another form would run faster."""
+        if read_config(self.checkpoint.quantization) is None or self.device.type != "cpu":
+            return None
+        if fast_product("cpu") is None:
+            return "static integers have no kernel here (see `optim doctor`): torch computes them"
+        return "static integers are made for GPUs: on a CPU, 4-bit AWQ weights decode faster"
 
     @property
     def place(self) -> str:

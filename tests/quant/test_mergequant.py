@@ -152,6 +152,14 @@ def test_padded_batches_see_the_prefix(
     assert torch.allclose(last, alone[-1], atol=1e-4)
 
 
+def test_a_cpu_is_told_what_is_faster(
+    make_model: Make, merge: Callable[..., Report], tmp_path: Path
+) -> None:
+    merge(make_model("llama"), tmp_path / "out")
+    assert "static integers" in (load_model(str(tmp_path / "out"), device="cpu").advice or "")
+    assert load_model(str(make_model("llama")), device="cpu").advice is None
+
+
 def test_packed_caches_and_streams(
     make_model: Make, merge: Callable[..., Report], tmp_path: Path
 ) -> None:
