@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from optim.quant.rotation import refuse_family
+from optim.quant.sites import KEPT_BYTES, SAMPLE_TOKENS
 from optim.recipes.errors import MACHINE, USAGE, OptimError
 from optim.recipes.patterns import matches
 from optim.recipes.schema import MergeQuant, Override, Recipe, Rounding, Rtn
@@ -251,6 +252,9 @@ def _peak_bytes(
     if not isinstance(recipe.quantize, Rtn):
         work += 4 * sum({columns: columns**2 for _, columns in inside}.values()) + 8 * widest**2
         work += 4 * TOKENS_PER_BATCH * widest * 4
+    if isinstance(recipe.quantize, MergeQuant):  # a site's inputs, and the sample of them
+        tokens = recipe.calibration.num_samples * recipe.calibration.seq_len
+        work += min(KEPT_BYTES, 4 * tokens * widest) + 4 * SAMPLE_TOKENS * widest * 4
     return 500_000_000 + max(work, 2 * outer)
 
 
