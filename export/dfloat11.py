@@ -25,6 +25,7 @@ from optim.runtime.kernels.cpu_df11 import Array, Stream
 
 VERSION = "0.5.0"  # of the published format
 MOST_WEIGHTS = 2**31 - 1  # of a unit: the published decoder counts in int32
+GAPS_AT_ONCE = 1 << 14  # groups of eight: widened they stay in the cache
 GAPS_IN_40_BITS = np.arange(35, -1, -5, dtype=np.uint64)
 
 
@@ -133,10 +134,12 @@ def encode(tensors: Iterable[Tensor]) -> dict[str, Tensor]:
 
 def _five_bits(gaps: Array) -> Array:
     """uint8 `[n]` below 32, n a multiple of 8 -> 5 bits each, highest first: uint8 `[5 n / 8]`."""
-    whole = (gaps.reshape(-1, 8).astype(np.uint64) << GAPS_IN_40_BITS).sum(1, dtype=np.uint64)
-    return np.ascontiguousarray(whole.astype(">u8").view(np.uint8).reshape(-1, 8)[:, 3:]).reshape(
-        -1
-    )
+    packed = np.empty((gaps.size // 8, 5), np.uint8)
+    for start in range(0, len(packed), GAPS_AT_ONCE):
+        some = gaps[8 * start : 8 * (start + GAPS_AT_ONCE)].reshape(-1, 8).astype(np.uint64)
+        whole = (some << GAPS_IN_40_BITS).sum(1, dtype=np.uint64)
+        packed[start : start + len(some)] = whole.astype(">u8").view(np.uint8).reshape(-1, 8)[:, 3:]
+    return packed.reshape(-1)
 
 
 def _entropy(counts: Array) -> float:

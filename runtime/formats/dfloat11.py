@@ -71,7 +71,8 @@ class Unit:
         if math.prod(infos["gaps"].shape) < GAP_BYTES * self.blocks:
             raise _damaged(name, "gaps", "it is too short for the stream")
         self.elements = self._elements(math.prod(infos["output_positions"].shape))
-        self.walk = walk_of(read("luts", 0, math.prod(shape)).reshape(shape), name)
+        luts = read("luts", 0, math.prod(shape)).reshape(shape)
+        self.walk, self.lengths = walk_of(luts, name), luts[-1].astype(np.int64)
         self.splits = self._splits(infos.get(SPLITS))
 
     def _elements(self, size: int) -> Array:
@@ -95,6 +96,10 @@ class Unit:
         if any(a >= b for a, b in pairwise(found)):
             raise _damaged(self.name, SPLITS, "they do not rise")
         return found
+
+    def bytes_of(self, piece: str, start: int, stop: int) -> Array:
+        """Bytes start..stop of one of the tensors."""
+        return self._read(piece, start, stop)
 
     def decode(self, first: int, count: int) -> Tensor:
         """`count` weights from element `first` on: bf16 `[count]`."""
