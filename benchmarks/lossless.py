@@ -37,10 +37,11 @@ from optim.runtime.checkpoint import open_checkpoint
 from optim.runtime.formats.bf12 import PIECES, planes_of
 from optim.runtime.formats.dfloat11 import SUFFIXES, Unit
 from optim.runtime.kernels import cpu_bf12, cpu_bf16
+from optim.runtime.lossless import PIECE
 from optim.runtime.tensor_files import Part, TensorInfo
 
 SAMPLE = 200_000  # weights that the reference encoder gets: it takes seconds for a million
-CHUNK = 1 << 23  # weights the codecs get at a time
+CHUNK = PIECE  # weights the codecs get at a time, as when a model is packed
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (128256, 4096))
 Blocks = dict[str, list[Tensor]]
 

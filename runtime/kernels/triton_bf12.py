@@ -19,8 +19,8 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from optim.runtime.kernels.native import NoKernel
@@ -234,5 +234,8 @@ def _words(code: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
     for j in range(8):
         codes |= code[..., j] << 4 * j
     places = ((0, 1, 4, 5), (2, 3, 6, 7))  # the weights of each word, byte by byte
-    made = [sum(rest[..., j] << 8 * b for b, j in enumerate(word)) for word in places]
-    return codes, torch.stack(made).to(torch.int32)
+    made = torch.zeros(2, *codes.shape, dtype=torch.int32, device=code.device)
+    for word, weights in zip(made, places, strict=True):
+        for byte, j in enumerate(weights):
+            word |= rest[..., j] << 8 * byte
+    return codes, made

@@ -12,8 +12,8 @@ from functools import cache
 
 import numpy as np
 import torch
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from optim.runtime.formats.dfloat11 import Unit
