@@ -187,15 +187,23 @@ Site = StaticSite | TokenSite
 
 
 class StepNorm(nn.Module):
-    """RMSNorm that emits codes: the step is in its weight. x `[..., n]` -> floats `[..., K]`."""
+    """RMSNorm that emits codes: the step is in its weight. x `[..., n]` -> codes `[..., K]`.
+
+    Floats, or on a GPU int8 from one kernel.
+    """
 
     def __init__(self, site: StaticSite, eps: float) -> None:
         super().__init__()
         self.site, self.eps = site, eps
 
     def forward(self, x: Tensor) -> Tensor:
+        fused, site = fast_norm(x.device.type), self.site
+        if fused is not None and not site.exact.positions:
+            flat = x.reshape(-1, x.shape[-1])
+            made = fused(flat, site.gain, site.offset, site.index, self.eps, site.bits)[0]
+            return made.view(*x.shape[:-1], made.shape[1])
         x = x.float()
-        codes: Tensor = self.site(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))[0]
+        codes: Tensor = site(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))[0]
         return codes
 
 
@@ -258,6 +266,16 @@ def product(codes: Tensor, packed: Tensor, bits: int) -> Tensor:
         return plain_product(codes, packed, bits)
     flat = codes.reshape(-1, codes.shape[-1]).to(torch.int8)
     return kernel(flat, packed).view(*codes.shape[:-1], packed.shape[0])
+
+
+@cache
+def fast_norm(device: str) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The kernel of a norm that emits codes on this kind of device; None: use torch."""
+    if device != "cuda" or fast_product(device) is None:
+        return None
+    from optim.runtime.kernels import triton_w4a8
+
+    return triton_w4a8.norm_codes
 
 
 @cache

@@ -240,4 +240,11 @@ def check() -> str:
         got = product(codes.cuda(), sums, pack_nibbles(u).cuda()).cpu()
         if not torch.equal(got, accumulate(codes, u)):
             raise NoKernel("its integers are not those of the reference")
+    x = torch.randn(3, 160, generator=generator)
+    gain, offset = torch.full((160,), 3.0), torch.full((160,), 0.5)
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
+    wanted = (normed * gain + offset).floor().clamp(*limits(4))
+    got = norm_codes(x.cuda(), gain.cuda(), offset.cuda(), None, 1e-5, 4)[0].cpu()
+    if not float((got.float() != wanted).float().mean()) < 0.01:  # a tie may fall either way
+        raise NoKernel("its norm emits other codes than the reference")
     return torch.cuda.get_device_name()

@@ -5,9 +5,11 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+from optim.runtime.formats import w4a4  # noqa: E402
 from optim.runtime.formats.w4a4 import (  # noqa: E402
     Exact,
     StaticSite,
+    StepLinear,
     StepNorm,
     accumulate,
     pack_nibbles,
@@ -54,6 +56,22 @@ def test_norm_emits_the_reference_s_codes(bits: int, split: bool) -> None:
     assert (codes.float() - norm(x)).abs().max() <= 1  # a tie may fall either way
     assert (codes.float() != norm(x)).float().mean() < 2e-3
     assert torch.equal(sums, codes.sum(1, dtype=torch.int32))
+
+
+def test_modules_take_what_the_kernels_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A norm of int8 codes and a product of them, as on a GPU, against the same in torch."""
+    generator = G().manual_seed(4)
+    site = StaticSite({"gain": torch.full((64,), 3.0)}, 4, None, Exact())
+    u = torch.randint(0, 16, (24, 64), generator=generator, dtype=torch.uint8)
+    norm = StepNorm(site, 1e-5)
+    linear = StepLinear(pack_nibbles(u), torch.rand(24, generator=generator), None, 4, None)
+    x = torch.randn(2, 3, 64, generator=generator)
+    wanted = linear(norm(x))
+    monkeypatch.setattr(w4a4, "fast_norm", lambda device: triton_w4a8.norm_codes)
+    whole = triton_w4a8.whole
+    monkeypatch.setattr(w4a4, "fast_product", lambda device: lambda c, p: whole(c, p).float())
+    assert norm(x).dtype == torch.int8
+    assert torch.allclose(linear(norm(x)), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("width", [96, 640])
