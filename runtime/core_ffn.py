@@ -45,11 +45,13 @@ class CoreFeedForward:
     score: Tensor | None = None
     compact: MLP | None = None
     _mean_output: Tensor | None = field(default=None)
+    _dtype: torch.dtype = torch.float32
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.mode == "sparse" and self.compact is not None:
             return self.compact(x)
         h = self.mlp.inner(x)
+        self._dtype = h.dtype
         if self.mode == "watch":
             now = scores(h.flatten(0, -2), self.core.norm, self.side.options)
             self.score = now if self.score is None else self.score + now
@@ -65,7 +67,7 @@ class CoreFeedForward:
         rows = torch.cat((neurons, neurons + total)) if self.mlp.gated else neurons
         down = columns_of(self.mlp.down, neurons)
         if self.core.mean is not None:
-            mean = self.core.mean.to(neurons.device, torch.float32)
+            mean = self.core.mean.to(neurons.device, self._dtype)
             if self._mean_output is None:
                 self._mean_output = self.mlp.down(mean.view(1, 1, -1)).flatten()
             kept: Tensor = down(mean[neurons].view(1, 1, -1))
