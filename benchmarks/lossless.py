@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -89,11 +88,10 @@ class Df11:
     def prepare(self, made: Any) -> Any:
         parts = [{k: [part[k]] if k in part else [] for k in SUFFIXES} for part in made]
         whole = {k: np.concatenate([*parts[0][k], *parts[1][k]]) for k in SUFFIXES}
-        return {k: torch.from_numpy(array) for k, array in whole.items()}
+        return unit_over({k: torch.from_numpy(array) for k, array in whole.items()})
 
     def restore(self, made: Any) -> Tensor:
-        unit = unit_over(made)
-        return unit.decode(0, unit.size)
+        return made.decode(0, made.size)  # a unit is opened once, and has many pieces
 
 
 class Bf12:
@@ -288,11 +286,17 @@ def pack_here(source: str, output: str) -> None:
     cpu = time.process_time() - before
     print(json.dumps({
         "weights": report.packed_weights,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": peak_memory(),
         "largest_tensor_bytes": largest,
         "weights_per_cpu_second": report.packed_weights / cpu,
         "weights_per_second": report.packed_weights / report.seconds,
     }))  # fmt: skip
+
+
+def peak_memory() -> int:
+    """Of this process alone: what getrusage says begins with the parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def machine() -> dict[str, Any]:
@@ -331,7 +335,7 @@ def main() -> None:
     if asked.pack:
         return pack_here(*asked.pack)
     found: dict[str, Any] = machine() | {"models": {}, "products": [], "shaped": []}
-    for model in asked.model or ["demo"]:
+    for model in asked.model or ([] if asked.shaped else ["demo"]):
         name = Path(model).name
         found["models"][name] = []
         for row in codecs(blocks_of(model), asked.rounds):

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.kernels import cpu_df11
-from optim.runtime.kernels.cpu_df11 import BLOCK_BITS, PAD, Array
+from optim.runtime.kernels.cpu_df11 import BLOCK_BITS, Array
 from optim.runtime.tensor_files import TensorInfo
 
 PIECES = ("luts", "encoded_exponent", "sign_mantissa", "gaps", "output_positions")
@@ -109,9 +109,7 @@ class Unit:
         end = int(np.searchsorted(self.elements, first + count, "left"))
         elements = self.elements[begin : end + 1]
         stop = min(self.bytes, (end + 1) * BLOCK_BYTES)
-        stream = np.empty(stop - begin * BLOCK_BYTES + PAD, np.uint8)
-        stream[-PAD:] = 0
-        stream[:-PAD] = self._read("encoded_exponent", begin * BLOCK_BYTES, stop)
+        stream = self._read("encoded_exponent", begin * BLOCK_BYTES, stop)
         rest = self._read("sign_mantissa", int(elements[0]), int(elements[-1]))
         bounds = self._bounds(begin, end)
         weights, bad = codec().decode(stream, bounds, elements - elements[0], rest, self.walk)

@@ -104,7 +104,7 @@ int64_t optim_df11_encode(const uint16_t *w, int64_t n, const uint32_t *code,
 typedef uint64_t Entry; /* four symbols, then their number and bits: 0 where the code is longer */
 
 typedef struct {
-    const uint8_t *stream; /* 8 readable bytes after the last */
+    const uint8_t *stream;
     int64_t bytes;
     const int64_t *start, *low, *high; /* of each block: first bit, and where its last code ends */
     const int64_t *element;            /* of each block: index in sm and out; one more at the end */
@@ -116,7 +116,7 @@ typedef struct {
 } Job;
 
 typedef struct {
-    int64_t at, end; /* bits */
+    int64_t at, end; /* bits; 8 bytes can be read before `end` */
     uint8_t *to;
     int64_t left;
 } Stream;
@@ -124,6 +124,16 @@ typedef struct {
 static uint64_t bits_at(const Job *j, int64_t at) {
     uint64_t word;
     memcpy(&word, j->stream + (at >> 3), 8);
+    return __builtin_bswap64(word) << (at & 7);
+}
+
+/* The same where fewer than 8 bytes may be left; zeros follow the last. */
+static uint64_t last_bits_at(const Job *j, int64_t at) {
+    uint8_t bytes[8] = {0};
+    const int64_t left = j->bytes - (at >> 3);
+    uint64_t word;
+    memcpy(bytes, j->stream + (at >> 3), left < 8 ? left : 8);
+    memcpy(&word, bytes, 8);
     return __builtin_bswap64(word) << (at & 7);
 }
 
@@ -152,8 +162,8 @@ static void fill(const uint16_t *walk, Entry *table) {
 }
 
 static int slow(const Job *j, Stream *s) {
-    if (s->at >= s->end) return 0;
-    const int length = one(j->walk, bits_at(j, s->at), s->to);
+    if (s->at >= 8 * j->bytes) return 0;
+    const int length = one(j->walk, last_bits_at(j, s->at), s->to);
     s->at += length, s->to++, s->left--;
     return length;
 }
@@ -209,7 +219,7 @@ static void some_blocks(Job *j, int64_t from, int64_t count, uint8_t *scratch) {
     Stream s[STREAMS];
     for (int64_t k = 0; k < count; k++) {
         const int64_t b = from + k;
-        s[k] = (Stream){j->start[b], j->bytes * 8, scratch + k * (BLOCK + ROOM),
+        s[k] = (Stream){j->start[b], 8 * (j->bytes - 7), scratch + k * (BLOCK + ROOM),
                         j->element[b + 1] - j->element[b]};
     }
     const int begun = count < STREAMS || together(j, s);

@@ -3,7 +3,7 @@
 import numba
 import numpy as np
 
-from optim.runtime.kernels.cpu_df11 import PAD, Array, Stream
+from optim.runtime.kernels.cpu_df11 import Array, Stream
 
 CHILD = 0x8000
 
@@ -34,7 +34,7 @@ def decode(
 ) -> tuple[Array, int]:
     """The weights uint16 of some blocks, and the first block that does not hold, or -1."""
     out = np.empty(rest.size, np.uint16)
-    bad = _decode(stream, stream.size - PAD, *bounds, elements, rest, out, walk)
+    bad = _decode(stream, stream.size, *bounds, elements, rest, out, walk)
     return out, int(bad)
 
 
@@ -98,7 +98,9 @@ def _decode(
                 if place - at > 24 or at >= size * 8:
                     return block
                 byte = place >> 3
-                pair = np.uint32(stream[byte]) << 8 | np.uint32(stream[byte + 1])
+                first = np.uint32(stream[byte]) if byte < size else np.uint32(0)
+                second = np.uint32(stream[byte + 1]) if byte + 1 < size else np.uint32(0)
+                pair = first << 8 | second
                 index = pair >> np.uint32(8 - (place & 7)) & np.uint32(0xFF)
                 entry = np.uint32(walk[entry & ~np.uint32(CHILD), index])
                 place += 8

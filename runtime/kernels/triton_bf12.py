@@ -46,7 +46,7 @@ def _pair(codes, rest, i: tl.constexpr):  # type: ignore[no-untyped-def]
     return (bytes << 8) & SIGNS | bytes & MANTISSAS | code & CODES
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _escapes(total, row_ok, rows, tokens, token_ok, escapes, at, values, x, K):  # type: ignore[no-untyped-def]
     """Adds the weights that the window lacks; total [tokens, rows]."""
     begin = tl.load(escapes + rows, row_ok, other=0)
