@@ -288,8 +288,8 @@ def test_outlier_tokens_become_the_prefix(make_model: Make, tmp_path: Path) -> N
 
 
 def test_steps_are_clipped_for_the_least_error() -> None:
-    x = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0))
-    x = x * torch.tensor([1.0, 10.0, 0.0]) + torch.tensor([0.0, 5.0, 0.0])
+    x = torch.randn(4000, 256, generator=torch.Generator().manual_seed(0))
+    x[:, 0], x[:, 1], x[:, 2] = 0, x[:, 1] * 3 + 2, x[:, 2] / 10
     for bits, most in ((4, 0.03), (8, 2e-4)):
         steps = choose_steps(x, bits, centred=True)
         site = StaticSite(site_parts(steps, None), bits, None, Exact())
@@ -298,6 +298,13 @@ def test_steps_are_clipped_for_the_least_error() -> None:
         error = (back - x).square().mean(0) / x.var(0).clamp(min=1e-9)
         assert error.max() < most
     assert one_step(x, 4).step.unique().numel() == 1
+
+
+def test_a_few_loud_tokens_do_not_settle_the_steps_of_all() -> None:
+    x = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
+    quiet = choose_steps(x, 4, centred=False).step
+    x[:4] *= 200
+    assert (choose_steps(x, 4, centred=False).step < 25 * quiet).all()
 
 
 def test_split_channels_stand_for_the_same() -> None:
