@@ -162,7 +162,7 @@ class ProSparse(Section):
 
     `substitution` is the share of the steps in which the activation is swapped and settles; the
     rest is divided evenly among the stages, whose peaks of lambda are `l1`. In the first `warmup`
-    of the steps the learning rate rises. At the end `refit` windows refit each down_proj.
+    of the steps the learning rate rises. Afterwards `refit` windows refit each down_proj.
     """
 
     method: Literal["prosparse"]
@@ -183,7 +183,7 @@ class ProSparse(Section):
     kl: float = Field(default=1.0, ge=0)
     square_head: float = Field(default=1.0, ge=0)
     labels: float = Field(default=0.0, ge=0)
-    refit: int = Field(default=64, ge=0)
+    refit: int = Field(default=0, ge=0)
     recompute: bool = False
     save_every: int = Field(default=25, ge=1)
 
