@@ -52,7 +52,7 @@ def release_memory() -> None:
 
 
 def reuse_memory() -> None:
-    """Keep freed memory for the next temporary of its size: a fifth of a walk's time is page faults.
+    """Keep freed memory for the next temporary: page faults are a fifth of a walk's time.
 
     glibc otherwise gives each block above some size back and gets it again as new, zeroed pages.
     Blocks above 32 MB still go back at once.
