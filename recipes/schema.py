@@ -104,7 +104,7 @@ class MergeQuant(Rounding):
     act_bits: Literal[4, 8] = 4
     down_bits: Literal[4, 8] = 8
     rotate: bool = True
-    prefix: bool = True
+    prefix: bool = False
     damping: float = Field(default=0.01, gt=0, lt=1)
 
     @model_validator(mode="after")
