@@ -56,15 +56,9 @@ def pack(made: Plan, progress: Progress) -> Report:
     """
     start = time.monotonic()
     workspace = Workspace(made.output, _identity(made), made.force)
-    try:
+    with workspace:
         _Job(made, workspace, progress).run()
         facts = finish(made, workspace)
-    except BaseException:
-        if workspace.done:
-            workspace.close()
-        else:
-            workspace.discard()
-        raise
     return Report(
         output=str(made.output),
         layout=made.pack.layout,

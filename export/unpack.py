@@ -53,7 +53,7 @@ def unpack(source: str, output: str, progress: Progress, *, force: bool = False)
     hashes = hashes if isinstance(hashes, dict) else {}
     identity = {"unpack": checkpoint.fingerprint()}
     workspace = Workspace(Path(output), identity, force)
-    try:
+    with workspace:
         shards = _shards(checkpoint)
         for i in range(len(workspace.done), len(shards)):
             name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -64,12 +64,6 @@ def unpack(source: str, output: str, progress: Progress, *, force: bool = False)
         workspace.write_text(INDEX, index_of(workspace.done) + "\n")
         checkpoint.write_sidecars(workspace.files)
         workspace.publish()
-    except BaseException as error:
-        if workspace.done and not isinstance(error, OptimError):
-            workspace.close()
-        else:
-            workspace.discard()
-        raise
     infos = checkpoint.store.infos
     return Unpacked(
         output=output,

@@ -14,7 +14,6 @@ from torch import Tensor
 from optim.prune import coreinfer, relu_exact, thresholds
 from optim.prune.plan import Plan, Progress, Solved, plan
 from optim.recipes.build import to_yaml
-from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.schema import CoreInfer, ReluExact, Threshold
 from optim.runtime.artifact import FORMAT_VERSION, INDEX, Workspace, index_of, tensor_sha256
 from optim.runtime.checkpoint import Checkpoint, open_checkpoint
@@ -52,18 +51,11 @@ def prune(made: Plan, progress: Progress, windows: Tensor | None = None) -> Repo
     start = time.monotonic()
     windows = _calibration(made) if windows is None else windows
     workspace = Workspace(made.output, _identity(made, windows), made.force)
-    try:
+    with workspace:
         with torch.inference_mode(), tempfile.TemporaryDirectory(dir=workspace.folder) as folder:
             found = solve(made, windows, Path(folder), progress)
             _copy_weights(made.checkpoint, workspace)
         side_bytes = _finish(made, workspace, windows, found)
-    except BaseException as error:
-        bad_input = isinstance(error, OptimError) and error.code == USAGE
-        if bad_input or not workspace.done:
-            workspace.discard()
-        else:
-            workspace.close()
-        raise
     return Report(
         output=str(made.output),
         method=made.recipe.prune.method if made.recipe.prune else "",

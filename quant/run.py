@@ -20,7 +20,7 @@ from optim.quant.mergequant import MergeSolver
 from optim.quant.plan import Plan, plan
 from optim.quant.rounding import RoundedLinear
 from optim.quant.solve import BlockSolver, Solved
-from optim.recipes.errors import USAGE, OptimError
+from optim.recipes.errors import OptimError
 from optim.recipes.schema import MergeQuant, Recipe, Rtn
 from optim.runtime.artifact import Workspace, tensor_sha256
 from optim.runtime.checkpoint import Checkpoint
@@ -65,18 +65,11 @@ def quantize(made: Plan, progress: Progress, windows: Tensor | None = None) -> R
     else:
         made = replace(made, recipe=_given(made.recipe, windows))
     workspace = Workspace(made.output, _identity(made, windows), made.force)
-    try:
+    with workspace:
         with torch.inference_mode():
             job = _Job(made, workspace, windows, progress)
             job.run()
         facts = finish(made, workspace, windows, job.static)
-    except BaseException as error:
-        bad_input = isinstance(error, OptimError) and error.code == USAGE
-        if bad_input or not workspace.done:
-            workspace.discard()
-        else:
-            workspace.close()
-        raise
     return Report(
         output=str(made.output),
         output_bytes=facts["bytes"],

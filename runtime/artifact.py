@@ -12,13 +12,13 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from optim.recipes.errors import MACHINE, USAGE, OptimError
+from optim.recipes.errors import CHECK_FAILED, MACHINE, USAGE, OptimError
 from optim.runtime.verify import sha256
 
 FORMAT_VERSION = 1
@@ -44,6 +44,19 @@ class Workspace:
         self.files.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.folder)
         self._resume(force)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """After a failure: kept, to be resumed, unless the input is bad or nothing is done yet."""
+        if error is None:
+            return
+        bad_input = isinstance(error, OptimError) and error.code in (USAGE, CHECK_FAILED)
+        if bad_input or not self.done:
+            self.discard()
+        else:
+            self.close()
 
     def write_shard(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Write one safetensors file, whole or not at all; returns its journal facts."""
