@@ -191,7 +191,7 @@ def build(
         embed=embed,
         positions=loader.tensor(f"{facts.positions}.weight") if facts.positions else None,
         project_in=_optional(loader, f"{stem}.project_in"),
-        ropes=_ropes(checkpoint, facts, shape),
+        ropes=_ropes(loader, facts, shape),
         blocks=blocks,
         norm=_final_norm(loader, family, shape),
         project_out=_optional(loader, f"{stem}.project_out"),
@@ -214,11 +214,12 @@ def _cache_dtype(loader: Loader, stored: torch.dtype) -> torch.dtype:
     return torch.float16 if short else loader.dtype
 
 
-def _ropes(checkpoint: Checkpoint, facts: Facts, shape: Shape) -> dict[str, Rope]:
+def _ropes(loader: Loader, facts: Facts, shape: Shape) -> dict[str, Rope]:
     if facts.positions:
         return {}
-    config = checkpoint.text_config
-    return ropes(config, facts.defaults, shape.head_dim, checkpoint.hf_config)
+    checkpoint = loader.checkpoint
+    made = ropes(checkpoint.text_config, facts.defaults, shape.head_dim, checkpoint.hf_config)
+    return {kind: rope.to(loader.device) for kind, rope in made.items()}
 
 
 def _rounded(shape: Shape, facts: Facts, stored: torch.dtype) -> Shape:

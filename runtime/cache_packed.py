@@ -253,6 +253,8 @@ class PackedLayer:
 
 def _resized(x: Side, length: int) -> Side:
     """`x` with exactly `length` positions, as many as fit kept."""
+    if x.codes.shape[1] == length:
+        return x  # where it was: a recorded step looks there
     kept = min(length, x.codes.shape[1])
     dim = x.codes.shape[-1] * 8 // x.bits
     new = side(x.bits, x.codes.shape[0], dim, length, x.codes.device)

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from optim.recipes.errors import USAGE, OptimError
+from optim.runtime import placed
 from optim.runtime.attention import Rule, attend
 from optim.runtime.cache import Layer, LayerCache, LayeredCache, Policy, StaticCache, static_layers
 from optim.runtime.cache_packed import PackedLayer, packed_layers
 from optim.runtime.cache_stream import Turn, stream_cache
 from optim.runtime.kernels import cpu_blocks, cpu_packed, cpu_step
 from optim.runtime.layers import HeadNorm, Norm
+from optim.runtime.placed import Place
 from optim.runtime.plane_linear import PlaneLinear
 from optim.runtime.rope import Rope, rotate
 from optim.runtime.shape import Shape
@@ -30,12 +32,16 @@ CHUNK = 512  # tokens of a prompt computed at a time; bounds the scratch
 
 @dataclass(slots=True)
 class Step:
-    """What all blocks share in one forward: where it starts, the rotary angles, the padding."""
+    """What all blocks share in one forward: where it starts, the rotary angles, the padding.
+
+    One token may have its `place` on the device; `start` means nothing then.
+    """
 
     start: int
     angles: dict[str, tuple[Tensor, Tensor]]
     padding: Tensor | None
     prefix: int = 0
+    place: Place | None = None
 
 
 @dataclass(slots=True)
@@ -56,16 +62,24 @@ class Attention:
     def __call__(self, x: Tensor, cache: Layer, step: Step) -> Tensor:
         y = self._project(x)
         alone = x.shape[1] == 1 and not (step.prefix and step.padding is not None)
-        seen = self._one_token(y, cache, step) if alone and self.one_token is not None else None
+        alone = alone and self.one_token is not None and step.place is None
+        seen = self._one_token(y, cache, step) if alone else None
         if seen is None:
             qk, v = y[:, :, : self.heads + self.kv_heads], y[:, :, self.heads + self.kv_heads :]
             if self.rope is not None:
                 qk = rotate(qk, *step.angles[self.rope])
-            cache.write(qk[:, :, self.heads :], v, step.start)
-            q, padding = qk[:, :, : self.heads], step.padding
-            seen = attend(q, cache, step.start, self.rule, padding, step.prefix)
+            q, k = qk[:, :, : self.heads], qk[:, :, self.heads :]
+            seen = self._attend(q, k, v, cache, step)
         out: Tensor = self.out(seen)
         return out
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, cache: Layer, step: Step) -> Tensor:
+        padding, prefix = step.padding, step.prefix
+        if step.place is not None:
+            placed.write(cache, k, v, step.place)
+            return placed.attend(q, cache, step.place, self.rule, padding, prefix)
+        cache.write(k, v, step.start)
+        return attend(q, cache, step.start, self.rule, padding, prefix)
 
     def _one_token(self, y: Tensor, cache: Layer, step: Step) -> Tensor | None:
         """What one token sees, through a C kernel if one reads this cache: `[B, 1, heads * D]`."""
@@ -224,11 +238,29 @@ class Decoder:
         cache.length += ids.shape[1]
         return h
 
+    def step(self, ids: Tensor, cache: LayeredCache, place: Place) -> Tensor:
+        """fp32 logits `[B, vocab]` after one token `ids` `[B, 1]` at `place`, on any device.
+
+        Nothing about the place is read by the host, and `cache.length` stays as it is.
+        """
+        h, angles = self._enter(ids, place.position[None], cache.padding, 0)
+        step = Step(0, angles, cache.padding, self.prefix_length, place)
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            h = block(h, layer, step)
+        return self._logits(h)[:, 0]
+
     def _begin(self, ids: Tensor, cache: LayeredCache, end: int) -> tuple[Tensor, Step]:
         start, t = cache.place(ids.shape[1]), ids.shape[1]
         places = torch.arange(cache.length, cache.length + t, device=ids.device)[None]
-        if cache.padding is not None:
-            places = (places - cache.padding[:, None]).clamp_(min=0)
+        h, angles = self._enter(ids, places, cache.padding, end)
+        return h, Step(start, angles, cache.padding, self.prefix_length)
+
+    def _enter(
+        self, ids: Tensor, places: Tensor, padding: Tensor | None, end: int
+    ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """The embedded `ids` `[B, T]` at `places` `[1, T]` of a text of `end`, and the angles."""
+        if padding is not None:
+            places = (places - padding[:, None]).clamp_(min=0)
         places = places + self.prefix_length
         h = self.embed[ids].to(self.dtype)
         if self.shape.embed_scale != 1:
@@ -237,8 +269,7 @@ class Decoder:
             h = self.project_in(h)
         if self.positions is not None:
             h = h + self.positions[places + POSITION_OFFSET].to(h.dtype)
-        angles = {kind: rope.angles(places, end) for kind, rope in self.ropes.items()}
-        return h, Step(start, angles, cache.padding, self.prefix_length)
+        return h, {kind: rope.angles(places, end) for kind, rope in self.ropes.items()}
 
     def _logits(self, h: Tensor) -> Tensor:
         h = _norm(self.norm, h)

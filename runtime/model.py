@@ -13,7 +13,9 @@ from optim.runtime.architectures import FAMILIES
 from optim.runtime.build import build
 from optim.runtime.cache import Cache, Policy
 from optim.runtime.checkpoint import Checkpoint, open_checkpoint
+from optim.runtime.decoder import Decoder
 from optim.runtime.formats.w4a4 import fast_product, read_config
+from optim.runtime.graph import GraphDecoder, cuda_graph, recordable
 from optim.runtime.machine import compute_dtype, pick_device, release_code, release_memory
 from optim.runtime.plane_linear import Form
 
@@ -73,7 +75,10 @@ class Model:
         dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.decoder.dtype]
         if self.device.type == "cpu":
             return f"cpu, {torch.get_num_threads()} threads, {dtype}"
-        return f"{torch.cuda.get_device_name(self.device)}, {dtype}"
+        steps = (
+            self.decoder.state if isinstance(self.decoder, GraphDecoder) else "steps not recorded"
+        )
+        return f"{torch.cuda.get_device_name(self.device)}, {dtype}, {steps}"
 
     @property
     def tokenizer(self) -> "Tokenizer":
@@ -155,6 +160,8 @@ def load_model(
     release_memory()
     release_code()
     decoder, weight_bytes = make(checkpoint, place, compute_dtype(place))
+    if place.type == "cuda" and isinstance(decoder, Decoder) and recordable(decoder):
+        decoder = GraphDecoder(decoder, cuda_graph)
     release_memory()
     return Model(checkpoint, decoder, place, weight_bytes, tokenizer)
 

@@ -24,6 +24,11 @@ class Rope:
     frequencies: Frequencies
     scaled: Callable[[int], Frequencies] | None = None
 
+    def to(self, device: torch.device) -> "Rope":
+        """The same, its frequencies on `device`."""
+        inverse, factor = self.frequencies
+        return Rope((inverse.to(device), factor), self.scaled)
+
     def angles(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """cos and signed sin `[B, T, 1, r]` (fp32) for `positions` `[B, T]` of a text of `end`."""
         inverse, factor = self._at(end)

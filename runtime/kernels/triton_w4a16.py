@@ -181,7 +181,7 @@ class Weight:
         self.scale = scale.T.contiguous()
         self.zero = None if zero is None else zero.T.contiguous()
         self.slices = max(scheme.group_size // SLICE, 0) or self.tiles * (32 // self.bits)
-        self.processors = _processors(q.device)
+        self.processors = processors(q.device)
 
     @property
     def nbytes(self) -> int:
@@ -289,7 +289,8 @@ def _bias_of(dtype: torch.dtype, bits: int) -> int:
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a card."""
     if device.type != "cuda":
         return 1
     properties: Any = torch.cuda.get_device_properties(device)
