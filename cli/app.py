@@ -81,6 +81,7 @@ def quantize(
 ) -> None:
     """Store weights in 2, 3, 4 or 8 bits, guided by text or not; mergequant: activations too."""
     from optim.cli import quantize as command
+    from optim.cli.work import How
 
     keys = {"model": model, "output": output} | {
         "calibration.dataset": calibration,
@@ -103,8 +104,8 @@ def quantize(
         "quantize.rotate": rotate,
         "quantize.prefix": prefix,
     }
-    how = command.How(device, threads, trust_remote_code, force, json, quiet)
-    command.quantize(recipe, keys, sets or [], how, print_recipe=print_recipe, dry_run=dry_run)
+    how = How(device, threads, trust_remote_code, force, json, quiet, print_recipe, dry_run)
+    command.quantize(recipe, keys, sets or [], how)
 
 
 @app.command(
@@ -144,7 +145,7 @@ def prune(
 ) -> None:
     """Leave out what hardly matters as the model runs: small inputs, idle neurons, zeros."""
     from optim.cli import prune as command
-    from optim.cli.quantize import How
+    from optim.cli.work import How
 
     keys = {
         "model": model,
@@ -168,8 +169,8 @@ def prune(
     }
     if method:
         keys["prune.method"] = method
-    how = How(device, threads, trust_remote_code, force, json, quiet)
-    command.prune(recipe, keys, sets or [], how, print_recipe=print_recipe, dry_run=dry_run)
+    how = How(device, threads, trust_remote_code, force, json, quiet, print_recipe, dry_run)
+    command.prune(recipe, keys, sets or [], how)
 
 
 @app.command(rich_help_panel="Compress", epilog="Example: optim pack demo -o smollm2-df11")
@@ -190,6 +191,7 @@ def pack(
 ) -> None:
     """Store bf16 weights in 11 or 12 bits without any loss, and prove it."""
     from optim.cli import pack as command
+    from optim.cli.work import How
 
     keys = {
         "model": model,
@@ -198,8 +200,8 @@ def pack(
         "pack.cast": cast,
         "pack.targets": target,
     }
-    how = command.How(threads, trust_remote_code, force, json, quiet)
-    command.pack(recipe, keys, how, print_recipe=print_recipe, dry_run=dry_run)
+    how = How("cpu", threads, trust_remote_code, force, json, quiet, print_recipe, dry_run)
+    command.pack(recipe, keys, how)
 
 
 @app.command(
@@ -215,8 +217,10 @@ def unpack(
 ) -> None:
     """Write the tensors that were packed, byte for byte."""
     from optim.cli import pack as command
+    from optim.cli.work import How
 
-    command.unpack(model, output, command.How(threads, False, force, json, quiet))
+    how = How("cpu", threads, force=force, as_json=json, quiet=quiet)
+    command.unpack(model, output, how)
 
 
 @app.command(

@@ -1,55 +1,30 @@
 """`optim pack` and `optim unpack`: bf16 weights in fewer bytes without loss, and back."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from optim.cli import ui
-from optim.recipes.build import build_recipe, to_yaml
+from optim.cli.work import How, carry_out, only_planned, recipe_of
 from optim.recipes.errors import USAGE, OptimError
 
 
-@dataclass(frozen=True, slots=True)
-class How:
-    """What is not in the recipe."""
-
-    threads: int | None
-    trust_remote_code: bool
-    force: bool
-    as_json: bool
-    quiet: bool
-
-
-def pack(
-    file_or_name: str | None, keys: dict[str, Any], how: How, *, print_recipe: bool, dry_run: bool
-) -> None:
+def pack(file_or_name: str | None, keys: dict[str, Any], how: How) -> None:
     """Build the recipe of the command line, and print it, plan it or do it."""
-    recipe = build_recipe(file_or_name, keys, [])
-    if print_recipe:
-        ui.say(to_yaml(recipe).rstrip("\n"))
+    recipe = recipe_of("pack", file_or_name, keys, [], how)
+    if recipe is None:
         return
-    if recipe.model is None or recipe.pack is None:
-        what = "no model is given" if recipe.model is None else "the recipe has no section pack"
-        raise OptimError(what, "optim pack MODEL; `demo` is one", USAGE)
+    if recipe.pack is None or recipe.model is None:
+        raise OptimError("the recipe has no section pack", "optim pack MODEL", USAGE)
     if recipe.quantize is not None:
         fix = "run `optim quantize` with it, then `optim pack` on what that has written"
         raise OptimError("the recipe quantizes too", fix, USAGE)
-    ui.notes.quiet = how.quiet
     from optim.export.pack import pack
     from optim.export.plan import plan
 
     _use_threads(how.threads)
     trust = how.trust_remote_code
     made = plan(recipe.model, recipe.pack, recipe.output, force=how.force, trust_remote_code=trust)
-    if dry_run:
-        _show_plan(made.as_dict(), how.as_json)
-        return
-    try:
-        with ui.progress("pack") as step:
-            report = pack(made, step)
-    except KeyboardInterrupt:
-        ui.note("stopped; the same command goes on where it was")
-        raise
-    _show_report(report.as_dict(), how.as_json)
+    if not only_planned(made.as_dict(), how, _show_plan):
+        carry_out("pack", lambda step: pack(made, step), how, _facts)
 
 
 def unpack(model: str, output: str | None, how: How) -> None:
@@ -77,10 +52,7 @@ def _use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        ui.emit(plan)
-        return
+def _show_plan(plan: dict[str, Any]) -> None:
     units = sum(len(shard["units"]) for shard in plan["shards"])
     share = plan["output_bytes"] / plan["source_bytes"]
     ui.say(f"{plan['model']} · {ui.size(plan['source_bytes'])} · layout {plan['layout']}")
@@ -89,23 +61,14 @@ def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
         f"{ui.size(plan['raw_bytes'])} as they are, {len(plan['shards'])} files"
     )
     ui.say(f"output about {ui.size(plan['output_bytes'])} ({share:.0%})")
-    for text in plan["notes"]:
-        ui.note(text)
-    ui.note(f"nothing was written; the output would be {plan['output']}")
 
 
-def _show_report(report: dict[str, Any], as_json: bool) -> None:
-    for text in report["notes"]:
-        ui.note(text)
-    if as_json:
-        ui.emit(report)
+def _facts(report: dict[str, Any]) -> list[str]:
     rate = report["source_bytes"] / max(report["seconds"], 1e-9) / 1e9
-    facts = [
-        report["output"],
+    return [
         f"{report['packed_bits_per_weight']:.3f} bits/weight"
         f" (limit {report['limit_bits_per_weight']:.3f})",
         f"{report['packed_weights']:,} weights, each decoded again and proven equal",
         ui.seconds(report["seconds"]),
         f"{rate:.2f} GB/s",
     ]
-    ui.done(" · ".join(facts), following=f"optim run {report['output']}")

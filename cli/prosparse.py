@@ -4,11 +4,11 @@ import os
 from typing import Any
 
 from optim.cli import training, ui
-from optim.cli.quantize import How
+from optim.cli.work import How, only_planned
 from optim.recipes.schema import Recipe
 
 
-def work(recipe: Recipe, how: How, dry_run: bool) -> None:
+def work(recipe: Recipe, how: How) -> None:
     """Plan, train and write; all processes of torchrun do this, the first one speaks."""
     ui.notes.quiet = how.quiet or os.environ.get("RANK", "0") != "0"
     from optim.prune import plan, prosparse
@@ -21,8 +21,7 @@ def work(recipe: Recipe, how: How, dry_run: bool) -> None:
         trust_remote_code=how.trust_remote_code,
     )
     prosparse.check(made)
-    if dry_run:
-        show_plan(made.as_dict() | prosparse.needs(made), how.as_json)
+    if only_planned(made.as_dict() | prosparse.needs(made), how, show_plan):
         return
     try:
         with training.watch("prosparse") as (report, progress):
@@ -44,11 +43,8 @@ def _own_device(asked: str) -> str:
     return f"cuda:{rank}" if torch.cuda.is_available() else asked
 
 
-def show_plan(plan: dict[str, Any], as_json: bool) -> None:
+def show_plan(plan: dict[str, Any]) -> None:
     """Print what would be done."""
-    if as_json:
-        ui.emit(plan)
-        return
     section = plan["recipe"]["prune"]
     length = plan["recipe"]["calibration"]["seq_len"]
     tokens = section["steps"] * section["batch"] * length
@@ -59,7 +55,6 @@ def show_plan(plan: dict[str, Any], as_json: bool) -> None:
     ui.say(f"ReLU over {100 * section['substitution']:.0f} % of the steps, then lambda {stages}")
     ui.say(f"trained: {section['train']}")
     ui.say(f"memory about {ui.size(plan['memory'])} · disk {ui.size(plan['disk'])}")
-    ui.note(f"nothing was written; the output would be {plan['output']}")
 
 
 def show(outcome: dict[str, Any], source: str, as_json: bool) -> None:

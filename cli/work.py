@@ -1,0 +1,84 @@
+"""What the commands that compress share: a recipe from flags, then its plan shown, or the work."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from optim.cli import ui
+from optim.recipes.build import build_recipe, to_yaml
+from optim.recipes.errors import USAGE, OptimError
+from optim.recipes.schema import Recipe
+
+GOES_ON = "the same command goes on where it was"
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """What is not in the recipe: where and how to do the work."""
+
+    device: str = "auto"
+    threads: int | None = None
+    trust_remote_code: bool = False
+    force: bool = False
+    as_json: bool = False
+    quiet: bool = False
+    print_recipe: bool = False
+    dry_run: bool = False
+
+
+class Facts(Protocol):
+    """A plan or a report."""
+
+    def as_dict(self) -> dict[str, Any]: ...
+
+
+def recipe_of(
+    command: str, file_or_name: str | None, keys: dict[str, Any], sets: Sequence[str], how: How
+) -> Recipe | None:
+    """The recipe of a command line; None if it was only to be printed.
+
+    Raises OptimError (2) for a recipe that is wrong, or names no model.
+    """
+    recipe = build_recipe(file_or_name, keys, list(sets))
+    if how.print_recipe:
+        ui.say(to_yaml(recipe).rstrip("\n"))
+        return None
+    if recipe.model is None:
+        raise OptimError("no model is given", f"optim {command} MODEL; `demo` is one", USAGE)
+    ui.notes.quiet = how.quiet
+    ui.wait_quietly()
+    return recipe
+
+
+def only_planned(plan: dict[str, Any], how: How, show: Callable[[dict[str, Any]], None]) -> bool:
+    """Print what would be done, if nothing more is asked for."""
+    if how.dry_run and how.as_json:
+        ui.emit(plan)
+    elif how.dry_run:
+        show(plan)
+        for text in plan["notes"]:
+            ui.note(text)
+        ui.note(f"nothing was written; the output would be {plan['output']}")
+    return how.dry_run
+
+
+def carry_out(
+    title: str,
+    work: Callable[[Callable[[int, int, str], None]], Facts],
+    how: How,
+    facts: Callable[[dict[str, Any]], list[str]],
+    when_stopped: str = GOES_ON,
+) -> None:
+    """Do the work under a progress bar, and say in one line what came out."""
+    try:
+        with ui.progress(title) as step:
+            report = work(step).as_dict()
+    except KeyboardInterrupt:
+        ui.note(f"stopped; {when_stopped}")
+        raise
+    for text in report["notes"]:
+        ui.note(text)
+    if how.as_json:
+        ui.emit(report)
+    line = [report["output"], *facts(report)]
+    ui.done(" · ".join(line), following=f"optim run {report['output']}")
