@@ -3,14 +3,15 @@
  * Codes are written from the highest bit of each byte. A window is 64 bits, a block 512 windows. The
  * encoder gives up whole windows and goes on in the next call, so a tensor of any size passes
  * through a small buffer. The decoder looks up 11 bits at a time, which hold nearly four symbols,
- * and works on four blocks at once: each waits for its own last lookup.
+ * and works on four blocks at once: each waits for its own last lookup. Shifts are what it has too
+ * few of, so an entry is laid out to be added and shifted by as it is.
  */
 #include <stdlib.h>
 #include <string.h>
 
 #include "cpu.h"
 
-enum { WINDOW = 64, BLOCK = 512 * WINDOW, INDEX = 11, EACH = 5, SYMBOLS = 4, STREAMS = 4 };
+enum { WINDOW = 64, BLOCK = 512 * WINDOW, INDEX = 11, EACH = 5, SYMBOLS = 5, STREAMS = 4 };
 enum { CHILD = 0x8000, ROOM = (EACH + 1) * SYMBOLS };
 
 /* exponents[256] += how often each comes; rest[256] (sign and mantissa) the same of each eighth. */
@@ -101,7 +102,7 @@ int64_t optim_df11_encode(const uint16_t *w, int64_t n, const uint32_t *code,
     return pen.window - pen.first;
 }
 
-typedef uint64_t Entry; /* four symbols, then their number and bits: 0 where the code is longer */
+typedef uint64_t Entry; /* bits, number of symbols << 8, symbols << 16; 0: the code is longer */
 
 typedef struct {
     const uint8_t *stream;
@@ -157,7 +158,7 @@ static void fill(const uint16_t *walk, Entry *table) {
             symbols |= (uint64_t)symbol << 8 * count;
             bits += length, count++;
         }
-        table[index] = symbols | count << 32 | bits << 40;
+        table[index] = symbols << 16 | count << 8 | bits;
     }
 }
 
@@ -172,20 +173,21 @@ static int fast(const Stream *s) { return s->left >= ROOM && s->at < s->end; }
 
 /* EACH lookups in each of `n` streams; 0 if there is no code where one of them is. */
 static inline __attribute__((always_inline)) int lookups(const Job *j, Stream *s, const int n) {
-    uint64_t bits[STREAMS], sums[STREAMS]; /* number of symbols, then bits << 8 */
+    const Entry *const table = j->table;   /* in a register: bytes written below may alias `j` */
+    uint64_t bits[STREAMS], sums[STREAMS]; /* sums of entries: their symbols never carry down */
     for (int k = 0; k < n; k++) bits[k] = bits_at(j, s[k].at), sums[k] = 0;
     for (int i = 0; i < EACH; i++) /* 7 bits are lost to alignment: 5 * 11 + 7 < 64 */
 #pragma GCC unroll 4
         for (int k = 0; k < n; k++) {
-            const Entry e = j->table[bits[k] >> (64 - INDEX)];
-            const uint32_t symbols = (uint32_t)e; /* little-endian, as every target here */
-            memcpy(s[k].to + (sums[k] & 0xff), &symbols, SYMBOLS);
-            sums[k] += e >> 32, bits[k] <<= e >> 40;
+            const Entry e = table[bits[k] >> (64 - INDEX)];
+            const uint64_t symbols = e >> 16; /* little-endian, as every target here */
+            memcpy(s[k].to + (uint8_t)(sums[k] >> 8), &symbols, sizeof symbols);
+            sums[k] += e, bits[k] <<= e & 63;
         }
     for (int k = 0; k < n; k++) {
-        const int64_t count = sums[k] & 0xff;
-        s[k].left -= count, s[k].to += count, s[k].at += (int64_t)(sums[k] >> 8);
-        if (__builtin_expect(sums[k] == 0, 0) && !slow(j, s + k)) return 0;
+        const int64_t count = sums[k] >> 8 & 0xff, used = sums[k] & 0xff;
+        s[k].left -= count, s[k].to += count, s[k].at += used;
+        if (__builtin_expect(count == 0, 0) && !slow(j, s + k)) return 0;
     }
     return 1;
 }
@@ -210,7 +212,8 @@ static int together(const Job *j, Stream *s) {
     }
 }
 
-static void merge(const uint8_t *sm, const uint8_t *e, uint16_t *out, int64_t n) {
+static void merge(const uint8_t *restrict sm, const uint8_t *restrict e, uint16_t *restrict out,
+                  int64_t n) {
     for (int64_t i = 0; i < n; i++)
         out[i] = (uint16_t)((sm[i] & 0x80) << 8 | e[i] << 7 | (sm[i] & 0x7f));
 }
