@@ -29,7 +29,8 @@ import torch
 import transformers
 
 from optim.runtime.demo import demo_file
-from optim.runtime.measure import MARK, Job, engines, peak_bytes
+from optim.runtime.machine import peak_bytes
+from optim.runtime.measure import MARK, Job, engines
 
 FILES = {"Q4_0": 2, "Q4_1": 3, "Q4_K_M": 15}  # llama_ftype
 OURS = {

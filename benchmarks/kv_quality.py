@@ -23,7 +23,7 @@ from torch import Tensor
 
 from optim.runtime.cache import Policy
 from optim.runtime.corpus import evaluation_windows
-from optim.runtime.measure import peak_bytes
+from optim.runtime.machine import peak_bytes
 from optim.runtime.model import Model, load_model
 
 

@@ -22,6 +22,7 @@ from optim.recipes.errors import CHECK_FAILED, OptimError
 from optim.runtime.artifact import Workspace, disk_error
 from optim.runtime.formats.bf12 import Splitter
 from optim.runtime.lossless import SHAPES, LosslessStore, pieces, tensor_hash
+from optim.runtime.machine import peak_bytes
 from optim.runtime.tensor_writer import TensorWriter
 
 Progress = Callable[[int, int, str], None]
@@ -64,7 +65,7 @@ def pack(made: Plan, progress: Progress) -> Report:
         layout=made.pack.layout,
         source_bytes=made.source_bytes,
         seconds=time.monotonic() - start,
-        peak_memory_bytes=_peak_memory(),
+        peak_memory_bytes=peak_bytes(),
         notes=[*made.notes, *facts.pop("notes")],
         **facts,
     )
@@ -178,9 +179,3 @@ class _Job:
                     "the memory or the disk of this machine may be at fault; run it again",
                     CHECK_FAILED,
                 )
-
-
-def _peak_memory() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

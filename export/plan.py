@@ -7,7 +7,6 @@ block in that block's file.
 
 import math
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,12 +14,12 @@ from typing import Any
 
 import torch
 
-from optim.recipes.errors import MACHINE, USAGE, OptimError
+from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.patterns import matches
 from optim.recipes.schema import Pack
-from optim.runtime.artifact import exists_error
 from optim.runtime.checkpoint import Checkpoint, open_checkpoint
 from optim.runtime.lossless import LosslessStore
+from optim.runtime.output import check_output
 from optim.runtime.tensor_files import TensorInfo
 
 BLOCK = re.compile(r"((?:.*\.)?(?:layers?|blocks?|h)\.\d+)\.(.+)")
@@ -110,7 +109,7 @@ def plan(
         raw_bytes=raw,
         notes=tuple(_notes(checkpoint, wide, pack)),
     )
-    _check_output(made)
+    check_output(place, force, made.output_bytes)
     return made
 
 
@@ -191,18 +190,3 @@ def _rank(name: str) -> tuple[Any, ...]:
 def _natural(name: str) -> tuple[tuple[int, str], ...]:
     """A key that sorts block 10 after block 9."""
     return tuple((int(t), "") if t.isdigit() else (-1, t) for t in re.split(r"(\d+)", name))
-
-
-def _check_output(made: Plan) -> None:
-    if made.output.exists() and not made.force:
-        raise exists_error(made.output)
-    folder = next(
-        p for p in (made.output.absolute(), *made.output.absolute().parents) if p.exists()
-    )
-    free = shutil.disk_usage(folder).free
-    if free < made.output_bytes:
-        raise OptimError(
-            f"{made.output} needs about {made.output_bytes:,} bytes, and {free:,} are free",
-            "free some space, or choose another -o/--output",
-            MACHINE,
-        )

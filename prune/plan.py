@@ -1,7 +1,6 @@
 """What `optim prune` will do to a model, checked before the first weight is read."""
 
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.recipes.errors import MACHINE, USAGE, OptimError
+from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.schema import CoreInfer, Recipe, ReluExact, Threshold
 from optim.runtime.architectures import FAMILIES, Decoder
-from optim.runtime.artifact import exists_error
 from optim.runtime.checkpoint import Checkpoint, open_checkpoint
 from optim.runtime.machine import pick_device
+from optim.runtime.output import check_output
 from optim.runtime.plain import PlainView
 from optim.runtime.shape import resolve
 from optim.runtime.side import require_known
@@ -44,8 +43,7 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """For the screen and for `--json`."""
-        calibration = self.recipe.calibration
-        text = f"{calibration.dataset} · {calibration.num_samples} x {calibration.seq_len} tokens"
+        text = self.recipe.calibration.summary
         return {
             "model": self.checkpoint.name,
             "blocks": len(self.walk),
@@ -102,9 +100,7 @@ def plan(
     sizes = site_sizes(walk, facts)
     neurons = int(walk.blocks[0].get_parameter(f"{facts.down}.weight").shape[1])
     output = Path(recipe.output or f"./{checkpoint.name}-{_short(recipe)}")
-    if output.exists() and not force:
-        raise exists_error(output)
-    _require_disk(checkpoint, output)
+    check_output(output, force, sum(info.nbytes for info in checkpoint.tensors.values()))
     if isinstance(section, CoreInfer) and round(section.keep * neurons) < 1:
         raise OptimError(
             f"keep {section.keep:g} of {neurons} neurons leaves none", "keep more", USAGE
@@ -146,15 +142,6 @@ def _require_format(checkpoint: Checkpoint) -> None:
             "start from the 16-bit model, or from what `optim quantize` wrote",
             USAGE,
         )
-
-
-def _require_disk(checkpoint: Checkpoint, output: Path) -> None:
-    need = sum(info.nbytes for info in checkpoint.tensors.values())
-    place = next(folder for folder in output.absolute().parents if folder.exists())
-    free = shutil.disk_usage(place).free
-    if free < need:
-        what = f"{output} takes {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there"
-        raise OptimError(what, "choose another -o/--output", MACHINE)
 
 
 def _short(recipe: Recipe) -> str:

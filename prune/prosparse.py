@@ -12,7 +12,6 @@ import math
 import shutil
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,9 @@ from optim.prune.team import Team, join
 from optim.prune.train import Job, Point, Report, train
 from optim.recipes.errors import MACHINE, USAGE, OptimError
 from optim.recipes.schema import ProSparse
-from optim.runtime.artifact import Workspace
+from optim.runtime.artifact import Workspace, identity
 from optim.runtime.checkpoint import require_plain
-from optim.runtime.corpus import calibration_windows, token_hash
+from optim.runtime.corpus import token_hash, windows_for
 from optim.runtime.machine import reuse_memory
 
 LOGIT_COPIES = 6  # logits, odds and gradients that a pass holds at once
@@ -108,15 +107,18 @@ def prune(
     """
     start = time.monotonic()
     check(made)
-    windows = _text(made) if windows is None else windows
+    if windows is None:
+        windows = windows_for(made.recipe.calibration, made.checkpoint.tokenizer())
     team = join(made.walk.device)
     _check_batch(_section(made), team)
-    identity = _identity(made, windows, team)
-    state = _state_file(made, identity)
+    recipe = made.recipe.model_dump(mode="json", exclude={"model", "output"})
+    what = identity(made.checkpoint.fingerprint(), recipe, token_hash(windows))
+    what["processes"] = team.size
+    state = _state_file(made, what)
     workspace = None
     try:
         if team.leads:
-            workspace = Workspace(made.output, identity, made.force)
+            workspace = Workspace(made.output, what, made.force)
         team.share(None)  # nobody trains before the output is known to be ours
         job = _job(made, windows, team, state)
         history = train(job, report if team.leads else lambda point, total: None)
@@ -140,12 +142,6 @@ def _section(made: Plan) -> ProSparse:
     return made.recipe.prune
 
 
-def _text(made: Plan) -> Tensor:
-    options = made.recipe.calibration.model_dump()
-    spec = options.pop("dataset")
-    return calibration_windows(spec, made.checkpoint.tokenizer(), **options)
-
-
 def _check_batch(section: ProSparse, team: Team) -> None:
     if section.batch % (section.micro_batch * team.size):
         raise OptimError(
@@ -156,19 +152,9 @@ def _check_batch(section: ProSparse, team: Team) -> None:
         )
 
 
-def _identity(made: Plan, windows: Tensor, team: Team) -> dict[str, Any]:
-    return {
-        "source": made.checkpoint.fingerprint(),
-        "recipe": made.recipe.model_dump(mode="json", exclude={"model", "output"}),
-        "calibration": token_hash(windows),
-        "processes": team.size,
-        "versions": {name: version(name) for name in ("optim-llm", "torch", "transformers")},
-    }
-
-
-def _state_file(made: Plan, identity: dict[str, Any]) -> Path:
+def _state_file(made: Plan, what: dict[str, Any]) -> Path:
     """Where this run keeps its state; a run of something else keeps its own under another name."""
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
     return made.output.with_name(made.output.name + ".partial") / f"state-{digest[:12]}.pt"
 
 

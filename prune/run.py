@@ -15,9 +15,16 @@ from optim.prune import coreinfer, relu_exact, thresholds
 from optim.prune.plan import Plan, Progress, Solved, plan
 from optim.recipes.build import to_yaml
 from optim.recipes.schema import CoreInfer, ReluExact, Threshold
-from optim.runtime.artifact import FORMAT_VERSION, INDEX, Workspace, index_of, tensor_sha256
+from optim.runtime.artifact import (
+    FORMAT_VERSION,
+    INDEX,
+    Workspace,
+    identity,
+    index_of,
+    tensor_sha256,
+)
 from optim.runtime.checkpoint import Checkpoint, open_checkpoint
-from optim.runtime.corpus import calibration_windows, token_hash
+from optim.runtime.corpus import token_hash, windows_for
 from optim.runtime.side import SIDE, write_side
 from optim.runtime.verify import MANIFEST, sha256
 
@@ -49,8 +56,11 @@ def prune(made: Plan, progress: Progress, windows: Tensor | None = None) -> Repo
     turns out to be bad, 4 where the machine gave out.
     """
     start = time.monotonic()
-    windows = _calibration(made) if windows is None else windows
-    workspace = Workspace(made.output, _identity(made, windows), made.force)
+    if windows is None:
+        windows = windows_for(made.recipe.calibration, made.checkpoint.tokenizer())
+    recipe = made.recipe.model_dump(mode="json", exclude={"model", "output"})
+    what = identity(made.checkpoint.fingerprint(), recipe, token_hash(windows))
+    workspace = Workspace(made.output, what, made.force)
     with workspace:
         with torch.inference_mode(), tempfile.TemporaryDirectory(dir=workspace.folder) as folder:
             found = solve(made, windows, Path(folder), progress)
@@ -75,23 +85,6 @@ def solve(made: Plan, windows: Tensor, folder: Path, progress: Progress) -> Solv
         return coreinfer.solve(made, windows, folder, progress)
     assert isinstance(section, ReluExact), section
     return relu_exact.solve(made, windows, folder, progress)
-
-
-def _calibration(made: Plan) -> Tensor:
-    options = made.recipe.calibration.model_dump()
-    spec = options.pop("dataset")
-    return calibration_windows(spec, made.checkpoint.tokenizer(), **options)
-
-
-def _identity(made: Plan, windows: Tensor) -> dict[str, Any]:
-    from importlib.metadata import version
-
-    return {
-        "source": made.checkpoint.fingerprint(),
-        "recipe": made.recipe.model_dump(mode="json", exclude={"model", "output"}),
-        "calibration": token_hash(windows),
-        "versions": {name: version(name) for name in ("optim-llm", "torch", "transformers")},
-    }
 
 
 def _shards(checkpoint: Checkpoint) -> Iterator[list[str]]:

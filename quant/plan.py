@@ -5,7 +5,6 @@ folder. All problems are found together and raised as one error.
 """
 
 import math
-import shutil
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -20,11 +19,11 @@ from optim.recipes.errors import MACHINE, USAGE, OptimError
 from optim.recipes.patterns import matches
 from optim.recipes.schema import MergeQuant, Override, Recipe, Rounding, Rtn
 from optim.runtime.architectures import FAMILIES
-from optim.runtime.artifact import exists_error
 from optim.runtime.checkpoint import Checkpoint, open_checkpoint, require_plain
 from optim.runtime.formats.bits import words
 from optim.runtime.formats.packed import Scheme
 from optim.runtime.machine import pick_device
+from optim.runtime.output import output_problems
 from optim.runtime.sizes import SizeRow, Stored, size_rows, stored
 from optim.runtime.walk import TOKENS_PER_BATCH, Walk
 
@@ -52,8 +51,7 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """For the screen and for `--json`."""
-        calibration = self.recipe.calibration
-        text = f"{calibration.dataset} · {calibration.num_samples} x {calibration.seq_len} tokens"
+        text = self.recipe.calibration.summary
         return {
             "model": self.checkpoint.name,
             "blocks": len(self.walk),
@@ -101,7 +99,7 @@ def plan(
     output_bytes = sum(row.nbytes for row in rows)
     disk = output_bytes + 2 * _state_bytes(recipe, checkpoint)
     problems = [*_pattern_problems(recipe.quantize, shapes), *_shape_problems(shapes, schemes)]
-    problems += _output_problems(output, force, disk)
+    problems += output_problems(output, force, disk)
     if not schemes:
         problems.append(OptimError("the recipe leaves every linear as it is", code=USAGE))
     if problems:
@@ -289,26 +287,6 @@ def _shape_problems(
             f"{len(names)} of the {len(schemes)} linears: {example}"
         )
         problems.append(OptimError(message, f"{fix}; or name them in ignore or overrides", USAGE))
-    return problems
-
-
-def _output_problems(output: Path, force: bool, disk: int) -> list[OptimError]:
-    problems = []
-    if output.exists() and not force:
-        problems.append(exists_error(output))
-    parent = output.resolve().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        message = f"{output} cannot be made: {parent} is not a folder"
-        return [*problems, OptimError(message, "choose another -o/--output", USAGE)]
-    free = shutil.disk_usage(parent).free
-    if free < disk:
-        need, have = f"{disk / 1e9:.1f} GB", f"{free / 1e9:.1f} GB"
-        message = f"needs about {need} of free disk in {parent}, there are {have}"
-        problems.append(
-            OptimError(message, "free some space, or choose another -o/--output", MACHINE)
-        )
     return problems
 
 

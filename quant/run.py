@@ -22,10 +22,11 @@ from optim.quant.rounding import RoundedLinear
 from optim.quant.solve import BlockSolver, Solved
 from optim.recipes.errors import OptimError
 from optim.recipes.schema import MergeQuant, Recipe, Rtn
-from optim.runtime.artifact import Workspace, tensor_sha256
+from optim.runtime.artifact import Workspace, identity, tensor_sha256
 from optim.runtime.checkpoint import Checkpoint
-from optim.runtime.corpus import calibration_windows, token_hash
+from optim.runtime.corpus import token_hash, windows_for
 from optim.runtime.formats.packed import Scheme, pack
+from optim.runtime.machine import peak_bytes
 from optim.runtime.walk import HiddenStates, StoredLinear, Walk
 
 __all__ = ["Report", "plan", "quantize"]
@@ -64,7 +65,10 @@ def quantize(made: Plan, progress: Progress, windows: Tensor | None = None) -> R
         windows = _calibrate(made)
     else:
         made = replace(made, recipe=_given(made.recipe, windows))
-    workspace = Workspace(made.output, _identity(made, windows), made.force)
+    recipe = made.recipe.model_dump(mode="json", exclude={"model", "output"})
+    tokens = None if windows is None else token_hash(windows)
+    what = identity(made.checkpoint.fingerprint(), recipe, tokens)
+    workspace = Workspace(made.output, what, made.force)
     with workspace:
         with torch.inference_mode():
             job = _Job(made, workspace, windows, progress)
@@ -75,7 +79,7 @@ def quantize(made: Plan, progress: Progress, windows: Tensor | None = None) -> R
         output_bytes=facts["bytes"],
         bits_per_weight=facts["bits_per_weight"],
         seconds=time.monotonic() - start,
-        peak_memory_bytes=_peak_memory(),
+        peak_memory_bytes=peak_bytes(),
         blocks=facts["blocks"],
         notes=[*made.notes, *facts["notes"]],
     )
@@ -92,27 +96,12 @@ def _given(recipe: Recipe, windows: Tensor) -> Recipe:
 def _calibrate(made: Plan) -> Tensor | None:
     if isinstance(made.recipe.quantize, Rtn):
         return None
-    options = made.recipe.calibration.model_dump()
-    spec = options.pop("dataset")
-    generate = None
-    if spec == "self":
+    calibration, generate = made.recipe.calibration, None
+    if calibration.dataset == "self":
         from optim.quant.selfcal import generator
 
         generate = generator(made.checkpoint, str(made.walk.device))
-    return calibration_windows(spec, made.checkpoint.tokenizer(), generate=generate, **options)
-
-
-def _identity(made: Plan, windows: Tensor | None) -> dict[str, Any]:
-    """What a run is a function of; another identity is another run."""
-    from importlib.metadata import version
-
-    recipe = made.recipe.model_dump(mode="json", exclude={"model", "output"})
-    return {
-        "source": made.checkpoint.fingerprint(),
-        "recipe": recipe,
-        "calibration": None if windows is None else token_hash(windows),
-        "versions": {name: version(name) for name in ("optim-llm", "torch", "transformers")},
-    }
+    return windows_for(calibration, made.checkpoint.tokenizer(), generate)
 
 
 class _Job:
@@ -293,9 +282,3 @@ def _outer_shards(
     small = [n for n in names if n not in alone]
     tied = [n for n in heads if n not in names]
     return [*([small] if small else []), *([n] for n in [*alone, *tied])]
-
-
-def _peak_memory() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -37,6 +37,11 @@ class Calibration(Section):
     seq_len: int = Field(default=512, ge=16, le=1_000_000)
     seed: int = Field(default=0, ge=0, lt=2**63)
 
+    @property
+    def summary(self) -> str:
+        """For the screen."""
+        return f"{self.dataset} · {self.num_samples} x {self.seq_len} tokens"
+
 
 class Override(Section):
     """Another format for the linears that `targets` names; what it leaves out is the section's."""

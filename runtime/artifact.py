@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from optim.recipes.errors import CHECK_FAILED, MACHINE, USAGE, OptimError
+from optim.runtime.output import exists_error
 from optim.runtime.verify import sha256
 
 FORMAT_VERSION = 1
@@ -147,11 +148,19 @@ def tensor_sha256(tensor: Tensor) -> str:
     return hashlib.sha256(data.data).hexdigest()
 
 
-def exists_error(output: Path) -> OptimError:
-    """The refusal to write over something."""
-    return OptimError(
-        f"{output} exists", "choose another -o/--output, or --force to replace it", USAGE
-    )
+def identity(source: str, recipe: dict[str, Any], calibration: str | None) -> dict[str, Any]:
+    """What a run is a function of: another identity is another run.
+
+    `source` is the model's fingerprint, `calibration` the hash of the tokens.
+    """
+    from importlib.metadata import version
+
+    return {
+        "source": source,
+        "recipe": recipe,
+        "calibration": calibration,
+        "versions": {name: version(name) for name in ("optim-llm", "torch", "transformers")},
+    }
 
 
 def _lock(folder: Path) -> FileLock:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
+from optim.recipes.schema import Calibration
 from optim.runtime.documents import MIXED, Document, builtin, documents
 from optim.runtime.selftext import Generate, self_texts
 from optim.runtime.text import Tokenizer
@@ -97,6 +98,14 @@ def _too_short(spec: str, windows: int, wanted: int, length: int) -> OptimError:
     else:
         fix = "give a smaller --seq-len or a longer text"
     return OptimError(f"{spec} is too short: {have}", fix, USAGE)
+
+
+def windows_for(
+    calibration: Calibration, tokenizer: Tokenizer, generate: Generate | None = None
+) -> Tensor:
+    """`calibration_windows` of a recipe."""
+    options = calibration.model_dump()
+    return calibration_windows(options.pop("dataset"), tokenizer, generate=generate, **options)
 
 
 def calibration_windows(

@@ -1,6 +1,7 @@
 """What this machine computes fastest in, and on which device."""
 
 import ctypes
+import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,7 @@ from optim.recipes.errors import MACHINE, USAGE, OptimError
 MADV_DONTNEED, MADV_HUGEPAGE, MADV_COLLAPSE = 4, 14, 25  # of Linux's madvise
 HUGE_PAGE = 1 << 21
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-KEPT_BLOCK, KEPT_HEAP = 32 << 20, 256 << 20  # 32 MB is the most glibc takes
+KEPT_BLOCK, KEPT_HEAP = 32 << 20, 64 << 20  # 32 MB is the most glibc takes
 
 
 def pick_device(name: str) -> torch.device:
@@ -42,6 +43,14 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16
     return torch.bfloat16 if has_bf16_units() else torch.float32
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held: on the GPU if it used one, else resident."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def release_memory() -> None:

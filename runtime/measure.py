@@ -6,7 +6,6 @@ and none warms the caches for the next. The first round of each length is warm-u
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import torch
 
 from optim.recipes.errors import OptimError
 from optim.runtime.cache import Policy
+from optim.runtime.machine import peak_bytes, pick_device
 from optim.runtime.plane_linear import Form
 
 WORKER = "import sys; from optim.runtime.measure import worker; worker(sys.stdin, sys.stdout)"
@@ -155,14 +155,6 @@ def run_here(job: Job) -> dict[str, Any]:
     }
 
 
-def peak_bytes() -> int:
-    """The most memory this process has held: on the GPU if it used one, else resident."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def read_bandwidth(device: torch.device, threads: int | None = None) -> float:
     """Bytes a second that a plain sum over memory reads here; the best of five passes."""
     if threads:
@@ -182,8 +174,6 @@ def worker(source: Any, target: Any) -> None:
     request = json.load(source)
     try:
         if "device" in request and "source" not in request:
-            from optim.runtime.machine import pick_device
-
             answer: Any = read_bandwidth(pick_device(request["device"]), request["threads"])
         else:
             answer = run_here(Job(**(request | {"prompt_tokens": tuple(request["prompt_tokens"])})))
