@@ -3,6 +3,7 @@
 #define OPTIM_CPU_ATTENTION_H
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 
 /* exp for x <= 0: 2^n * e^r with |r| <= ln2 / 2; relative error below 1e-7. */
 static inline float expo(float x) {
@@ -27,6 +28,32 @@ static inline void turn(float *x, const float *cos, const float *sin, int64_t r)
         x[i] = a * cos[i] + b * sin[i];
         x[i + half] = b * cos[i + half] + a * sin[i + half];
     }
+}
+
+/* The `group` query heads at `q` and the key they share, if the model has angles. */
+static inline void turn_group(float *q, int64_t group, float *k, int64_t d, const float *cos,
+                              const float *sin, int64_t r) {
+    if (!r) return;
+    for (int64_t g = 0; g < group; g++) turn(q + g * d, cos, sin, r);
+    turn(k, cos, sin, r);
+}
+
+/* The first position that the last of `end` sees, `padding` positions being none. */
+static inline int64_t first_seen(int64_t end, int64_t window, int64_t padding) {
+    const int64_t first = window && end > window ? end - window : 0;
+    return padding > first ? padding : first;
+}
+
+/* Room for so many scores, kept by the thread from call to call; NULL if there is no memory. */
+static inline float *room_for(int64_t scores) {
+    static _Thread_local float *room;
+    static _Thread_local int64_t held;
+    if (held < scores) {
+        free(room);
+        room = malloc((scores + 4096) * sizeof(float));
+        held = room ? scores + 4096 : 0;
+    }
+    return room;
 }
 
 static inline void softmax(float *s, int64_t n, float scale, float cap) {

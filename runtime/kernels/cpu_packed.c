@@ -4,7 +4,6 @@
  * are rounded to 8 bits and stored. A tile of codes at a time is widened to floats, for all the
  * query heads that share it.
  */
-#include <stdlib.h>
 #include <string.h>
 
 #include "cpu.h"
@@ -136,19 +135,15 @@ static void unit(const Packed *p, int64_t u) {
     const int64_t group = p->heads / p->kv_heads, end = p->position + 1;
     float *start = p->qkv + row * (p->heads + 2 * p->kv_heads) * d;
     float *q = start + kv * group * d, *k = start + (p->heads + kv) * d, *v = k + p->kv_heads * d;
-    if (p->rotary) {
-        const float *cos = p->cos + row * p->angle_stride, *sin = p->sin + row * p->angle_stride;
-        for (int64_t g = 0; g < group; g++) turn(q + g * d, cos, sin, p->rotary);
-        turn(k, cos, sin, p->rotary);
-    }
+    const int64_t at = row * p->angle_stride;
+    turn_group(q, group, k, d, p->cos + at, p->sin + at, p->rotary);
     for (int64_t g = 0; g < group; g++) hadamard(q + g * d, d, p->block);
     hadamard(k, d, p->block);
     hadamard(v, d, p->block);
     put(&p->keys, u, end - 1 - base, k, d);
     put(&p->values, u, end - 1 - base, v, d);
 
-    int64_t first = p->window && end > p->window ? end - p->window : 0;
-    if (p->padding && p->padding[row] > first) first = p->padding[row];
+    const int64_t first = first_seen(end, p->window, p->padding ? p->padding[row] : 0);
     const int64_t old = base > first ? base - first : 0, recent = first > base ? first - base : 0;
     const int64_t n = end - first;
     float *scores = p->scratch + u * group * end, *out = p->out + (row * p->heads + kv * group) * d;
@@ -171,15 +166,8 @@ static void units(void *data) {
 /* Returns nonzero if there is no memory. */
 int optim_attend_packed(Packed *p, int threads, Parallel *parallel) {
     const int64_t work = p->batch * p->heads * (p->position + 1);
-    static _Thread_local float *scratch;
-    static _Thread_local int64_t held;
-    if (held < work) {
-        free(scratch);
-        scratch = malloc((work + 4096) * sizeof(float));
-        held = scratch ? work + 4096 : 0;
-        if (!scratch) return 1;
-    }
-    p->scratch = scratch;
+    p->scratch = room_for(work);
+    if (!p->scratch) return 1;
     p->next = 0;
     if (parallel && threads > 1 && work > 2048)
         parallel(units, p, threads, 0);

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from optim.runtime.cache_packed import PackedLayer, Side, hadamard_block, packed_layers
+from optim.runtime.kernels.cpu_step import set_angles
 from optim.runtime.kernels.native import NoKernel, library, team
 
 
@@ -67,10 +68,7 @@ def attend(
     p = _Packed(batch, heads, kv_heads, dim, hadamard_block(dim))
     p.base, p.position, p.window = layer.base, position, window or 0
     p.scale, p.cap = scale, cap or 0.0
-    if angles is not None:
-        cos, sin = angles
-        p.rotary, p.cos, p.sin = cos.shape[-1], cos.data_ptr(), sin.data_ptr()
-        p.angle_stride = 0 if cos.shape[0] == 1 else cos.shape[-1]
+    set_angles(p, angles)
     p.qkv, p.out = qkv.data_ptr(), out.data_ptr()
     p.padding = None if padding is None else padding.data_ptr()
     p.old_keys, p.old_values = _side(layer.old_keys), _side(layer.old_values)

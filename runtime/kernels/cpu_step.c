@@ -3,7 +3,6 @@
  * One call stands for some twenty small operators, whose dispatch costs more than their work.
  */
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "cpu.h"
@@ -68,16 +67,12 @@ void optim_attend_head(const Step *p, int64_t u) {
     const int64_t group = p->heads / p->kv_heads, end = p->position + 1;
     float *base = p->qkv + row * (p->heads + 2 * p->kv_heads) * d;
     float *q = base + kv * group * d, *k = base + (p->heads + kv) * d, *v = k + p->kv_heads * d;
-    if (p->rotary) {
-        const float *cos = p->cos + row * p->angle_stride, *sin = p->sin + row * p->angle_stride;
-        for (int64_t g = 0; g < group; g++) turn(q + g * d, cos, sin, p->rotary);
-        turn(k, cos, sin, p->rotary);
-    }
+    const int64_t at = row * p->angle_stride;
+    turn_group(q, group, k, d, p->cos + at, p->sin + at, p->rotary);
     for (int64_t i = 0; i < d; i++) store(p, p->keys, (u * d + i) * p->capacity + end - 1, k[i]);
     for (int64_t i = 0; i < d; i++) store(p, p->values, (u * p->capacity + end - 1) * d + i, v[i]);
 
-    int64_t first = p->window && end > p->window ? end - p->window : 0;
-    if (p->padding && p->padding[row] > first) first = p->padding[row];
+    const int64_t first = first_seen(end, p->window, p->padding ? p->padding[row] : 0);
     const int64_t n = end - first;
     float *scores = p->scratch + u * group * end;
     score(p, q, u, first, n, group, scores);
@@ -97,15 +92,8 @@ int optim_reads_half(void) { return FAST_HALF; }
 /* Returns nonzero if there is no memory. */
 int optim_attend(Step *p, int threads, Parallel *parallel) {
     const int64_t work = p->batch * p->heads * (p->position + 1);
-    static _Thread_local float *scratch;
-    static _Thread_local int64_t held;
-    if (held < work) {
-        free(scratch);
-        scratch = malloc((work + 4096) * sizeof(float));
-        held = scratch ? work + 4096 : 0;
-        if (!scratch) return 1;
-    }
-    p->scratch = scratch;
+    p->scratch = room_for(work);
+    if (!p->scratch) return 1;
     p->next = 0;
     if (parallel && threads > 1 && work > 2048)
         parallel(units, p, threads, 0);

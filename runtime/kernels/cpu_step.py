@@ -5,6 +5,7 @@
 
 import ctypes
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,17 +59,22 @@ class Attend:
         out = torch.empty(batch, step.heads * step.dim)
         step.batch, step.position, step.capacity = batch, position, values.shape[1]
         step.half = keys.dtype == torch.float16
-        step.rotary = 0
-        if angles is not None:
-            cos, sin = angles
-            step.rotary, step.cos, step.sin = cos.shape[-1], cos.data_ptr(), sin.data_ptr()
-            step.angle_stride = 0 if cos.shape[0] == 1 else cos.shape[-1]
+        set_angles(step, angles)
         step.qkv, step.out = qkv.data_ptr(), out.data_ptr()
         step.keys, step.values = keys.data_ptr(), values.data_ptr()
         step.padding = None if padding is None else padding.data_ptr()
         if self._run(self._address, torch.get_num_threads(), self._team):
             raise MemoryError
         return out
+
+
+def set_angles(step: Any, angles: tuple[Tensor, Tensor] | None) -> None:
+    """Give a C structure the angles `[1 or B, 1, 1, rotary]` of its heads, or none."""
+    step.rotary = 0
+    if angles is not None:
+        cos, sin = angles
+        step.rotary, step.cos, step.sin = cos.shape[-1], cos.data_ptr(), sin.data_ptr()
+        step.angle_stride = 0 if cos.shape[0] == 1 else cos.shape[-1]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
