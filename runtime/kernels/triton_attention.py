@@ -10,6 +10,7 @@ made whole: q . (step * codes + low) = step * (q . codes) + low * sum(q).
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import triton  # type: ignore[import-untyped]
@@ -17,8 +18,9 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from optim.runtime.attention import Rule
+from optim.runtime.kernels.native import NoKernel
 from optim.runtime.kernels.triton_w4a16 import processors
-from optim.runtime.placed import Store
+from optim.runtime.placed import Store, reference
 
 TILE = 64  # keys at a time
 ROWS = 16  # query heads of a group, as tensor cores want them
@@ -219,3 +221,20 @@ def _split(capacity: int, rows: int, device: torch.device) -> int:
     wanted = triton.next_power_of_2(triton.cdiv(2 * processors(device), rows))
     tiles = -(-capacity // TILE)
     return max(1, min(int(wanted), MOST_PARTS, tiles))
+
+
+@cache
+def check() -> str:
+    """Compares the kernel with torch on this machine's GPU. Raises NoKernel."""
+    if not torch.cuda.is_available():
+        raise NoKernel("no GPU")
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 4, 160, 80, generator=generator)
+    q, place = torch.randn(2, 6, 80, generator=generator), torch.tensor([0, 130, 0, 131])
+    given = [Store(16, keys, values)], place, Rule(0.1, window=100), torch.tensor([0, 60])
+    wanted = reference(q, *given, 0)
+    moved = [Store(16, keys.cuda(), values.cuda())], place.cuda(), given[2], given[3].cuda()
+    error = float((attend(q.cuda(), *moved, 0).cpu() - wanted).norm() / wanted.norm())
+    if not error < 1e-4:
+        raise NoKernel(f"it disagrees with torch by {error:.1e}")
+    return torch.cuda.get_device_name()
