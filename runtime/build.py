@@ -23,7 +23,8 @@ from optim.runtime.formats.packed_linear import PackedLinear, fuse
 from optim.runtime.formats.w4a4 import read_config
 from optim.runtime.gated_ffn import GatedFeedForward, MaskedGate
 from optim.runtime.kernels import cpu_step
-from optim.runtime.kernels.cpu_sparse import NOTHING, Columns, Rows
+from optim.runtime.kernels.cpu_columns import NOTHING
+from optim.runtime.kernels.cpu_sparse import Columns, Rows
 from optim.runtime.layers import (
     ACTIVATIONS,
     MLP,

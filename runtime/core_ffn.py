@@ -4,34 +4,23 @@ Kept rows of gate and up, and kept columns of down, are gathered into a compact 
 that decoding runs the ordinary kernels on fewer weights. `down` lies input by input, where a neuron
 is one run of memory, packed groups included. What the other neurons give on average is a bias:
 
-    y = W[:, kept] h[kept] + b,     b = bias + W mean - W[:, kept] mean[kept]
+    y = W[:, kept] h[kept] + b,     b = bias + W[:, rest] mean[rest]
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from optim.runtime.core import scores
 from optim.runtime.formats.packed_linear import PackedLinear
-from optim.runtime.kernels import cpu_sparse, cpu_w4a8
+from optim.runtime.kernels import cpu_columns, cpu_sparse, cpu_w4a8
+from optim.runtime.kernels.cpu_columns import NOTHING
 from optim.runtime.kernels.gathered import gather_columns, gather_rows
 from optim.runtime.layers import MLP
 from optim.runtime.linear import DenseLinear
 from optim.runtime.side import Core, Side
 from optim.runtime.sparse import SparseLinear
-
-
-class Shifted(nn.Module):
-    """y = inner(x) + shift, `shift` `[out]`."""
-
-    def __init__(self, inner: nn.Module, shift: Tensor) -> None:
-        super().__init__()
-        self.inner, self.shift = inner, shift
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.inner(x)
-        return y + self.shift.to(y.dtype)
 
 
 @dataclass(slots=True)
@@ -44,7 +33,6 @@ class CoreFeedForward:
     mode: str = "dense"  # or "watch": dense, and scores are added up; or "sparse"
     score: Tensor | None = None
     compact: MLP | None = None
-    _mean_output: Tensor | None = field(default=None)
     _dtype: torch.dtype = torch.float32
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -65,14 +53,16 @@ class CoreFeedForward:
             self.compact = self.mlp
             return
         rows = torch.cat((neurons, neurons + total)) if self.mlp.gated else neurons
-        down = columns_of(self.mlp.down, neurons)
-        if self.core.mean is not None:
-            mean = self.core.mean.to(neurons.device, self._dtype)
-            if self._mean_output is None:
-                self._mean_output = self.mlp.down(mean.view(1, 1, -1)).flatten()
-            kept: Tensor = down(mean[neurons].view(1, 1, -1))
-            down = Shifted(down, self._mean_output - kept.flatten())
+        down = columns_of(self.mlp.down, neurons, self._rest(neurons))
         self.compact = MLP(rows_of(self.mlp.up, rows), down, self.mlp.act, self.mlp.gated)
+
+    def _rest(self, neurons: Tensor) -> Tensor | None:
+        """What all but `neurons` give on average, `[out]`; None where no means are known."""
+        if self.core.mean is None:
+            return None
+        mean = self.core.mean.to(neurons.device, self._dtype).index_fill(0, neurons, 0)
+        both: Tensor = self.mlp.down(torch.stack((mean, torch.zeros_like(mean)))[:, None])
+        return both[0, 0] - both[1, 0]  # without the bias
 
 
 def rows_of(linear: nn.Module, rows: Tensor) -> nn.Module:
@@ -85,13 +75,24 @@ def rows_of(linear: nn.Module, rows: Tensor) -> nn.Module:
     return Picked(linear, rows)
 
 
-def columns_of(linear: nn.Module, columns: Tensor) -> nn.Module:
-    """A linear with only the inputs `columns`, its bias included."""
-    if isinstance(linear, SparseLinear) and isinstance(linear.columns, cpu_sparse.Columns):
-        return SparseLinear(gather_columns(linear.columns, columns), cpu_sparse.NOTHING)
+def columns_of(linear: nn.Module, columns: Tensor, shift: Tensor | None = None) -> nn.Module:
+    """A linear with only the inputs `columns`, its bias included, and `shift` `[out]` added."""
+    if isinstance(linear, SparseLinear):
+        held, bias = linear.columns, _sum(linear.columns.bias, shift)
+        if isinstance(held, cpu_columns.Columns):
+            return SparseLinear(gather_columns(held, columns, bias), NOTHING)
+        if isinstance(held, cpu_sparse.Columns):
+            rows = cpu_sparse.Columns(held.outputs, held.weight[columns], bias)
+            return SparseLinear(rows, NOTHING)
     if isinstance(linear, DenseLinear):
-        return DenseLinear(linear.weight[:, columns].contiguous(), linear.bias)
-    return Spread(linear, columns)
+        return DenseLinear(linear.weight[:, columns].contiguous(), _sum(linear.bias, shift))
+    return Spread(linear, columns, shift)
+
+
+def _sum(bias: Tensor | None, shift: Tensor | None) -> Tensor | None:
+    if bias is None or shift is None:
+        return shift if bias is None else bias
+    return bias + shift.to(bias)
 
 
 class Kernel(nn.Module):
@@ -124,16 +125,16 @@ class Picked(nn.Module):
 class Spread(nn.Module):
     """A linear that cannot be gathered here, the inputs beside `columns` zero."""
 
-    def __init__(self, inner: nn.Module, columns: Tensor) -> None:
+    def __init__(self, inner: nn.Module, columns: Tensor, shift: Tensor | None) -> None:
         super().__init__()
-        self.inner, self.columns = inner, columns
+        self.inner, self.columns, self.shift = inner, columns, shift
 
     def forward(self, x: Tensor) -> Tensor:
         width = int(self.columns.max()) + 1
         whole = x.new_zeros(*x.shape[:-1], max(width, _inputs(self.inner)))
         whole[..., self.columns] = x
         y: Tensor = self.inner(whole)
-        return y
+        return y if self.shift is None else y + self.shift.to(y.dtype)
 
 
 def _inputs(linear: nn.Module) -> int:

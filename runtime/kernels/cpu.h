@@ -32,6 +32,36 @@ void optim_blocks(const Linear *l, const Activations *a, float *y, int64_t token
                   int64_t end);
 int optim_rows(void); /* outputs of a block */
 
+/* One linear in 4 bits held input by input, cpu_columns.c. */
+typedef struct {
+    int64_t inputs, outputs, padded; /* outputs, and those padded to 64 */
+    int64_t lines;                   /* 64-byte lines of an input in a tile: 128 outputs each */
+    int64_t groups, runs;
+    const char *weight;        /* [tiles][inputs][64 lines]; the last tile is as narrow as can be */
+    const uint16_t *scale;     /* bf16 [tiles][groups][128 lines] */
+    const uint8_t *zero;       /* the same, or NULL: 8 */
+    const int32_t *starts;     /* [runs + 1]: inputs that are rounded together, at most 64 */
+    const int32_t *group_of;   /* [runs] */
+    const float *bias;         /* [outputs] or NULL */
+    int64_t used, calls;       /* inputs that were read in so many calls */
+} Columns;
+
+/* The inputs of one token that are read, in pairs, and in pieces that share a scale. */
+typedef struct {
+    int32_t *rows;        /* [pairs][2] */
+    int16_t *values;      /* [pairs]: two int8 */
+    int32_t *from, *group; /* [pieces + 1]: their first pair; [pieces] */
+    float *worth, *total; /* [pieces]: what 1 is worth, the sum of the values */
+    int64_t pairs, pieces;
+} Listed;
+
+int64_t optim_listed_bytes(int64_t inputs);
+/* What of `x` [inputs] is above `threshold`, in `memory` of optim_listed_bytes. */
+void optim_list(Columns *c, const float *x, float threshold, char *memory, Listed *l);
+int64_t optim_lines(const Columns *c); /* the pieces that the outputs come in */
+/* Outputs of the lines from..end: y [outputs]. */
+void optim_columns(const Columns *c, const Listed *l, float *y, int64_t from, int64_t end);
+
 /* Attention of one new token a row, cpu_step.c. */
 typedef struct {
     int64_t batch, heads, kv_heads, dim, rotary; /* rotary: channels that turn, 0 for none */

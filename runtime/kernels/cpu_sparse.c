@@ -4,36 +4,24 @@
  * that is never touched. What is active is listed once; then a strip of outputs adds up the listed
  * rows, some at a time, in an order that depends on nothing but the list.
  *
- *     float, bf16    x in float
- *     int4           two outputs a byte; x in int8, rounded by `chunk` inputs as cpu_w4a8.c does
+ * Weights are float or bf16, x is float; 4-bit weights: cpu_columns.c.
  */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "cpu.h"
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
-enum { BF16 = 0, FLOAT = 1, INT4 = 4 };
+enum { BF16 = 0, FLOAT = 1 };
 enum { TILE = 64, STRIP = 2048 };  /* outputs that weights are padded to; outputs at a time */
-enum { EACH = 4, MANY = 8 };         /* rows at a time; rows of int4 */
+enum { EACH = 4 };                 /* rows at a time */
 
 typedef float floats __attribute__((vector_size(32)));
 typedef uint32_t words __attribute__((vector_size(32)));
-typedef int16_t halves __attribute__((vector_size(16)));
-typedef uint16_t uhalves __attribute__((vector_size(16)));
-typedef uint8_t small __attribute__((vector_size(8)));
 
 typedef struct {
     int64_t kind, inputs, outputs, stride; /* stride: bytes of a row */
     const char *weight;                    /* [inputs][stride] */
-    int64_t group, chunk;  /* INT4: inputs that share a scale, and that share x's rounding */
-    const uint16_t *scale; /* INT4: bf16 [groups][outputs padded to TILE] */
-    const uint8_t *zero;   /* INT4: [groups][padded] or NULL: 8 */
-    const int32_t *group_of; /* INT4: first row of each group, [groups + 1] */
-    int64_t groups;
     const float *bias;     /* [outputs] or NULL */
 } Sparse;
 
@@ -41,11 +29,7 @@ typedef struct {
     const Sparse *s;
     const int32_t *rows; /* [count], ascending */
     const float *x;      /* [count] */
-    const int16_t *q;    /* INT4: [count], x rounded */
-    const float *step;   /* INT4: [pieces], what one of q is worth */
-    const int32_t *from; /* INT4: [pieces + 1]: pieces of one group */
-    const int32_t *of;   /* INT4: [pieces]: their group */
-    int64_t count, pieces, strip, next;
+    int64_t count, strip, next;
     float *y;
 } Job;
 
@@ -114,113 +98,13 @@ static void float_rows(const Job *j, int64_t at, int64_t n, float *out) {
     }
 }
 
-/* ---- int4: pieces of one group, so small that 16 bits hold every sum of theirs ---- */
-
-#if defined(__AVX2__)
-/* Where the eight outputs 8b of a tile are, in eighths: bytes are interleaved in halves. */
-static const int PLACE[8] = {0, 2, 1, 3, 4, 6, 5, 7};
-
-/* Two rows at once: each 16-bit lane of a sum gets q1 x1 + q2 x2. */
-INLINE void two_rows(const char *p, const char *q, __m256i x, __m256i *sum) {
-    const __m256i low = _mm256_set1_epi8(15);
-    const __m256i a = _mm256_loadu_si256((const __m256i *)p);
-    const __m256i b = _mm256_loadu_si256((const __m256i *)q);
-    const __m256i c = _mm256_and_si256(a, low), d = _mm256_and_si256(b, low);
-    const __m256i e = _mm256_and_si256(_mm256_srli_epi16(a, 4), low);
-    const __m256i f = _mm256_and_si256(_mm256_srli_epi16(b, 4), low);
-    sum[0] = _mm256_add_epi16(sum[0], _mm256_maddubs_epi16(_mm256_unpacklo_epi8(c, d), x));
-    sum[1] = _mm256_add_epi16(sum[1], _mm256_maddubs_epi16(_mm256_unpackhi_epi8(c, d), x));
-    sum[2] = _mm256_add_epi16(sum[2], _mm256_maddubs_epi16(_mm256_unpacklo_epi8(e, f), x));
-    sum[3] = _mm256_add_epi16(sum[3], _mm256_maddubs_epi16(_mm256_unpackhi_epi8(e, f), x));
-}
-
-static void many_rows(const char **row, const char **later, const int16_t *x, int64_t n,
-                      int16_t *sum) {
-    __m256i pair[MANY / 2];
-    for (int r = 0; r < MANY; r += 2)
-        pair[r / 2] = _mm256_set1_epi16((int16_t)((x[r] & 255) | x[r + 1] << 8));
-    for (int64_t k = 0; k < n; k += TILE, sum += TILE) {
-        __m256i s[4];
-        for (int r = 0; r < MANY; r++) __builtin_prefetch(later[r] + k / 2);
-        memcpy(s, sum, sizeof s);
-        for (int r = 0; r < MANY; r += 2) two_rows(row[r] + k / 2, row[r + 1] + k / 2, pair[r / 2], s);
-        memcpy(sum, s, sizeof s);
-    }
-}
-#else
-static const int PLACE[8] = {0, 1, 2, 3, 4, 5, 6, 7};
-
-static void many_rows(const char **row, const char **later, const int16_t *x, int64_t n,
-                      int16_t *sum) {
-    (void)later;
-    for (int64_t k = 0; k < n; k += TILE, sum += TILE)
-        for (int r = 0; r < MANY; r++) {
-            const uint8_t *p = (const uint8_t *)row[r] + k / 2;
-            for (int i = 0; i < TILE / 2; i++) {
-                sum[i] += (p[i] & 15) * x[r];
-                sum[i + TILE / 2] += (p[i] >> 4) * x[r];
-            }
-        }
-}
-#endif
-
-static void int4_sum(const Job *j, const char *base, int64_t from, int64_t end, int64_t n,
-                     int16_t *sum) {
-    memset(sum, 0, n * sizeof(int16_t));
-    for (int64_t i = from; i < end; i += MANY) {
-        const char *row[MANY], *later[MANY];
-        int16_t x[MANY];
-        for (int r = 0; r < MANY; r++) {
-            row[r] = row_of(j, base, i + r < end ? i + r : i);
-            x[r] = i + r < end ? j->q[i + r] : 0;
-            later[r] = row_of(j, base, i + MANY + r);
-        }
-        many_rows(row, later, x, n, sum);
-    }
-}
-
-/* out += scale * step * (sum - zero * total) */
-static void int4_add(const Sparse *s, int64_t at, int64_t n, int64_t group, float step,
-                     int16_t total, const int16_t *sum, float *out) {
-    const uint16_t *scale = s->scale + group * s->stride * 2 + at;
-    const uint8_t *zero = s->zero ? s->zero + group * s->stride * 2 + at : NULL;
-    for (int64_t k = 0; k < n; k += 8) {
-        halves part, z = {0};
-        memcpy(&part, sum + k / TILE * TILE + 8 * PLACE[k % TILE / 8], sizeof part);
-        if (zero) {
-            small v;
-            memcpy(&v, zero + k, sizeof v);
-            z = __builtin_convertvector(v, halves);
-        } else {
-            z += 8;
-        }
-        uhalves raw;
-        memcpy(&raw, scale + k, sizeof raw);
-        const floats up = (floats)(__builtin_convertvector(raw, words) << 16) * step;
-        const floats y = load(out + k) + __builtin_convertvector(part - z * total, floats) * up;
-        memcpy(out + k, &y, sizeof y);
-    }
-}
-
-static void int4_rows(const Job *j, int64_t at, int64_t n, float *out) {
-    int16_t sum[STRIP] __attribute__((aligned(32)));
-    const char *base = j->s->weight + at / 2;
-    memset(out, 0, n * sizeof(float));
-    for (int64_t p = 0; p < j->pieces; p++) {
-        int16_t total = 0;
-        for (int64_t i = j->from[p]; i < j->from[p + 1]; i++) total += j->q[i];
-        int4_sum(j, base, j->from[p], j->from[p + 1], n, sum);
-        int4_add(j->s, at, n, j->of[p], j->step[p], total, sum, out);
-    }
-}
-
 /* Outputs at .. at + strip, `strip` a multiple of TILE; weights are padded to whole tiles. */
 static void strip(const Job *j, int64_t at) {
     const Sparse *s = j->s;
     const int64_t left = s->outputs - at, want = left < j->strip ? left : j->strip;
     const int64_t n = (want + TILE - 1) / TILE * TILE;
     float out[STRIP] __attribute__((aligned(32)));
-    (s->kind == BF16 ? bf16_rows : s->kind == FLOAT ? float_rows : int4_rows)(j, at, n, out);
+    (s->kind == BF16 ? bf16_rows : float_rows)(j, at, n, out);
     if (s->bias)
         for (int64_t k = 0; k < want; k++) out[k] += s->bias[at + k];
     memcpy(j->y + at, out, want * sizeof(float));
@@ -244,40 +128,6 @@ static int64_t list(const float *x, int64_t n, float threshold, int32_t *rows, f
     return count;
 }
 
-static float peak_of(const float *x, int64_t n) {
-    float peak = 0;
-#pragma omp simd reduction(max : peak)
-    for (int64_t k = 0; k < n; k++) peak = fabsf(x[k]) > peak ? fabsf(x[k]) : peak;
-    return peak;
-}
-
-/* x by chunks on a grid of its own, as cpu_w4a8.c rounds it; active rows by pieces of a group. */
-static void pieces(const Sparse *s, const float *x, Job *j, int16_t *q, float *step, int32_t *from,
-                   int32_t *of) {
-    int64_t group = -1, group_end = 0, chunk_end = 0, size = 0, p = -1;
-    float inverse = 0, worth = 0;
-    for (int64_t i = 0; i < j->count; i++) {
-        const int64_t k = j->rows[i];
-        int fresh = 0;
-        if (k >= chunk_end) {
-            const int64_t chunk = k / s->chunk * s->chunk, left = s->inputs - chunk;
-            const float peak = peak_of(x + chunk, left < s->chunk ? left : s->chunk);
-            chunk_end = chunk + s->chunk, fresh = 1;
-            inverse = peak > 0 ? 127 / peak : 0, worth = peak / 127;
-        }
-        for (; k >= group_end; fresh = 1) group_end = s->group_of[++group + 1];
-        const float scaled = j->x[i] * inverse;
-        q[i] = (int16_t)(scaled + (scaled < 0 ? -0.5f : 0.5f));
-        size += abs(q[i]);
-        if (fresh || 15 * size > INT16_MAX) {
-            p++, size = abs(q[i]);
-            from[p] = (int32_t)i, of[p] = (int32_t)group, step[p] = worth;
-        }
-    }
-    j->pieces = p + 1;
-    from[j->pieces] = (int32_t)j->count;
-}
-
 /* x [inputs] -> y [outputs]; inputs up to `threshold` in size are left out. Returns how many were
  * used, -1 if there is no memory. */
 int64_t optim_sparse(const Sparse *s, const float *x, float *y, float threshold, int threads,
@@ -287,16 +137,14 @@ int64_t optim_sparse(const Sparse *s, const float *x, float *y, float threshold,
     const int64_t n = s->inputs + 1;
     if (held < n) {
         free(scratch);
-        scratch = malloc(n * 24);
+        scratch = malloc(n * 8);
         held = scratch ? n : 0;
         if (!scratch) return -1;
     }
-    int32_t *rows = (int32_t *)scratch, *from = rows + n, *of = from + n;
-    float *values = (float *)(of + n), *step = values + n;
-    int16_t *q = (int16_t *)(step + n);
-    Job job = {s, rows, values, q, step, from, of, 0, 0, STRIP, 0, y};
+    int32_t *rows = (int32_t *)scratch;
+    float *values = (float *)(rows + n);
+    Job job = {s, rows, values, 0, STRIP, 0, y};
     job.count = list(x, s->inputs, threshold, rows, values);
-    if (s->kind == INT4) pieces(s, x, &job, q, step, from, of);
     if (parallel && threads > 1 && s->outputs >= 4 * TILE) {
         const int64_t share = s->outputs / (2 * threads) / TILE * TILE;
         job.strip = share < 2 * TILE ? 2 * TILE : share > STRIP ? STRIP : share;

@@ -10,7 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from optim.runtime.kernels import cpu_sparse, cpu_w4a8
+from optim.runtime.kernels import cpu_columns, cpu_w4a8
 from optim.runtime.machine import use_huge_pages
 
 
@@ -40,12 +40,15 @@ def _lanes(blocks: Tensor, rows: Tensor) -> Tensor:
     return padded.view(-1, lanes, blocks.shape[1]).transpose(1, 2).contiguous()
 
 
-def gather_columns(columns: cpu_sparse.Columns, inputs: Tensor) -> cpu_sparse.Columns:
-    """`columns` with only `inputs` (int64, ascending); groups keep the inputs that are left."""
-    tensors = dict(columns.tensors)
-    tensors["weight"] = tensors["weight"][inputs]
-    fields = columns.fields
-    if "group_of" in tensors:
-        starts = torch.searchsorted(inputs, tensors["group_of"].long())
-        tensors["group_of"] = starts.to(torch.int32)
-    return cpu_sparse.Columns(columns.outputs, fields, tensors)
+def gather_columns(
+    columns: cpu_columns.Columns, inputs: Tensor, bias: Tensor | None
+) -> cpu_columns.Columns:
+    """`columns` with only `inputs` (int64, ascending) and another bias.
+
+    Groups keep the inputs that are left.
+    """
+    tensors = columns.tensors | {
+        "weight": torch.cat([tile["weight"][inputs].flatten() for tile in columns.tiles()])
+    }
+    groups = torch.searchsorted(inputs, columns.groups)
+    return cpu_columns.Columns(columns.outputs, columns.lines, groups, tensors, bias)

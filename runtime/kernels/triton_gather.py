@@ -1,6 +1,6 @@
 """y = W x on a GPU for a few tokens whose small inputs are left out: their weights are not loaded.
 
-Weights lie input by input as in cpu_sparse.py, so the load of an input's weights is one masked row
+Weights lie input by input, so the load of an input's weights is one masked row
 of a tile. K is split over programs; the parts go to a workspace and are added in order, so that
 results do not change from run to run (TEAL's kernel adds them atomically, in fp16).
 
@@ -13,6 +13,8 @@ import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
+
+from optim.runtime.formats.schemes import Scheme
 
 TILE = 64  # outputs that weights are padded to
 BYTES = 64  # bytes of a row that one int4 program reads: two tiles
@@ -72,10 +74,11 @@ class Gather:
     """A linear held input by input on a GPU; the same calls as cpu_sparse.Columns."""
 
     def __init__(self, outputs: int, tensors: dict[str, Tensor], group: int) -> None:
-        """`tensors` as cpu_sparse lays them out; `group` 0: not int4, else inputs of a scale."""
+        """`tensors` as one of the layouts below; `group` 0: not int4, else inputs of a scale."""
         self.inputs, self.outputs = tensors["weight"].shape[0], outputs
-        self.tensors, self.group = tensors, group
+        self.tensors, self.group, self.bias = tensors, group, tensors.get("bias")
         self.used = torch.zeros((), dtype=torch.int64, device=tensors["weight"].device)
+        self.calls = 0
 
     @property
     def nbytes(self) -> int:
@@ -114,7 +117,35 @@ class Gather:
                 x, weight, parts, threshold, self.inputs, padded, padded, share,
                 BLOCK_K=block, BLOCK_N=BYTES,
             )  # fmt: skip
-        self.used = (x.abs() > threshold).sum()
+        self.used += (x.abs() > threshold).sum()
+        self.calls += 1
         y = parts.sum(0)[: self.outputs]
-        bias = self.tensors.get("bias")
-        return (y if bias is None else y + bias).to(x.dtype)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+
+def dense_layout(weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    """`weight` `[out, in]` -> `[in, padded out]`, and `bias` float32 if there is one."""
+    tensors = {"weight": _padded(weight.T)}
+    return tensors if bias is None else tensors | {"bias": bias.float().contiguous()}
+
+
+def int4_layout(
+    q: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, bias: Tensor | None
+) -> dict[str, Tensor]:
+    """`weight` uint8 `[in, padded out / 2]`, `scale` bf16 and `zero` uint8 `[groups, padded out]`.
+
+    `q` uint8 `[out, in]` below 16, scale and zero `[out, groups]`; without `zero` it is 8.
+    """
+    tiles = _padded(q.T).view(q.shape[1], -1, 2, TILE // 2)
+    weight = (tiles[:, :, 0] | tiles[:, :, 1] << 4).flatten(1).contiguous()
+    tensors = {"weight": weight, "scale": _padded(scale.to(torch.bfloat16).T)}
+    middle = 2 ** (scheme.bits - 1)
+    if zero is not None or middle != 8:
+        zeros = torch.full_like(scale, middle, dtype=torch.uint8) if zero is None else zero
+        tensors["zero"] = _padded(zeros.to(torch.uint8).T)
+    return tensors if bias is None else tensors | {"bias": bias.float().contiguous()}
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """`[n, m]` contiguous, m filled up with zeros to whole tiles."""
+    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % TILE)).contiguous()

@@ -11,7 +11,7 @@ from optim.quant.run import plan, quantize
 from optim.recipes.schema import Recipe
 from optim.runtime.core_decoder import CoreDecoder
 from optim.runtime.decoder import Decoder
-from optim.runtime.kernels import cpu_sparse
+from optim.runtime.kernels import cpu_columns
 from optim.runtime.model import Model, load_model
 from optim.runtime.sparse import SparseLinear
 
@@ -36,7 +36,7 @@ def near(got: torch.Tensor, wanted: torch.Tensor) -> bool:
     return float((got - wanted).norm() / wanted.norm()) < 0.08
 
 
-@pytest.mark.skipif(not cpu_sparse.usable(), reason="no C compiler")
+@pytest.mark.skipif(not cpu_columns.usable(), reason="no C compiler")
 def test_thresholds_over_int4(
     int4: Path, pruned: Prune, tmp_path: Path, decoded: Decoded, evaluated: Evaluated
 ) -> None:
@@ -48,7 +48,7 @@ def test_thresholds_over_int4(
     assert (decoded(model, 20) - wanted).norm() < 0.5 * (dense - wanted).norm()
     assert isinstance(model.decoder, Decoder)
     linear = model.decoder.blocks[0].attention.qkv
-    assert isinstance(linear, SparseLinear) and linear.columns.fields["kind"] == cpu_sparse.INT4
+    assert isinstance(linear, SparseLinear) and isinstance(linear.columns, cpu_columns.Columns)
     assert model.token_bytes < 0.9 * model.weight_bytes
 
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from optim.runtime.formats.schemes import Scheme
-from optim.runtime.kernels import cpu_sparse
 
 g = pytest.importorskip("optim.runtime.kernels.triton_gather", exc_type=ImportError)
 
@@ -20,7 +19,7 @@ def test_left_out_inputs_count_as_zero(
     generator = torch.Generator().manual_seed(inputs)
     weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
     x, bias = torch.randn(inputs, generator=generator), torch.randn(outputs, generator=generator)
-    tensors = cpu_sparse.dense_layout(weight, bias)
+    tensors = g.dense_layout(weight, bias)
     gather = g.Gather(outputs, {k: v.to(device) for k, v in tensors.items()}, 0)
     got = gather(x.to(device), 0.6).cpu()
     kept = torch.where(x.abs() > 0.6, x, 0)
@@ -41,7 +40,7 @@ def test_int4(device: str, symmetric: bool, outputs: int, inputs: int, group: in
     q = torch.randint(0, 16, (outputs, inputs), generator=generator).to(torch.uint8)
     scale = (torch.rand(outputs, inputs // group, generator=generator) + 0.1).bfloat16()
     zero = torch.randint(0, 16, scale.shape, generator=generator).to(torch.uint8)
-    tensors = cpu_sparse.packed_layout(q, scale, None if symmetric else zero, scheme, None)
+    tensors = g.int4_layout(q, scale, None if symmetric else zero, scheme, None)
     gather = g.Gather(outputs, {k: v.to(device) for k, v in tensors.items()}, group)
     x = torch.randn(inputs, generator=generator)
     kept = torch.where(x.abs() > 0.5, x, 0)
