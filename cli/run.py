@@ -127,6 +127,9 @@ def _utf8(text: str, name: str) -> str:
 
 def _load(source: str, options: RunOptions) -> tuple[Sampling, Policy, Model]:
     """What is typed is checked before the weights are read."""
+    from optim.runtime.busy import Meter
+
+    meter = Meter()
     from optim.runtime.cache import Policy
     from optim.runtime.model import load_model
     from optim.runtime.plane_linear import Form
@@ -137,7 +140,19 @@ def _load(source: str, options: RunOptions) -> tuple[Sampling, Policy, Model]:
     model = load_model(source, device=options.device, threads=options.threads, form=form)
     if model.advice is not None:
         ui.note(model.advice)
+    if options.threads is None and model.device.type == "cpu":
+        _share(meter.free_cores())
     return sampling, policy, model
+
+
+def _share(free: int | None) -> None:
+    """Leave cores that others use to them."""
+    import torch
+
+    cores = torch.get_num_threads()
+    if free is not None and free < cores:
+        torch.set_num_threads(free)
+        ui.note(f"other programs are at work: {free} of {cores} threads (--threads {cores}: all)")
 
 
 def _open(source: str, options: RunOptions) -> Session:
