@@ -15,6 +15,8 @@ from optim.runtime.cache import LayeredCache, Policy
 from optim.runtime.core import Guide, chosen
 from optim.runtime.core_ffn import CoreFeedForward
 from optim.runtime.decoder import Decoder
+from optim.runtime.kernels.cpu_blocks import Blocks
+from optim.runtime.one_call import one_call
 from optim.runtime.side import Side
 
 TRIED = 64  # tokens of the prompt on which a choice is tried
@@ -31,6 +33,8 @@ class CoreDecoder:
     kl: float | None = None
     _cache: LayeredCache | None = field(default=None, repr=False)
     _decoded: list[Tensor] = field(default_factory=list)
+    _calls: dict[str, Blocks | None] = field(default_factory=dict)
+    """All blocks in one call, where that can be, for the feed-forwards of each mode."""
 
     @property
     def max_context(self) -> int:
@@ -67,6 +71,9 @@ class CoreDecoder:
     def _run(self, mode: str, ids: Tensor, cache: LayeredCache, all_logits: bool) -> Tensor:
         for feed in self.feeds:
             feed.mode = mode
+        if mode not in self._calls:
+            self._calls[mode] = one_call(self.inner.blocks, self.inner.shape)
+        self.inner.one_call = None if mode == "watch" else self._calls[mode]
         return self.inner(ids, cache, all_logits)
 
     def _begin(self, cache: LayeredCache) -> None:
@@ -83,6 +90,7 @@ class CoreDecoder:
                 guide.assign(feed.score)
             feed.keep(chosen(guide.total(feed.score, feed.core), feed.core.keep))
         self.state = "sparse"
+        self._calls.pop("sparse", None)
         limit = self.side.options.get("max_kl")
         if limit is not None and ids.shape[1] > 1:
             self.kl = self._divergence(ids[:, -TRIED:], cache)

@@ -35,9 +35,14 @@ class CoreFeedForward:
     compact: MLP | None = None
     _dtype: torch.dtype = torch.float32
 
+    @property
+    def running(self) -> MLP:
+        """The feed-forward that a call computes."""
+        return self.compact if self.mode == "sparse" and self.compact is not None else self.mlp
+
     def __call__(self, x: Tensor) -> Tensor:
-        if self.mode == "sparse" and self.compact is not None:
-            return self.compact(x)
+        if self.running is not self.mlp:
+            return self.running(x)
         h = self.mlp.inner(x)
         self._dtype = h.dtype
         if self.mode == "watch":

@@ -1,7 +1,8 @@
 """Which decoders can send one token through all their blocks in one C call, and how.
 
-Packed linears that the W4A8 kernel runs, RMS norms, a gated feed-forward, blocks in sequence. The
-others, and batches, long inputs and other caches, go block by block.
+Packed linears that the W4A8 kernel runs, or that are read input by input; RMS norms, a gated
+feed-forward, blocks in sequence. The others, and batches, long inputs and other caches, go block by
+block.
 """
 
 from collections.abc import Sequence
@@ -9,10 +10,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from optim.runtime.core_ffn import CoreFeedForward, Kernel
 from optim.runtime.formats.packed_linear import PackedLinear
-from optim.runtime.kernels import cpu_blocks, cpu_w4a8
+from optim.runtime.kernels import cpu_blocks, cpu_columns, cpu_w4a8
 from optim.runtime.kernels.native import NoKernel
 from optim.runtime.layers import MLP, Norm, RMSNorm
+from optim.runtime.sparse import SparseLinear
 
 if TYPE_CHECKING:
     from optim.runtime.decoder import Block
@@ -30,11 +33,9 @@ def one_call(blocks: Sequence["Block"], shape: "Shape") -> cpu_blocks.Blocks | N
     try:
         _need(shape.activation in ACTIVATIONS and not shape.parallel and not shape.norm_after_add)
         weights = [_weights(block) for block in blocks]
-        widths = {w.down.inputs for w in weights}
-        _need(len(widths) == 1 and len({_eps(block) for block in blocks}) == 1)
+        _need(len({_eps(block) for block in blocks}) == 1)
         sizes = cpu_blocks.Sizes(
             hidden=shape.hidden,
-            middle=widths.pop(),
             heads=shape.heads,
             kv_heads=shape.kv_heads,
             dim=shape.head_dim,
@@ -56,6 +57,7 @@ def _need(fact: bool) -> None:
 
 def _weights(block: "Block") -> cpu_blocks.BlockWeights:
     attention, mlp = block.attention, block.mlp
+    mlp = mlp.running if isinstance(mlp, CoreFeedForward) else mlp
     _need(attention.one_token is not None and not attention.interleaved)
     _need(attention.norm is None or not attention.norm.full)
     if not isinstance(mlp, MLP) or not mlp.gated:
@@ -76,11 +78,13 @@ def _weights(block: "Block") -> cpu_blocks.BlockWeights:
     )
 
 
-def _packed(linear: nn.Module) -> cpu_w4a8.Weight:
-    weight = linear.kernel if isinstance(linear, PackedLinear) else None
+def _packed(linear: nn.Module) -> cpu_blocks.Reader:
+    if isinstance(linear, SparseLinear) and isinstance(linear.columns, cpu_columns.Columns):
+        return cpu_blocks.Reader(linear.columns, linear.threshold)
+    weight = linear.kernel if isinstance(linear, PackedLinear | Kernel) else None
     if not isinstance(weight, cpu_w4a8.Weight):
         raise _Other
-    return weight
+    return cpu_blocks.Reader(weight)
 
 
 def _rms(norm: Norm | None) -> Tensor | None:

@@ -2,6 +2,8 @@
  *
  *     h += attention(norm(h));  h += mlp(norm(h))      for each block
  *
+ * A linear is read whole, or input by input without those that are small.
+ *
  * The work is a row of stages, a stage some pieces. A thread takes pieces as long as there are any,
  * then waits until all of that stage are done. No thread waits for one that has not come, so that a
  * busy machine, or a smaller team than was asked for, costs time only.
@@ -12,10 +14,17 @@
 #include "cpu.h"
 
 typedef struct {
+    const Linear *whole;
+    Columns *columns; /* where `whole` is NULL */
+    float threshold;
+} Reader;
+
+typedef struct {
     const float *before_attention, *after_attention; /* RMS weights [hidden]; after_*: or NULL */
     const float *before_mlp, *after_mlp;
     const float *query_norm, *key_norm; /* [dim], or both NULL */
-    const Linear *qkv, *out, *up, *down;
+    Reader qkv, out, up, down;
+    int64_t middle;         /* width of the feed-forward */
     const float *cos, *sin; /* [rotary], or both NULL */
     void *keys, *values;    /* [kv, dim, capacity], [kv, capacity, dim] */
     int64_t capacity;
@@ -23,7 +32,7 @@ typedef struct {
 } Block;
 
 typedef struct {
-    int64_t count, hidden, middle; /* blocks; width of h and of the feed-forward */
+    int64_t count, hidden;
     int64_t tanh_gelu;             /* else silu */
     float eps, residual;
     float *h; /* [hidden], in and out */
@@ -40,7 +49,9 @@ typedef struct {
     const Decoder *d;
     Stage *stages;
     float *x, *y; /* what is rounded, what a linear gives */
-    Activations act;
+    Activations act; /* of a linear that is read whole */
+    Listed *listed;  /* of one that is not */
+    char *memory;
     int64_t threads;
 } Run;
 
@@ -48,14 +59,28 @@ typedef void Piece(const Run *, const Block *, int64_t from, int64_t end);
 
 enum { STAGES = 10, SPINS = 4000 };
 
+static void take(const Run *r, const Reader *l) {
+    if (l->whole)
+        optim_round(l->whole, r->x, (Activations *)&r->act, 0);
+    else
+        optim_list(l->columns, r->x, l->threshold, r->memory, r->listed);
+}
+
+static void give(const Run *r, const Reader *l, int64_t from, int64_t end) {
+    if (l->whole)
+        optim_blocks(l->whole, &r->act, r->y, 1, from, end);
+    else
+        optim_columns(l->columns, r->listed, r->y, from, end);
+}
+
 static void begin_attention(const Run *r, const Block *b, int64_t from, int64_t end) {
     (void)from, (void)end;
     optim_rms_norm(r->d->h, b->before_attention, r->x, 1, r->d->hidden, r->d->eps);
-    optim_round(b->qkv, r->x, (Activations *)&r->act, 0);
+    take(r, &b->qkv);
 }
 
 static void qkv(const Run *r, const Block *b, int64_t from, int64_t end) {
-    optim_blocks(b->qkv, &r->act, r->y, 1, from, end);
+    give(r, &b->qkv, from, end);
 }
 
 static void heads(const Run *r, const Block *b, int64_t from, int64_t end) {
@@ -76,11 +101,11 @@ static void heads(const Run *r, const Block *b, int64_t from, int64_t end) {
 
 static void begin_out(const Run *r, const Block *b, int64_t from, int64_t end) {
     (void)from, (void)end;
-    optim_round(b->out, r->x, (Activations *)&r->act, 0);
+    take(r, &b->out);
 }
 
 static void out(const Run *r, const Block *b, int64_t from, int64_t end) {
-    optim_blocks(b->out, &r->act, r->y, 1, from, end);
+    give(r, &b->out, from, end);
 }
 
 /* h += y, normalized where the family does that. */
@@ -94,21 +119,21 @@ static void begin_mlp(const Run *r, const Block *b, int64_t from, int64_t end) {
     (void)from, (void)end;
     add(r, b->after_attention);
     optim_rms_norm(r->d->h, b->before_mlp, r->x, 1, r->d->hidden, r->d->eps);
-    optim_round(b->up, r->x, (Activations *)&r->act, 0);
+    take(r, &b->up);
 }
 
 static void up(const Run *r, const Block *b, int64_t from, int64_t end) {
-    optim_blocks(b->up, &r->act, r->y, 1, from, end);
+    give(r, &b->up, from, end);
 }
 
 static void begin_down(const Run *r, const Block *b, int64_t from, int64_t end) {
     (void)from, (void)end;
-    (r->d->tanh_gelu ? optim_geglu_tanh : optim_swiglu)(r->y, r->x, 1, r->d->middle);
-    optim_round(b->down, r->x, (Activations *)&r->act, 0);
+    (r->d->tanh_gelu ? optim_geglu_tanh : optim_swiglu)(r->y, r->x, 1, b->middle);
+    take(r, &b->down);
 }
 
 static void down(const Run *r, const Block *b, int64_t from, int64_t end) {
-    optim_blocks(b->down, &r->act, r->y, 1, from, end);
+    give(r, &b->down, from, end);
 }
 
 static void end_mlp(const Run *r, const Block *b, int64_t from, int64_t end) {
@@ -137,21 +162,24 @@ static void pass(const Run *r, const Block *b, Stage *s, Piece *piece, int64_t p
     while (__atomic_load_n(&s->done, __ATOMIC_ACQUIRE) < pieces) rest(&spins);
 }
 
-static int64_t pieces_of(const Linear *l) { return (l->outputs + optim_rows() - 1) / optim_rows(); }
+static int64_t pieces_of(const Reader *l) {
+    if (!l->whole) return optim_lines(l->columns);
+    return (l->whole->outputs + optim_rows() - 1) / optim_rows();
+}
 
 static void walk(void *data) {
     const Run *r = data;
     Stage *s = r->stages;
     for (const Block *b = r->d->blocks; b < r->d->blocks + r->d->count; b++) {
         pass(r, b, s++, begin_attention, 1);
-        pass(r, b, s++, qkv, pieces_of(b->qkv));
+        pass(r, b, s++, qkv, pieces_of(&b->qkv));
         pass(r, b, s++, heads, r->d->step.kv_heads);
         pass(r, b, s++, begin_out, 1);
-        pass(r, b, s++, out, pieces_of(b->out));
+        pass(r, b, s++, out, pieces_of(&b->out));
         pass(r, b, s++, begin_mlp, 1);
-        pass(r, b, s++, up, pieces_of(b->up));
+        pass(r, b, s++, up, pieces_of(&b->up));
         pass(r, b, s++, begin_down, 1);
-        pass(r, b, s++, down, pieces_of(b->down));
+        pass(r, b, s++, down, pieces_of(&b->down));
         pass(r, b, s++, end_mlp, 1);
     }
 }
@@ -162,18 +190,23 @@ static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 int optim_decode(Decoder *d, int threads, Parallel *parallel) {
     const Step *p = &d->step;
     const int64_t attended = p->heads * p->dim, scores = p->heads * (p->position + 1);
-    const int64_t widest = larger(larger(attended, d->hidden), d->middle);
+    int64_t middle = 0;
+    for (int64_t i = 0; i < d->count; i++) middle = larger(middle, d->blocks[i].middle);
+    const int64_t widest = larger(larger(attended, d->hidden), middle);
     const int64_t given = larger(larger(attended + 2 * p->kv_heads * p->dim, d->hidden),
-                                 2 * d->middle);
+                                 2 * middle);
     const int64_t rounded = widest + 64; /* whole chunks */
+    const int64_t listed = optim_listed_bytes(widest);
     Stage *stages = calloc(d->count * STAGES, sizeof(Stage));
-    float *floats = malloc((widest + given + scores + 2 * rounded) * sizeof(float) + rounded);
+    float *floats = malloc((widest + given + scores + 2 * rounded) * sizeof(float) + listed + rounded);
     if (stages && floats) {
-        Run run = {d, stages, floats, floats + widest, {0}, parallel ? threads : 1};
+        Listed list;
+        Run run = {d, stages, floats, floats + widest, {0}, &list, NULL, parallel ? threads : 1};
         d->step.scratch = run.y + given;
         run.act.scales = d->step.scratch + scores;
         run.act.sums = run.act.scales + rounded;
-        run.act.values = (int8_t *)(run.act.sums + rounded);
+        run.memory = (char *)(run.act.sums + rounded);
+        run.act.values = (int8_t *)(run.memory + listed);
         if (run.threads > 1)
             parallel(walk, &run, threads, 0);
         else

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from optim.runtime.kernels import cpu_step, cpu_w4a8
+from optim.runtime.kernels import cpu_columns, cpu_step, cpu_w4a8
 from optim.runtime.kernels.native import NoKernel, library, team
 
 Angles = tuple[Tensor, Tensor]
@@ -23,7 +23,6 @@ class Sizes:
     """What all blocks share. `tanh_gelu`: the activation, else silu."""
 
     hidden: int
-    middle: int
     heads: int
     kv_heads: int
     dim: int
@@ -32,6 +31,14 @@ class Sizes:
     cap: float
     residual: float
     tanh_gelu: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A packed linear: read whole, or without the inputs up to `threshold` in size."""
+
+    weight: cpu_w4a8.Weight | cpu_columns.Columns
+    threshold: float = cpu_columns.NOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +51,10 @@ class BlockWeights:
     after_mlp: Tensor | None
     query_norm: Tensor | None
     key_norm: Tensor | None
-    qkv: cpu_w4a8.Weight
-    out: cpu_w4a8.Weight
-    up: cpu_w4a8.Weight
-    down: cpu_w4a8.Weight
+    qkv: Reader
+    out: Reader
+    up: Reader
+    down: Reader
     rope: str | None
     window: int | None
 
@@ -56,11 +63,22 @@ NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "quer
 LINEARS = ("qkv", "out", "up", "down")
 
 
+class _Reader(ctypes.Structure):
+    """`Reader` of cpu_blocks.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("whole", "columns")),
+        ("threshold", ctypes.c_float),
+    )
+
+
 class _Block(ctypes.Structure):
     """`Block` of cpu_blocks.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in (*NORMS, *LINEARS)),
+        *((name, ctypes.c_void_p) for name in NORMS),
+        *((name, _Reader) for name in LINEARS),
+        ("middle", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("cos", "sin", "keys", "values")),
         *((name, ctypes.c_int64) for name in ("capacity", "window")),
     )
@@ -70,7 +88,7 @@ class _Decoder(ctypes.Structure):
     """`Decoder` of cpu_blocks.c."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("count", "hidden", "middle", "tanh_gelu")),
+        *((name, ctypes.c_int64) for name in ("count", "hidden", "tanh_gelu")),
         *((name, ctypes.c_float) for name in ("eps", "residual")),
         ("h", ctypes.c_void_p),
         ("step", cpu_step.CStep),
@@ -88,7 +106,6 @@ class Blocks:
         self._decoder = _Decoder(
             count=len(weights),
             hidden=sizes.hidden,
-            middle=sizes.middle,
             tanh_gelu=sizes.tanh_gelu,
             eps=sizes.eps,
             residual=sizes.residual,
@@ -132,17 +149,25 @@ def _block(weights: BlockWeights) -> _Block:
 
     return _Block(
         window=weights.window or 0,
+        middle=weights.down.weight.inputs,
         **{name: address(getattr(weights, name)) for name in NORMS},
-        **{name: getattr(weights, name).address for name in LINEARS},
+        **{name: _reader(getattr(weights, name)) for name in LINEARS},
     )
+
+
+def _reader(reader: Reader) -> _Reader:
+    whole = isinstance(reader.weight, cpu_w4a8.Weight)
+    address = reader.weight.address
+    return _Reader(address if whole else None, None if whole else address, reader.threshold)
 
 
 @cache
 def load() -> ctypes.CDLL:
     """The compiled kernel. Raises NoKernel with the reason."""
     cpu_w4a8.check()
+    cpu_columns.check()
     if not cpu_step.usable():
         raise NoKernel("the kernels of a decode step do not work here")
-    lib = library("cpu_blocks", "cpu_w4a8", "cpu_step")
+    lib = library("cpu_blocks", "cpu_w4a8", "cpu_columns", "cpu_step")
     lib.optim_decode.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
     return lib

@@ -68,3 +68,31 @@ def test_core_neurons_over_int4(
     model = load_model(str(tmp_path / "out"))
     assert near(decoded(model, 20), evaluated(str(tmp_path / "out"), 20))
     assert isinstance(model.decoder, CoreDecoder) and model.token_bytes < 0.9 * model.weight_bytes
+
+
+@pytest.mark.skipif(not cpu_columns.usable(), reason="no C compiler")
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("threshold", {"sparsity": 0.5}), ("coreinfer", {"keep": 0.5, "budget": "uniform"})],
+)
+def test_sparse_int4_goes_through_all_blocks_in_one_call(
+    method: str, options: dict[str, object], int4: Path, pruned: Prune, tmp_path: Path
+) -> None:
+    pruned(int4, tmp_path / "out", method, **options)
+    model = load_model(str(tmp_path / "out"))
+    inner = model.decoder.inner if isinstance(model.decoder, CoreDecoder) else model.decoder
+    assert isinstance(inner, Decoder)
+    ids, found = torch.arange(3, 40)[None], []
+    for blocks_apart in (False, True):
+        cache = model.new_cache()
+        model.forward(ids[:, :30], cache)
+        for at in range(30, 37):
+            if blocks_apart:
+                inner.one_call = None
+                if isinstance(model.decoder, CoreDecoder):
+                    model.decoder._calls["sparse"] = None
+            else:
+                assert at == 30 or inner.one_call is not None
+            found.append(model.forward(ids[:, at : at + 1], cache))
+    together, apart = torch.cat(found).chunk(2)
+    torch.testing.assert_close(together, apart, rtol=2e-3, atol=2e-3)
