@@ -5,6 +5,7 @@ the norm before the feed-forward, what `down_proj` reads), each seen through eve
 already quantized before it:
 
     fold the norms, turn the stream, mix what o_proj and down_proj read   (rotation.py)
+    divide the rows that feed o_proj and down_proj                        (balance.py)
     choose the site's steps on a sample                                   (migration.py)
     H' = sum of q q^T over all calibration tokens, q the site's integers
     round W' = W diag(steps) with the error feedback of H'                (gptq.py)
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from optim.quant.balance import feeder
 from optim.quant.rotation import Places, fold_norm, places, turn
 from optim.quant.sites import Form, SiteRounder, not_finite
 from optim.quant.solve import Solved, refuse_non_finite
@@ -63,14 +65,15 @@ class MergeSolver:
         hidden = states[slice(0, max(1, PROBE_TOKENS // states.length))]
         found = self._fold(i, block, hidden)
         expected = self.walk.run(i, block, hidden)
-        job = SiteRounder(self.walk, self.form, self.exact, i, block, states)
+        form, several = self.form, len(found.downs) > 1
+        model_type = str(self.walk.model.config.get_text_config().model_type)
+        values, up = (feeder(block, name, model_type) for name in (found.out, found.downs[0]))
+        job = SiteRounder(self.walk, form, self.exact, i, block, states)
         job.norm_site(found.attention)
-        job.read_site([found.out], self.form.out, self.form.bits)
+        job.read_site([found.out], form.out, form.bits, values)
         job.norm_site(found.mlp)
-        several = len(found.downs) > 1  # of a mixture: positions are lost among experts
-        job.read_site(
-            list(found.downs), "token" if several else self.form.down, self.form.down_bits
-        )
+        kind = "token" if several else form.down  # a mixture's positions are lost among experts
+        job.read_site(list(found.downs), kind, form.down_bits, None if several else up)
         return self._compare(i, block, hidden, expected, job)
 
     def _fold(self, i: int, block: nn.Module, hidden: Tensor) -> Places:

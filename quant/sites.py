@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from optim.quant import gptq
+from optim.quant.balance import Feeder, choose_divisors, divide_rows
 from optim.quant.grid import Grid, make_grid, ranges, round_to
 from optim.quant.migration import (
     WEIGHT_SCHEME,
@@ -40,6 +41,7 @@ from optim.runtime.hadamard import Mixing, mixing
 from optim.runtime.walk import HiddenStates, Walk, linear_at
 
 SAMPLE_TOKENS = 4096  # the steps are chosen on so many
+PREFIX_SHARE = 1 / 16  # of a Gram matrix's trace that the prefix is given
 KEPT_BYTES = 256 * 2**20  # what a site sees is kept for its second use up to here
 ROW_BYTES = 16 * 2**20  # float32 rows of a linear that are rounded at a time
 
@@ -84,6 +86,9 @@ class SiteRounder:
     plain: dict[str, StepLinear] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     kept: dict[str, list[Tensor]] = field(default_factory=dict)
+    ahead: dict[str, Tensor] = field(default_factory=dict)
+    """What sites see of the prefix, `[positions, n]`."""
+    divided: dict[str, Tensor] = field(default_factory=dict)
 
     def norm_site(self, where: NormSite) -> None:
         """Steps into the norm, or where a router reads it too, before each of its linears."""
@@ -103,8 +108,11 @@ class SiteRounder:
             eps = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)))
             self.block.set_submodule(where.norm, StepNorm(site, eps))
 
-    def read_site(self, names: list[str], kind: str, bits: int) -> None:
-        """Steps in front of linears that no norm feeds: what they read is mixed first."""
+    def read_site(self, names: list[str], kind: str, bits: int, source: Feeder | None) -> None:
+        """Steps in front of linears that no norm feeds: what they read is mixed first.
+
+        Where `source` makes it, its rows are divided so that the channels are alike.
+        """
         sites: dict[str, Site] = {}
         steps: dict[str, Steps | None] = {}
         mix = mixing(linear_at(self.block, names[0]).in_features) if self.form.mixed else None
@@ -115,11 +123,14 @@ class SiteRounder:
         else:
             (name,) = names
             sample = self._sample(name, after=False)
+            if source is not None and mix is not None:
+                sample = self._balance(name, sample, source, kind, bits, mix)
             sites[name], steps[name], _ = self._site(sample, kind, bits, mix, False)
         grams = self._gram(names, sites, after=False)
         for name in names:
             linear = linear_at(self.block, name)
-            weight = linear.dense() if mix is None else mix(linear.dense())
+            weight = linear.dense() * self.divided[name] if name in self.divided else linear.dense()
+            weight = weight if mix is None else mix(weight)
             gram = grams.pop(name, None)
             if gram is None:
                 self.notes.append(f"no token reached {name}: rounded plainly")
@@ -127,6 +138,24 @@ class SiteRounder:
             energy = gram.diagonal().clone()
             known = self._feedback(name, gram)
             self._round(name, weight, steps[name], None, known, energy, bits, sites[name])
+
+    def _balance(
+        self, name: str, sample: Tensor, source: Feeder, kind: str, bits: int, mix: Mixing
+    ) -> Tensor:
+        """Divide what `source` makes, and all that was seen of it; returns the sample divided."""
+        loud = sample.square().mean(0)
+        if name in self.ahead:
+            loud += self.ahead[name].square().sum(0) / self.states.length
+        weight = linear_at(self.block, name).dense()
+        d = choose_divisors(sample, loud, weight, source, kind, bits, mix)
+        for made in (self.solved[source.name], self.plain[source.name]):
+            divide_rows(made, source.rows(d))
+        for x in self.kept.get(name, []):
+            x /= d
+        if name in self.ahead:
+            self.ahead[name] = self.ahead[name] / d
+        self.divided[name] = d
+        return sample / d
 
     def _site(
         self, sample: Tensor, kind: str, bits: int, mix: Mixing | None, divided: bool
@@ -216,13 +245,20 @@ class SiteRounder:
     def _gram(
         self, names: list[str], sites: Site | Mapping[str, Site], after: bool
     ) -> dict[str, Tensor]:
-        """Mean of q q^T over the calibration text (for token steps: of what q stands for)."""
+        """Mean of q q^T over the calibration text (for token steps: of what q stands for).
+
+        The prefix is few tokens, and all others look at them: they get a share of their own.
+        """
         grams: dict[str, Tensor] = {}
         count: dict[str, int] = {}
 
+        def read(name: str, x: Tensor) -> Tensor:
+            site = sites if isinstance(sites, nn.Module) else sites[name]
+            codes, step = site.forward(x)
+            return codes if step is None else codes * step
+
         def add(name: str, x: Tensor) -> None:
-            codes, step = (sites if isinstance(sites, nn.Module) else sites[name])(x)
-            codes = codes if step is None else codes * step
+            codes = read(name, x)
             if name not in grams:
                 grams[name] = torch.zeros(codes.shape[1], codes.shape[1], device=codes.device)
             add_gram(grams[name], codes)
@@ -236,6 +272,8 @@ class SiteRounder:
         for name, gram in grams.items():
             mirror(gram)
             gram /= count[name]
+            if name in self.ahead:
+                _add_share(gram, read(name, self.ahead[name][None])[0])
         return grams
 
     def _watch(
@@ -245,7 +283,9 @@ class SiteRounder:
         first, alone = self.exact.positions, len(names) == 1
 
         def look(name: str, x: Tensor) -> None:
-            x = x[:, first:] if x.dim() == 3 else x
+            if first and x.dim() == 3:
+                self.ahead.setdefault(name, x[0, :first].float())
+                x = x[:, first:]
             see(name, x.flatten(0, -2).float())
             if alone:
                 raise _Left
@@ -278,6 +318,13 @@ def not_finite(i: int, name: str) -> OptimError:
         "check the model's weights; a 16-bit overflow would show in its own output too",
         USAGE,
     )
+
+
+def _add_share(gram: Tensor, rows: Tensor) -> None:
+    """Add rows `[k, n]`, made equally large, and together a share of the trace."""
+    size = PREFIX_SHARE * gram.trace() / len(rows)
+    rows = rows * (size / rows.square().sum(1, keepdim=True).clamp(min=1e-20)).sqrt()
+    gram.addmm_(rows.T, rows)
 
 
 def _some_rows(weight: Tensor) -> tuple[Tensor, ...]:
