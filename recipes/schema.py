@@ -105,12 +105,18 @@ class MergeQuant(Rounding):
     bits: Literal[4] = 4
     group_size: Literal[-1] = -1
     sym: Literal[True] = True
-    lm_head_bits: None = None
     act_bits: Literal[4, 8] = 4
     down_bits: Literal[4, 8] = 8
     rotate: bool = True
     prefix: bool = False
     damping: float = Field(default=0.01, gt=0, lt=1)
+
+    @field_validator("lm_head_bits")
+    @classmethod
+    def _leaves_the_head(cls, value: int | None) -> int | None:
+        if value is not None:
+            raise ValueError("mergequant leaves the head as it is; method awq can store it too")
+        return value
 
     @model_validator(mode="after")
     def _takes_all_linears(self) -> "MergeQuant":

@@ -121,6 +121,8 @@ HEAD2 = "bad.yaml is not a valid recipe (2 problems)\n  "
          "quantize.n_grid: not a key of method 'rtn' (it is one of awq)"),
         ("version: 1\nquantize: {method: rtn, ignore: lm_head}", HEAD + "bad.yaml:2: "
          "quantize.ignore: must be a list (got 'lm_head')"),
+        ("version: 1\nquantize:\n  method: mergequant\n  lm_head_bits: 8", HEAD + "bad.yaml:4: "
+         "quantize.lm_head_bits: mergequant leaves the head as it is; method awq can store it too"),
         ("version: 1\nquantize: {method: rtn, targets: []}", HEAD + "bad.yaml:2: "
          "quantize.targets: must name at least one (got [])"),
         ("version: 1\nquantize: {method: awq, damping: .inf}", HEAD + "bad.yaml:2: "
