@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from optim.quant.observe import GRAM_BYTES
 from optim.quant.rotation import refuse_family
 from optim.quant.sites import KEPT_BYTES, SAMPLE_TOKENS
 from optim.recipes.errors import MACHINE, USAGE, OptimError
@@ -25,7 +26,7 @@ from optim.runtime.formats.packed import Scheme
 from optim.runtime.machine import pick_device
 from optim.runtime.output import output_problems
 from optim.runtime.sizes import SizeRow, Stored, size_rows, stored
-from optim.runtime.walk import TOKENS_PER_BATCH, Walk
+from optim.runtime.walk import EXPERT_PARTS, TOKENS_PER_BATCH, Walk
 
 AUTO_GROUPS = (128, 64, 32, 16)
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -243,17 +244,27 @@ def _peak_bytes(
     """An estimate: torch, a block as stored, its Gram matrices, and the largest linear's work."""
     first = f"{walk.prefix}.0."
     block = sum(i.nbytes for n, i in checkpoint.tensors.items() if n.startswith(first))
-    inside = [shape for name, shape in shapes.items() if name.startswith(first)]
+    own = {name: shape for name, shape in shapes.items() if name.startswith(first)}
+    inside = list(own.values())
     outer = max((i.nbytes for n, i in checkpoint.tensors.items() if not _in_block(n)), default=0)
     widest = max((columns for _, columns in inside), default=0)
     work = 2 * block + 4 * max((a * b for a, b in inside), default=0) * 3
     if not isinstance(recipe.quantize, Rtn):
-        work += 4 * sum({columns: columns**2 for _, columns in inside}.values()) + 8 * widest**2
-        work += 4 * TOKENS_PER_BATCH * widest * 4
+        work += _gram_bytes(own) + 8 * widest**2 + 4 * TOKENS_PER_BATCH * widest * 4
     if isinstance(recipe.quantize, MergeQuant):  # a site's inputs, and the sample of them
         tokens = recipe.calibration.num_samples * recipe.calibration.seq_len
         work += min(KEPT_BYTES, 4 * tokens * widest) + 4 * SAMPLE_TOKENS * widest * 4
     return 500_000_000 + max(work, 2 * outer)
+
+
+def _gram_bytes(block: Mapping[str, tuple[int, int]]) -> int:
+    """Gram matrices held at a time: one a width, one an expert, of inner inputs some at a time."""
+    experts = {name: 4 * shape[1] ** 2 for name, shape in block.items() if ".experts." in name}
+    outer = sum(size for name, size in experts.items() if name.endswith(EXPERT_PARTS[1]))
+    inner = [size for name, size in experts.items() if name.endswith(EXPERT_PARTS[2])]
+    widths = {columns for name, (_, columns) in block.items() if name not in experts}
+    held = min(sum(inner), GRAM_BYTES + max(inner, default=0))
+    return 4 * sum(columns**2 for columns in widths) + max(outer, held)
 
 
 def _pattern_problems(quantize: Rounding, names: Collection[str]) -> list[OptimError]:

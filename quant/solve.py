@@ -16,17 +16,18 @@ from torch import Tensor, nn
 from optim.quant import awq, gptq
 from optim.quant.fold import Probe, discover, family_groups, fold_checked, query_repeats
 from optim.quant.grid import Grid
-from optim.quant.observe import Inputs, leaders_of, observe
+from optim.quant.observe import GRAM_BYTES, Inputs, leaders_of, observe
 from optim.quant.rounding import NearestLinear, RoundedLinear, round_linear, round_rows
 from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.schema import Awq, Gptq, Rtn
 from optim.runtime.architectures import FAMILIES, Group
 from optim.runtime.formats.packed import Scheme
 from optim.runtime.machine import release_memory
-from optim.runtime.walk import HiddenStates, StoredLinear, Walk, linear_at, linears
+from optim.runtime.walk import EXPERT_PARTS, HiddenStates, StoredLinear, Walk, linear_at, linears
 
 PROBE_TOKENS = 512
 WIDE_BYTES = 256 * 2**20
+INNER = EXPERT_PARTS[2]
 STARVED = 0.125  # an expert that saw fewer tokens than this share of its inputs is rounded plainly
 
 
@@ -118,16 +119,23 @@ class BlockSolver:
         probe: Probe,
         notes: list[str],
     ) -> dict[str, RoundedLinear]:
-        needed = {leaders[n] for n in schemes if n in leaders}
         # Which expert runs last differs from batch to batch.
         last = None if any(".experts." in n for n in leaders) else list(leaders)[-1]
-        inputs = observe(self.walk, i, block, states, needed, last)
-        starved = self._starved(block, schemes, leaders, inputs)
+        starved = [n for n in schemes if n not in leaders]
+        out: dict[str, RoundedLinear] = {}
+        for needed in _turns(block, {leaders[n] for n in schemes if n in leaders}):
+            inputs = observe(self.walk, i, block, states, needed, last)
+            readers = {n: s for n, s in schemes.items() if leaders.get(n) in needed}
+            few = _starved(block, readers, leaders, inputs)
+            if isinstance(self.recipe, Awq):
+                self._fold_scales(block, readers, leaders, inputs, probe, notes)
+            enough = {n: s for n, s in readers.items() if n not in few}
+            out |= self._round_all(block, enough, leaders, inputs)
+            starved += few
         if starved:
             notes.append(f"rounded plainly, too few tokens seen: {', '.join(starved)}")
-        if isinstance(self.recipe, Awq):
-            self._fold_scales(block, schemes, leaders, inputs, probe, notes)
-        return self._round_all(block, schemes, leaders, inputs, starved)
+        out |= {n: self._nearest(linear_at(block, n), schemes[n]).rounded() for n in starved}
+        return {name: out[name] for name in schemes}
 
     def _round_all(
         self,
@@ -135,14 +143,12 @@ class BlockSolver:
         schemes: Mapping[str, Scheme],
         leaders: Mapping[str, str],
         inputs: dict[str, Inputs],
-        starved: list[str],
     ) -> dict[str, RoundedLinear]:
         """Every linear rounded; the widest inputs first, each Gram matrix freed after its last."""
-        out = {n: self._nearest(linear_at(block, n), schemes[n]).rounded() for n in starved}
+        out: dict[str, RoundedLinear] = {}
         readers: dict[str, list[str]] = {}
         for name in schemes:
-            if name not in starved:
-                readers.setdefault(leaders[name], []).append(name)
+            readers.setdefault(leaders[name], []).append(name)
         for leader in sorted(readers, key=lambda n: -len(inputs[n].magnitude)):
             gram = inputs.pop(leader).gram
             scale = linear_at(block, leader).in_scale
@@ -153,7 +159,7 @@ class BlockSolver:
             if gram.nbytes >= WIDE_BYTES:  # it needs room: nothing may linger in the heap
                 release_memory()
             out |= self._round_readers(linears_, schemes, gram)
-        return {name: out[name] for name in schemes}
+        return out
 
     def _round_readers(
         self, readers: Mapping[str, StoredLinear], schemes: Mapping[str, Scheme], gram: Tensor
@@ -178,20 +184,6 @@ class BlockSolver:
 
             out[name] = round_linear(linear, scheme, solve)
         return out
-
-    def _starved(
-        self,
-        block: nn.Module,
-        schemes: Mapping[str, Scheme],
-        leaders: Mapping[str, str],
-        inputs: Mapping[str, Inputs],
-    ) -> list[str]:
-        def enough(name: str) -> bool:
-            seen = inputs.get(leaders.get(name, ""))
-            least = STARVED * linear_at(block, name).in_features if ".experts." in name else 1
-            return seen is not None and seen.tokens >= least
-
-        return [name for name in schemes if not enough(name)]
 
     def _fold_scales(
         self,
@@ -242,6 +234,38 @@ class BlockSolver:
             dtype=self.dtype,
         )
         return None if bool((scale == 1).all()) else scale
+
+
+def _turns(block: nn.Module, names: set[str]) -> list[set[str]]:
+    """Which inputs are observed at a time: all, or experts' inner ones in turns of GRAM_BYTES.
+
+    The rest comes last: what an inner input is scaled by is divided out of rows of the rest.
+    """
+    sizes = {n: 4 * linear_at(block, n).in_features ** 2 for n in sorted(names)}
+    inner = {n: size for n, size in sizes.items() if ".experts." in n and n.endswith(INNER)}
+    turns: list[set[str]] = [set()]
+    for name, size in inner.items():
+        if turns[-1] and sum(sizes[n] for n in turns[-1]) + size > GRAM_BYTES:
+            turns.append(set())
+        turns[-1].add(name)
+    rest = names - inner.keys()
+    return [turns[0] | rest] if len(turns) == 1 else [*turns, rest]
+
+
+def _starved(
+    block: nn.Module,
+    schemes: Mapping[str, Scheme],
+    leaders: Mapping[str, str],
+    inputs: Mapping[str, Inputs],
+) -> list[str]:
+    """The linears that saw too little text to be fitted to it."""
+
+    def enough(name: str) -> bool:
+        seen = inputs.get(leaders[name])
+        least = STARVED * linear_at(block, name).in_features if ".experts." in name else 1
+        return seen is not None and seen.tokens >= least
+
+    return [name for name in schemes if not enough(name)]
 
 
 def _sample(linear: StoredLinear) -> Tensor:
