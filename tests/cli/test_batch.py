@@ -1,70 +1,18 @@
 """`optim run --batch`: every answer is the one the prompt gets alone; bad lines do not stop it."""
 
 import json
-import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from optim.cli import main
-
-LETTERS = [chr(code) for code in range(32, 127)]
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role[0] + ':' + m.content + '|' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
-)
-Captured = pytest.CaptureFixture[str]
+Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from tokenizers import Tokenizer, decoders
-    from tokenizers.models import BPE
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=len(LETTERS),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=96,
-        initializer_range=0.4,
-        bos_token_id=None,
-        eos_token_id=65,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer = Tokenizer(BPE({letter: i for i, letter in enumerate(LETTERS)}, []))
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-    return str(folder)
-
-
-@pytest.fixture
-def optim(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> "Run":
-    return Run(monkeypatch, capsys)
-
-
-class Run:
-    """`optim run ARGUMENTS` in this process; gives the exit code and both outputs."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
-        self.monkeypatch, self.capsys = monkeypatch, capsys
-
-    def __call__(self, *arguments: str) -> tuple[int, str, str]:
-        self.monkeypatch.setattr(sys, "argv", ["optim", "run", *arguments])
-        with open(os.devnull, encoding="utf-8") as nothing:
-            self.monkeypatch.setattr(sys, "stdin", nothing)
-            code = main()
-        out, err = self.capsys.readouterr()
-        return code, out, err
+def model(make_letters: Callable[..., str]) -> str:
+    return make_letters(96, 65)
 
 
 def _file(folder: Path, *lines: Any) -> str:

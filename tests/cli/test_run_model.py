@@ -3,71 +3,18 @@
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pexpect
 import pytest
-import torch
 
-from optim.cli import main
-
-LETTERS = [chr(code) for code in range(32, 127)]
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role[0] + ':' + m.content + '|' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
-)
-Captured = pytest.CaptureFixture[str]
+Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from tokenizers import Tokenizer, decoders
-    from tokenizers.models import BPE
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=len(LETTERS),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32768,
-        initializer_range=0.4,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer = Tokenizer(BPE({letter: i for i, letter in enumerate(LETTERS)}, []))
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-    return str(folder)
-
-
-@pytest.fixture
-def optim(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> "Run":
-    return Run(monkeypatch, capsys)
-
-
-class Run:
-    """`optim run ARGUMENTS` in this process; gives the exit code and both outputs."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
-        self.monkeypatch, self.capsys = monkeypatch, capsys
-
-    def __call__(self, *arguments: str, piped: bytes = b"") -> tuple[int, str, str]:
-        reading, writing = os.pipe()
-        os.write(writing, piped)
-        os.close(writing)
-        self.monkeypatch.setattr(sys, "argv", ["optim", "run", *arguments])
-        with os.fdopen(reading, encoding="utf-8") as stdin:
-            self.monkeypatch.setattr(sys, "stdin", stdin)
-            code = main()
-        out, err = self.capsys.readouterr()
-        return code, out, err
+def model(make_letters: Callable[..., str]) -> str:
+    return make_letters(32768, None)
 
 
 def test_the_same_answer_by_text_by_json_and_by_pipe(optim: Run, model: str) -> None:
