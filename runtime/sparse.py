@@ -99,8 +99,7 @@ def sparse_packed(linear: PackedLinear, threshold: float) -> SparseLinear | None
 
         tensors, group = triton_gather.int4_layout(*parts), linear.scheme.group_size
         return SparseLinear(triton_gather.Gather(q.shape[0], tensors, group), threshold)
-    lines = 1 if threshold == cpu_columns.NOTHING else cpu_columns.LINES
-    return SparseLinear(cpu_columns.packed(*parts, lines), threshold)
+    return SparseLinear(cpu_columns.packed(*parts), threshold)
 
 
 def _readable(scheme: Scheme, device: torch.device) -> bool:

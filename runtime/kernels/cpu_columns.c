@@ -18,7 +18,9 @@
 #include <immintrin.h>
 #endif
 
-enum { HALF = 64, LINE = 2 * HALF, RUN = 64, MOST = 64 }; /* outputs; inputs; lines of a tile */
+enum { HALF = 64, LINE = 2 * HALF, MOST = 64 }; /* outputs; lines of a tile */
+enum { RUN = 64, PAIRS = 2 };                  /* inputs of a run; pairs that are added at a time */
+enum { AHEAD = 16 << 10 };                     /* bytes: what memory takes to answer */
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -26,15 +28,15 @@ enum { HALF = 64, LINE = 2 * HALF, RUN = 64, MOST = 64 }; /* outputs; inputs; li
 
 typedef struct {
     int32_t rows[RUN + 1];
-    int8_t values[RUN + 1] __attribute__((aligned(32)));
+    int8_t values[RUN + 1];
     int64_t count;
     float worth;
 } Active;
 
-/* The inputs from..end above the threshold, rounded as cpu_w4a8.c rounds a chunk. */
-static void activate(const float *x, int64_t from, int64_t end, float threshold, Active *a) {
+/* `count` inputs as cpu_w4a8.c rounds a chunk, and whether they are kept. Returns the largest. */
+INLINE float rounded(const float *x, int64_t count, float threshold, int8_t *values, int8_t *kept) {
     int32_t top = 0; /* the order of |x| is that of its bits: NaN ends up on top */
-    for (int64_t k = from; k < end; k++) {
+    for (int64_t k = 0; k < count; k++) {
         int32_t word;
         memcpy(&word, x + k, 4);
         word &= 0x7fffffff;
@@ -43,16 +45,27 @@ static void activate(const float *x, int64_t from, int64_t end, float threshold,
     float peak;
     memcpy(&peak, &top, 4);
     const float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;
-    int64_t n = 0;
-    for (int64_t k = from; k < end; k++) {
+    for (int64_t k = 0; k < count; k++) {
         const float v = x[k] * inverse;
-        a->rows[n] = (int32_t)k;
-        a->values[n] = (int8_t)(int32_t)(v + (v >= 0 ? 0.5f : -0.5f));
-        n += !(fabsf(x[k]) <= threshold); /* what is not a number is kept */
+        values[k] = (int8_t)(int32_t)(v + (v >= 0 ? 0.5f : -0.5f));
+        kept[k] = !(fabsf(x[k]) <= threshold); /* what is not a number is kept */
+    }
+    return peak;
+}
+
+/* The inputs from..end above the threshold. */
+static void activate(const float *x, int64_t from, int64_t end, float threshold, Active *a) {
+    int8_t values[RUN], kept[RUN];
+    const int64_t count = end - from; /* a constant one lets the compiler unroll */
+    const float peak = count == RUN ? rounded(x + from, RUN, threshold, values, kept)
+                                    : rounded(x + from, count, threshold, values, kept);
+    int64_t n = 0;
+    for (int64_t k = 0; k < count; k++) {
+        a->rows[n] = (int32_t)(from + k), a->values[n] = values[k];
+        n += kept[k];
     }
     a->count = n, a->worth = peak / 127.0f;
-    memset(a->values + n, 0, sizeof a->values - n);
-    a->rows[n] = n ? a->rows[n - 1] : 0; /* an odd one is paired with itself, times zero */
+    a->rows[n] = n ? a->rows[n - 1] : 0, a->values[n] = 0; /* an odd one's partner: times zero */
 }
 
 static void begin(Listed *l, float worth, int32_t group) {
@@ -101,71 +114,91 @@ void optim_list(Columns *c, const float *x, float threshold, char *memory, Liste
 
 /* ---- the weights of what is active ---- */
 
-/* Where the next piece lies, to be fetched line by line in the order of memory. */
+/* Some lines of one tile. */
 typedef struct {
-    const char *base;
-    const int32_t *row, *end;
-    int64_t stride, width, at;
-} Ahead;
-
-INLINE void fetch(Ahead *a) {
-    if (a->row >= a->end) return;
-    __builtin_prefetch(a->base + *a->row * a->stride + a->at);
-    a->at += 64;
-    const int over = a->at >= a->width;
-    a->row += over;
-    a->at = over ? 0 : a->at;
-}
-
-typedef struct {
-    const char *weight;
+    const Listed *l;
+    const char *weight; /* of the first input */
+    int64_t stride;     /* bytes between inputs */
+    int64_t halves;     /* half lines to go through */
+    int64_t ahead;      /* rows that are fetched ahead */
     const uint16_t *scale;
     const uint8_t *zero;
-    int64_t stride; /* bytes between inputs */
 } Part;
 
+INLINE const char *row(const Part *p, int64_t i) {
+    const int64_t last = 2 * p->l->pairs - 1;
+    return p->weight + p->l->rows[i < last ? i : last] * p->stride;
+}
+
 #if defined(__AVX2__) && defined(__FMA__)
-INLINE void add_piece(const Listed *l, int64_t p, Part part, Ahead *ahead, float *out, const int W) {
-    const __m256i low = _mm256_set1_epi8(15), none = _mm256_setzero_si256();
-    __m256i sum[4 * W];
-    for (int i = 0; i < 4 * W; i++) sum[i] = none;
-    for (int64_t i = l->from[p]; i < l->from[p + 1]; i++) {
-        const char *a = part.weight + l->rows[2 * i] * part.stride;
-        const char *b = part.weight + l->rows[2 * i + 1] * part.stride;
-        const __m256i x = _mm256_set1_epi16(l->values[i]);
-        fetch(ahead);
-        if (W == 2) fetch(ahead);
-        for (int w = 0; w < W; w++) {
-            const __m256i u = _mm256_loadu_si256((const __m256i *)(a + 32 * w));
-            const __m256i v = _mm256_loadu_si256((const __m256i *)(b + 32 * w));
-            const __m256i m = _mm256_unpacklo_epi8(u, v), n = _mm256_unpackhi_epi8(u, v);
-            const __m256i part[4] = {
-                _mm256_and_si256(m, low),
-                _mm256_and_si256(n, low),
-                _mm256_and_si256(_mm256_srli_epi16(m, 4), low),
-                _mm256_and_si256(_mm256_srli_epi16(n, 4), low),
-            };
-            for (int k = 0; k < 4; k++)
-                sum[4 * w + k] =
-                    _mm256_add_epi16(sum[4 * w + k], _mm256_maddubs_epi16(part[k], x));
-        }
+/* Each 16-bit lane of a sum gets x1 q1 + x2 q2: 64 outputs of two inputs. */
+INLINE void two_rows(const char *a, const char *b, __m256i x, __m256i *sum) {
+    const __m256i low = _mm256_set1_epi8(15);
+    const __m256i u = _mm256_loadu_si256((const __m256i *)a);
+    const __m256i v = _mm256_loadu_si256((const __m256i *)b);
+    const __m256i m = _mm256_unpacklo_epi8(u, v), n = _mm256_unpackhi_epi8(u, v);
+    const __m256i q[4] = {
+        _mm256_and_si256(m, low),
+        _mm256_and_si256(n, low),
+        _mm256_and_si256(_mm256_srli_epi16(m, 4), low),
+        _mm256_and_si256(_mm256_srli_epi16(n, 4), low),
+    };
+    for (int k = 0; k < 4; k++) sum[k] = _mm256_add_epi16(sum[k], _mm256_maddubs_epi16(q[k], x));
+}
+
+/* COUNT pairs from `i` on; the FIRST of a piece begin its sums and fetch its scales. */
+INLINE void add_pairs(const Part *p, int64_t i, int16_t *sums, const int COUNT, const int FIRST) {
+    const char *a[PAIRS], *b[PAIRS], *far[2 * PAIRS];
+    __m256i x[PAIRS];
+    for (int k = 0; k < COUNT; k++) {
+        a[k] = row(p, 2 * (i + k)), b[k] = row(p, 2 * (i + k) + 1);
+        far[2 * k] = row(p, 2 * (i + k) + p->ahead);
+        far[2 * k + 1] = row(p, 2 * (i + k) + 1 + p->ahead);
+        x[k] = _mm256_set1_epi16(p->l->values[i + k]);
     }
-    /* a sum in the upper half of 32 bits is 65536 times itself */
-    const __m256 worth = _mm256_set1_ps(l->worth[p] / 65536);
-    const __m256 total = _mm256_set1_ps(l->total[p] * 65536);
-    for (int i = 0; i < 8 * W; i++) {
-        const __m256i wide = i % 2 ? _mm256_unpackhi_epi16(none, sum[i / 2])
-                                   : _mm256_unpacklo_epi16(none, sum[i / 2]);
+    for (int64_t h = 0; h < p->halves; h++, sums += HALF) {
+        __m256i sum[4];
+        for (int k = 0; k < 4; k++)
+            sum[k] = FIRST ? _mm256_setzero_si256() : _mm256_load_si256((__m256i *)sums + k);
+        if (FIRST) {
+            __builtin_prefetch(p->scale + HALF * h);
+            __builtin_prefetch(p->scale + HALF * h + 32);
+            if (p->zero) __builtin_prefetch(p->zero + HALF * h);
+        }
+        for (int k = 0; k < 2 * COUNT; k++) __builtin_prefetch(far[k] + 32 * h);
+        for (int k = 0; k < COUNT; k++) two_rows(a[k] + 32 * h, b[k] + 32 * h, x[k], sum);
+        for (int k = 0; k < 4; k++) _mm256_store_si256((__m256i *)sums + k, sum[k]);
+    }
+}
+
+static void begin_one(const Part *p, int64_t i, int16_t *sums) { add_pairs(p, i, sums, 1, 1); }
+static void begin_two(const Part *p, int64_t i, int16_t *sums) { add_pairs(p, i, sums, 2, 1); }
+static void add_one(const Part *p, int64_t i, int16_t *sums) { add_pairs(p, i, sums, 1, 0); }
+static void add_two(const Part *p, int64_t i, int16_t *sums) { add_pairs(p, i, sums, 2, 0); }
+
+static void sum_piece(const Part *p, int64_t from, int64_t end, int16_t *sums) {
+    (end - from > 1 ? begin_two : begin_one)(p, from, sums);
+    for (int64_t i = from + PAIRS; i < end; i += PAIRS)
+        (end - i > 1 ? add_two : add_one)(p, i, sums);
+}
+
+/* out += scale * worth * (sum - zero * total). A sum in the upper half of 32 bits is 65536 fold. */
+static void add_sums(const Part *p, float worth, float total, const int16_t *sums, float *out) {
+    const __m256 factor = _mm256_set1_ps(worth / 65536), all = _mm256_set1_ps(total * 65536);
+    const __m256i none = _mm256_setzero_si256();
+    for (int64_t o = 0; o < HALF * p->halves; o += 8) {
+        const __m256i both = _mm256_load_si256((const __m256i *)(sums + o / 16 * 16));
+        const __m256i wide =
+            o % 16 ? _mm256_unpackhi_epi16(none, both) : _mm256_unpacklo_epi16(none, both);
         __m256 zero = _mm256_set1_ps(8);
-        if (part.zero)
+        if (p->zero)
             zero = _mm256_cvtepi32_ps(
-                _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(part.zero + 8 * i))));
-        const __m256i raw =
-            _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(part.scale + 8 * i)));
+                _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p->zero + o))));
+        const __m256i raw = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p->scale + o)));
         const __m256 scale = _mm256_castsi256_ps(_mm256_slli_epi32(raw, 16));
-        const __m256 sums = _mm256_fnmadd_ps(zero, total, _mm256_cvtepi32_ps(wide));
-        const __m256 y = _mm256_loadu_ps(out + 8 * i);
-        _mm256_storeu_ps(out + 8 * i, _mm256_fmadd_ps(_mm256_mul_ps(scale, worth), sums, y));
+        const __m256 sum = _mm256_fnmadd_ps(zero, all, _mm256_cvtepi32_ps(wide));
+        const __m256 y = _mm256_load_ps(out + o);
+        _mm256_store_ps(out + o, _mm256_fmadd_ps(_mm256_mul_ps(scale, factor), sum, y));
     }
 }
 #else
@@ -174,64 +207,53 @@ INLINE int place(int b, int high) {
     return 32 * high + (b & 8) * 2 + (b & 4) * 2 + (b & 16) / 4 + (b & 3);
 }
 
-INLINE void add_piece(const Listed *l, int64_t p, Part part, Ahead *ahead, float *out, const int W) {
-    int32_t sum[HALF * 2] = {0};
-    for (int64_t i = 2 * (int64_t)l->from[p]; i < 2 * (int64_t)l->from[p + 1]; i++) {
-        const uint8_t *row = (const uint8_t *)part.weight + l->rows[i] * part.stride;
-        const int16_t both = l->values[i / 2];
+static void sum_piece(const Part *p, int64_t from, int64_t end, int16_t *sums) {
+    memset(sums, 0, HALF * p->halves * sizeof(int16_t));
+    for (int64_t i = 2 * from; i < 2 * end; i++) {
+        const uint8_t *w = (const uint8_t *)row(p, i);
+        const int16_t both = p->l->values[i / 2];
         const int x = i % 2 ? both >> 8 : (int8_t)both;
-        fetch(ahead);
-        for (int w = 0; w < W; w++)
-            for (int b = 0; b < 32; b++) {
-                sum[HALF * w + place(b, 0)] += x * (row[32 * w + b] & 15);
-                sum[HALF * w + place(b, 1)] += x * (row[32 * w + b] >> 4);
-            }
+        for (int64_t b = 0; b < 32 * p->halves; b++) {
+            int16_t *sum = sums + b / 32 * HALF;
+            sum[place(b % 32, 0)] += x * (w[b] & 15);
+            sum[place(b % 32, 1)] += x * (w[b] >> 4);
+        }
     }
-    for (int i = 0; i < HALF * W; i++) {
-        const uint32_t raw = (uint32_t)part.scale[i] << 16;
+}
+
+static void add_sums(const Part *p, float worth, float total, const int16_t *sums, float *out) {
+    for (int64_t o = 0; o < HALF * p->halves; o++) {
+        const uint32_t raw = (uint32_t)p->scale[o] << 16;
         float scale;
         memcpy(&scale, &raw, 4);
-        const float zero = part.zero ? part.zero[i] : 8;
-        out[i] += scale * l->worth[p] * ((float)sum[i] - zero * l->total[p]);
+        out[o] += scale * worth * (sums[o] - (p->zero ? p->zero[o] : 8) * total);
     }
 }
 #endif
 
-static void whole_line(const Listed *l, int64_t p, Part part, Ahead *a, float *out) {
-    add_piece(l, p, part, a, out, 2);
-}
-
-static void half_line(const Listed *l, int64_t p, Part part, Ahead *a, float *out) {
-    add_piece(l, p, part, a, out, 1);
-}
-
 /* The lines from..end of tile `t`. */
 static void some_lines(const Columns *c, const Listed *l, int64_t t, int64_t from, int64_t end,
                        float *y) {
-    const int64_t first = t * c->lines * LINE, left = c->padded - first;
+    float out[MOST * LINE] __attribute__((aligned(32)));
+    int16_t sums[MOST * LINE] __attribute__((aligned(32)));
+    const int64_t tile = t * c->lines * LINE, left = c->padded - tile;
     const int64_t width = left < c->lines * LINE ? left : c->lines * LINE;
-    const int64_t stop = end * LINE < width ? end * LINE : width;
-    const char *weight = c->weight + first / 2 * c->inputs;
-    float out[MOST * LINE];
-    memset(out, 0, (stop - from * LINE) * sizeof(float));
+    const int64_t first = from * LINE, stop = end * LINE < width ? end * LINE : width;
+    Part part = {.l = l, .stride = width / 2, .halves = (stop - first) / HALF};
+    part.weight = c->weight + tile / 2 * c->inputs + first / 2;
+    part.ahead = AHEAD / ((stop - first) / 2) + 1;
+    memset(out, 0, (stop - first) * sizeof(float));
     for (int64_t p = 0; p < l->pieces; p++) {
-        const int64_t next = p + 1 < l->pieces ? l->from[p + 1] : l->pairs;
-        const int64_t after = p + 1 < l->pieces ? l->from[p + 2] : l->pairs;
-        Ahead ahead = {weight + from * 64, l->rows + 2 * next, l->rows + 2 * after, width / 2,
-                       (stop - from * LINE) / 2, 0};
-        for (int64_t o = from * LINE; o < stop; o += LINE) {
-            const int64_t at = first * c->groups + l->group[p] * width + o;
-            const Part part = {weight + o / 2, c->scale + at, c->zero ? c->zero + at : NULL,
-                               width / 2};
-            (stop - o > HALF ? whole_line : half_line)(l, p, part, &ahead, out + o - from * LINE);
-        }
+        const int64_t at = tile * c->groups + l->group[p] * width + first;
+        part.scale = c->scale + at, part.zero = c->zero ? c->zero + at : NULL;
+        sum_piece(&part, l->from[p], l->from[p + 1], sums);
+        add_sums(&part, l->worth[p], l->total[p], sums, out);
     }
-    const int64_t count = c->outputs - first - from * LINE, wanted = stop - from * LINE;
-    const int64_t n = count < wanted ? count : wanted;
-    y += first + from * LINE;
+    const int64_t start = tile + first, some = c->outputs - start;
+    const int64_t n = some < stop - first ? some : stop - first;
     if (c->bias)
-        for (int64_t i = 0; i < n; i++) out[i] += c->bias[first + from * LINE + i];
-    memcpy(y, out, n * sizeof(float));
+        for (int64_t i = 0; i < n; i++) out[i] += c->bias[start + i];
+    memcpy(y + start, out, n * sizeof(float));
 }
 
 int64_t optim_lines(const Columns *c) { return (c->outputs + LINE - 1) / LINE; }

@@ -3,9 +3,8 @@
 Weights are held input by input, so that what multiplies nothing is not read. Activations are
 rounded to int8 as in cpu_w4a8.py, which makes a threshold that leaves nothing out the same sum.
 
-Memory serves long runs faster than short ones: below 1 KB or so, the lines that are left out come
-along nearly for free, and so do those that are wanted. Weights that are to be skipped therefore lie
-in tiles as wide as `LINES`; those that are all read (NOTHING), in tiles of one line.
+Memory is fetched in runs: of 64 to 512 bytes here and there, what lies between comes along, and
+nothing is gained by not wanting it. Tiles are therefore as wide as `LINES`, 4 KB of an input.
 """
 
 import ctypes
@@ -24,7 +23,7 @@ from optim.runtime.machine import use_huge_pages
 NOTHING = -1.0  # a threshold that skips nothing, not even zeros
 CHUNK = 64  # inputs that are rounded together, at most
 HALF = 64  # outputs that weights are padded to: 32 bytes
-LINES = 32  # lines of 64 bytes, 128 outputs, of a tile
+LINES = 64  # lines of 64 bytes, 128 outputs, of a tile
 
 
 class CColumns(ctypes.Structure):
