@@ -14,14 +14,13 @@ from typing import Any
 import torch
 
 from optim.recipes.errors import CHECK_FAILED, USAGE, OptimError
-from optim.runtime.artifact import INDEX, Workspace, disk_error, index_of
+from optim.runtime.artifact import INDEX, Workspace, disk_error, index_of, shards_of
 from optim.runtime.checkpoint import Checkpoint, open_checkpoint
 from optim.runtime.lossless import LosslessStore, pieces
 from optim.runtime.tensor_writer import TensorWriter
 from optim.runtime.verify import read_manifest
 
 Progress = Callable[[int, int, str], None]
-SHARD_BYTES = 4 * 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,7 @@ def unpack(source: str, output: str, progress: Progress, *, force: bool = False)
     identity = {"unpack": checkpoint.fingerprint()}
     workspace = Workspace(Path(output), identity, force)
     with workspace:
-        shards = _shards(checkpoint)
+        shards = list(shards_of(checkpoint.store.infos))
         for i in range(len(workspace.done), len(shards)):
             name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
             workspace.commit(_write(checkpoint, workspace.files / name, shards[i], hashes))
@@ -72,19 +71,6 @@ def unpack(source: str, output: str, progress: Progress, *, force: bool = False)
         proven=len(hashes.keys() & infos.keys()),
         seconds=time.monotonic() - start,
     )
-
-
-def _shards(checkpoint: Checkpoint) -> list[list[str]]:
-    """The tensors, in files of about SHARD_BYTES."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, info in checkpoint.store.infos.items():
-        if shards[-1] and size + info.nbytes > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += info.nbytes
-    return shards
 
 
 def _write(

@@ -5,7 +5,6 @@ transformers runs, and `hidden_act_param`, which ours does too.
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -18,12 +17,10 @@ from optim.prune.relu import activation_keys
 from optim.prune.student import Student
 from optim.prune.train import Point
 from optim.recipes.build import to_yaml
-from optim.runtime.artifact import FORMAT_VERSION, INDEX, Workspace, index_of
+from optim.runtime.artifact import FORMAT_VERSION, INDEX, Workspace, index_of, shards_of
 from optim.runtime.checkpoint import Checkpoint
 from optim.runtime.corpus import token_hash
 from optim.runtime.verify import MANIFEST
-
-SHARD_BYTES = 2**30
 
 
 def write(
@@ -63,7 +60,7 @@ def _write_weights(
 ) -> list[dict[str, Any]]:
     """All tensors in shards: what was trained in its stored dtype, the rest as it was."""
     trained = student.weights()
-    groups = list(_groups(checkpoint))
+    groups = list(shards_of(checkpoint.tensors))
     records = []
     for k, names in enumerate(groups):
         tensors = {}
@@ -80,18 +77,6 @@ def _tied_to(name: str, checkpoint: Checkpoint, trained: dict[str, Tensor]) -> s
     """A head that is stored though it is tied follows the embedding."""
     tied = checkpoint.text_config.get("tie_word_embeddings") and name == "lm_head.weight"
     return next((n for n in trained if n.endswith("embed_tokens.weight")), name) if tied else name
-
-
-def _groups(checkpoint: Checkpoint) -> Iterator[list[str]]:
-    """The tensors' names in groups of about SHARD_BYTES."""
-    group, size = list[str](), 0
-    for name, info in checkpoint.tensors.items():
-        if group and size + info.nbytes > SHARD_BYTES:
-            yield group
-            group, size = [], 0
-        group.append(name)
-        size += info.nbytes
-    yield group
 
 
 def _config(made: Plan) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import json
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from optim.runtime.artifact import (
     Workspace,
     identity,
     index_of,
+    shards_of,
     tensor_sha256,
 )
 from optim.runtime.checkpoint import Checkpoint, open_checkpoint
@@ -29,8 +29,6 @@ from optim.runtime.side import SIDE, write_side
 from optim.runtime.verify import MANIFEST, sha256
 
 __all__ = ["Report", "plan", "prune"]
-
-SHARD_BYTES = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,21 +85,9 @@ def solve(made: Plan, windows: Tensor, folder: Path, progress: Progress) -> Solv
     return relu_exact.solve(made, windows, folder, progress)
 
 
-def _shards(checkpoint: Checkpoint) -> Iterator[list[str]]:
-    """The checkpoint's tensors in groups of about SHARD_BYTES."""
-    group, size = list[str](), 0
-    for name, info in checkpoint.tensors.items():
-        if group and size + info.nbytes > SHARD_BYTES:
-            yield group
-            group, size = [], 0
-        group.append(name)
-        size += info.nbytes
-    yield group
-
-
 def _copy_weights(checkpoint: Checkpoint, workspace: Workspace) -> None:
     """Write the weights as they are, under their published names; skips journalled shards."""
-    groups = list(_shards(checkpoint))
+    groups = list(shards_of(checkpoint.tensors))
     for k in range(len(workspace.done), len(groups)):
         tensors = {checkpoint.disk_name(name): checkpoint.read(name) for name in groups[k]}
         name = f"model-{k + 1:05d}-of-{len(groups):05d}.safetensors"

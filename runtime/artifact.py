@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,9 +20,11 @@ from torch import Tensor
 
 from optim.recipes.errors import CHECK_FAILED, MACHINE, USAGE, OptimError
 from optim.runtime.output import exists_error
+from optim.runtime.tensor_files import TensorInfo
 from optim.runtime.verify import sha256
 
 FORMAT_VERSION = 1
+SHARD_BYTES = 2**30
 INDEX = "model.safetensors.index.json"
 
 
@@ -140,6 +142,18 @@ def index_of(records: list[dict[str, Any]]) -> str:
     total = sum(size for record in records for size in record["tensors"].values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
     return json.dumps(index, indent=1)
+
+
+def shards_of(infos: Mapping[str, TensorInfo]) -> Iterator[list[str]]:
+    """The tensors' names in groups of about SHARD_BYTES, a file each."""
+    group, size = list[str](), 0
+    for name, info in infos.items():
+        if group and size + info.nbytes > SHARD_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += info.nbytes
+    yield group
 
 
 def tensor_sha256(tensor: Tensor) -> str:
