@@ -3,16 +3,16 @@
  * Codes are written from the highest bit of each byte. A window is 64 bits, a block 512 windows. The
  * encoder gives up whole windows and goes on in the next call, so a tensor of any size passes
  * through a small buffer. The decoder looks up 11 bits at a time, which hold nearly four symbols,
- * and works on four blocks at once: each waits for its own last lookup. Shifts are what it has too
- * few of, so an entry is laid out to be added and shifted by as it is.
+ * and works on six blocks at once: each waits for its own last lookup.
  */
 #include <stdlib.h>
 #include <string.h>
 
 #include "cpu.h"
 
-enum { WINDOW = 64, BLOCK = 512 * WINDOW, INDEX = 11, EACH = 5, SYMBOLS = 5, STREAMS = 4 };
+enum { WINDOW = 64, BLOCK = 512 * WINDOW, INDEX = 11, EACH = 5, SYMBOLS = 6, STREAMS = 6 };
 enum { CHILD = 0x8000, ROOM = (EACH + 1) * SYMBOLS };
+enum { MARK = 0x80 }; /* below the bits that are looked up: tells how far they were shifted */
 
 /* exponents[256] += how often each comes; rest[256] (sign and mantissa) the same of each eighth. */
 void optim_df11_count(const uint16_t *w, int64_t n, int64_t *exponents, int64_t *rest) {
@@ -102,7 +102,9 @@ int64_t optim_df11_encode(const uint16_t *w, int64_t n, const uint32_t *code,
     return pen.window - pen.first;
 }
 
-typedef uint64_t Entry; /* bits, number of symbols << 8, symbols << 16; 0: the code is longer */
+typedef struct {
+    uint8_t symbols[SYMBOLS], bits, count; /* of them all; 0 where the code is longer */
+} Entry;
 
 typedef struct {
     const uint8_t *stream;
@@ -118,8 +120,7 @@ typedef struct {
 
 typedef struct {
     int64_t at, end; /* bits; 8 bytes can be read before `end` */
-    uint8_t *to;
-    int64_t left;
+    uint8_t *to, *stop;
 } Stream;
 
 static uint64_t bits_at(const Job *j, int64_t at) {
@@ -150,50 +151,52 @@ static int one(const uint16_t *walk, uint64_t bits, uint8_t *symbol) {
 
 static void fill(const uint16_t *walk, Entry *table) {
     for (uint64_t index = 0; index < 1 << INDEX; index++) {
-        uint64_t symbols = 0, count = 0, bits = 0;
-        while (count < SYMBOLS && bits < INDEX) {
-            uint8_t symbol;
-            const int length = one(walk, index << (64 - INDEX + bits), &symbol);
-            if (length == 0 || bits + length > INDEX) break;
-            symbols |= (uint64_t)symbol << 8 * count;
-            bits += length, count++;
+        Entry e = {{0}, 0, 0};
+        while (e.count < SYMBOLS && e.bits < INDEX) {
+            const int length = one(walk, index << (64 - INDEX + e.bits), e.symbols + e.count);
+            if (length == 0 || e.bits + length > INDEX) break;
+            e.bits += length, e.count++;
         }
-        table[index] = symbols << 16 | count << 8 | bits;
+        table[index] = e;
     }
 }
 
 static int slow(const Job *j, Stream *s) {
     if (s->at >= 8 * j->bytes) return 0;
     const int length = one(j->walk, last_bits_at(j, s->at), s->to);
-    s->at += length, s->to++, s->left--;
+    s->at += length, s->to++;
     return length;
 }
 
-static int fast(const Stream *s) { return s->left >= ROOM && s->at < s->end; }
+static int fast(const Stream *s) { return s->stop - s->to >= ROOM && s->at < s->end; }
 
 /* EACH lookups in each of `n` streams; 0 if there is no code where one of them is. */
 static inline __attribute__((always_inline)) int lookups(const Job *j, Stream *s, const int n) {
-    const Entry *const table = j->table;   /* in a register: bytes written below may alias `j` */
-    uint64_t bits[STREAMS], sums[STREAMS]; /* sums of entries: their symbols never carry down */
-    for (int k = 0; k < n; k++) bits[k] = bits_at(j, s[k].at), sums[k] = 0;
+    const Entry *const table = j->table; /* in a register: the bytes written may alias `j` */
+    uint64_t bits[STREAMS];
+    uint8_t *to[STREAMS];
+#pragma GCC unroll 6
+    for (int k = 0; k < n; k++) bits[k] = (bits_at(j, s[k].at) & ~255) | MARK, to[k] = s[k].to;
+#pragma GCC unroll 5
     for (int i = 0; i < EACH; i++) /* 7 bits are lost to alignment: 5 * 11 + 7 < 64 */
-#pragma GCC unroll 4
+#pragma GCC unroll 6
         for (int k = 0; k < n; k++) {
-            const Entry e = table[bits[k] >> (64 - INDEX)];
-            const uint64_t symbols = e >> 16; /* little-endian, as every target here */
-            memcpy(s[k].to + (uint8_t)(sums[k] >> 8), &symbols, sizeof symbols);
-            sums[k] += e, bits[k] <<= e & 63;
+            const Entry *e = table + (bits[k] >> (64 - INDEX));
+            const uint8_t used = e->bits, count = e->count;
+            memcpy(to[k], e, sizeof *e);
+            bits[k] <<= used & 63, to[k] += count;
         }
+#pragma GCC unroll 6
     for (int k = 0; k < n; k++) {
-        const int64_t count = sums[k] >> 8 & 0xff, used = sums[k] & 0xff;
-        s[k].left -= count, s[k].to += count, s[k].at += used;
-        if (__builtin_expect(count == 0, 0) && !slow(j, s + k)) return 0;
+        const int64_t used = __builtin_ctzll(bits[k] / MARK);
+        s[k].at += used, s[k].to = to[k];
+        if (__builtin_expect(used == 0, 0) && !slow(j, s + k)) return 0;
     }
     return 1;
 }
 
 static int alone(const Job *j, Stream *s) {
-    while (s->left > 0)
+    while (s->to < s->stop)
         if (fast(s) ? !lookups(j, s, 1) : !slow(j, s)) return 0;
     return 1;
 }
@@ -202,7 +205,7 @@ static int together(const Job *j, Stream *s) {
     for (;;) {
         int64_t rounds = 1 << 20; /* each takes ROOM symbols and 96 bits at most */
         for (int k = 0; k < STREAMS; k++) {
-            const int64_t by_symbols = s[k].left / ROOM, by_bits = (s[k].end - s[k].at) / 96;
+            const int64_t by_symbols = (s[k].stop - s[k].to) / ROOM, by_bits = (s[k].end - s[k].at) / 96;
             rounds = rounds < by_symbols ? rounds : by_symbols;
             rounds = rounds < by_bits ? rounds : by_bits;
         }
@@ -220,12 +223,13 @@ static void merge(const uint8_t *restrict sm, const uint8_t *restrict e, uint16_
 
 static void some_blocks(Job *j, int64_t from, int64_t count, uint8_t *scratch) {
     Stream s[STREAMS];
-    for (int64_t k = 0; k < count; k++) {
-        const int64_t b = from + k;
-        s[k] = (Stream){j->start[b], 8 * (j->bytes - 7), scratch + k * (BLOCK + ROOM),
-                        j->element[b + 1] - j->element[b]};
+    for (int64_t k = 0; k < STREAMS; k++) { /* where blocks are lacking, one is done again */
+        const int64_t b = from + (k < count ? k : 0);
+        uint8_t *to = scratch + k * (BLOCK + ROOM);
+        s[k] = (Stream){j->start[b], 8 * (j->bytes - 7), to,
+                        to + j->element[b + 1] - j->element[b]};
     }
-    const int begun = count < STREAMS || together(j, s);
+    const int begun = count == 1 || together(j, s);
     for (int64_t k = 0; k < count; k++) {
         const int64_t b = from + k, at = j->element[b];
         if (!begun || !alone(j, s + k) || s[k].at < j->low[b] || s[k].at > j->high[b]) {
