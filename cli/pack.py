@@ -12,8 +12,7 @@ def pack(file_or_name: str | None, keys: dict[str, Any], how: How) -> None:
     recipe = recipe_of("pack", file_or_name, keys, [], how)
     if recipe is None:
         return
-    if recipe.pack is None or recipe.model is None:
-        raise OptimError("the recipe has no section pack", "optim pack MODEL", USAGE)
+    assert recipe.model is not None and recipe.pack is not None
     if recipe.quantize is not None:
         fix = "run `optim quantize` with it, then `optim pack` on what that has written"
         raise OptimError("the recipe quantizes too", fix, USAGE)

@@ -9,6 +9,7 @@ from optim.recipes.build import build_recipe, to_yaml
 from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.schema import Recipe
 
+SECTIONS = ("quantize", "prune", "pack")  # of a recipe: each is a command
 GOES_ON = "the same command goes on where it was"
 
 
@@ -45,6 +46,10 @@ def recipe_of(
         return None
     if recipe.model is None:
         raise OptimError("no model is given", f"optim {command} MODEL; `demo` is one", USAGE)
+    if getattr(recipe, command) is None:
+        there = next(section for section in SECTIONS if getattr(recipe, section) is not None)
+        what = f"the recipe has no section {command}"
+        raise OptimError(what, f"`optim {there}` runs it", USAGE)
     ui.notes.quiet = how.quiet
     ui.wait_quietly()
     return recipe

@@ -144,3 +144,16 @@ def test_no_model_is_explained(run: Optim) -> None:
         "",
         "error: no model is given\n  fix: optim quantize MODEL; `demo` is one\n",
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "recipe", "other"),
+    [("quantize", "df11", "pack"), ("prune", "awq-w4", "quantize"), ("pack", "prosparse", "prune")],
+)
+def test_a_recipe_of_another_command_is_named(
+    command: str, recipe: str, other: str, run: Optim
+) -> None:
+    code, out, error = run(command, "demo", "--recipe", recipe, "--dry-run")
+    assert (code, out) == (2, "")
+    assert f"the recipe has no section {command}" in error
+    assert f"fix: `optim {other}` runs it" in error

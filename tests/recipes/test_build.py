@@ -77,7 +77,12 @@ def test_a_builtin_recipe_is_valid_says_what_it_is_for_and_survives_yaml(name: s
     assert builtin()[name].endswith(".")
     data, _ = parse_mapping(to_yaml(recipe), "x.yaml")
     assert Recipe.model_validate(data) == recipe
-    assert name.startswith(f"{recipe.quantize.method}-w{recipe.quantize.bits}")
+    if recipe.quantize is not None:
+        assert name.startswith(f"{recipe.quantize.method}-w{recipe.quantize.bits}")
+    elif recipe.pack is not None:
+        assert name == recipe.pack.layout
+    else:
+        assert name.startswith(recipe.prune.method)
 
 
 @given(
