@@ -5,14 +5,15 @@
 
 The feed-forward is gated with random weights, batch 1, and held several times over so that no copy
 is in a cache when its turn comes. All variants of a row run in turn, round after round; times are
-medians. With `--model` whole models decode greedily in turn. One JSON line a row.
+medians. With one thread they are CPU time, which other work on the machine disturbs less. With
+`--model` whole models decode in turn. One JSON line a row.
 """
 
 import argparse
 import json
 from collections.abc import Callable
 from statistics import median
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
 import torch
@@ -24,14 +25,21 @@ from optim.runtime.formats.packed_linear import PackedLinear
 from optim.runtime.formats.schemes import Scheme
 from optim.runtime.gated_ffn import GatedFeedForward
 from optim.runtime.kernels import cpu_sparse
+from optim.runtime.kernels.cpu_columns import NOTHING
 from optim.runtime.layers import ACTIVATIONS, MLP
 from optim.runtime.linear import DenseLinear
-from optim.runtime.measure import Job, OptimEngine
-from optim.runtime.sparse import SparseLinear, sparse_packed
+from optim.runtime.model import load_model
+from optim.runtime.sparse import SHORT, MaskedLinear, SparseLinear, sparse_packed
 
 Call = Callable[[Tensor], Any]
 SPREAD = 256 * 2**20  # bytes over which copies of a feed-forward are laid out
 SCHEME = Scheme(4, 128, False)
+PROMPT = "Whoever reads a text token by token needs few of the weights for each of them. "
+
+
+def now() -> float:
+    """Seconds: of this thread where it does all the work."""
+    return thread_time() if torch.get_num_threads() == 1 else perf_counter()
 
 
 def timed(variants: dict[str, list[Call]], x: Tensor, rounds: int) -> dict[str, float]:
@@ -39,10 +47,10 @@ def timed(variants: dict[str, list[Call]], x: Tensor, rounds: int) -> dict[str, 
     taken: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds + 1):
         for name, copies in variants.items():
-            start = perf_counter()
+            start = now()
             for call in copies:
                 call(x)
-            taken[name].append((perf_counter() - start) / len(copies) * 1e3)
+            taken[name].append((now() - start) / len(copies) * 1e3)
     return {name: median(times[1:]) for name, times in taken.items()}
 
 
@@ -80,11 +88,11 @@ class Shapes:
 
 
 def sparse(linear: Any, threshold: float) -> SparseLinear:
-    """The same linear held input by input."""
+    """The same linear held input by input, as core neurons are gathered from."""
     if isinstance(linear, PackedLinear):
-        made = sparse_packed(linear, threshold)
+        made = sparse_packed(linear, NOTHING)
         assert made is not None
-        return made
+        return SparseLinear(made.columns, threshold)
     return SparseLinear(cpu_sparse.linear(linear.weight, None), threshold)
 
 
@@ -101,7 +109,8 @@ def feed_forward(shapes: Shapes, x: Tensor, rounds: int) -> None:
     variants: dict[str, list[Call]] = {"dense": list(dense)}
     for p in (0.0, 0.25, 0.4, 0.5, 0.6):
         variants[f"threshold {p:.0%}"] = [
-            MLP(_cut(up, x, p), _cut(down, middle, p), act, True) for up, down in columns
+            MLP(_cut(up, mlp.up, x, p), _cut(down, mlp.down, middle, p), act, True)
+            for mlp, (up, down) in zip(dense, columns, strict=True)
         ]
     for keep in (0.4, 0.6, 0.8):
         picked = torch.randperm(neurons, generator=shapes.generator)[: round(keep * neurons)]
@@ -114,10 +123,11 @@ def feed_forward(shapes: Shapes, x: Tensor, rounds: int) -> None:
     show(f"feed-forward {hidden} x {neurons} {shapes.kind}", timed(variants, x, rounds))
 
 
-def _cut(linear: SparseLinear, x: Tensor, sparsity: float) -> SparseLinear:
-    """`linear` with the threshold that leaves out a share of `x`."""
-    t = float(x.abs().flatten().float().quantile(sparsity)) if sparsity else cpu_sparse.NOTHING
-    return SparseLinear(linear.columns, t)
+def _cut(linear: SparseLinear, dense: Any, x: Tensor, sparsity: float) -> Any:
+    """The linear that the runtime takes for a threshold that leaves out a share of `x`."""
+    t = float(x.abs().flatten().float().quantile(sparsity)) if sparsity else NOTHING
+    narrow = isinstance(dense, PackedLinear) and linear.columns.outputs // 2 < SHORT
+    return MaskedLinear(dense, t) if narrow else SparseLinear(linear.columns, t)
 
 
 def relu(shapes: Shapes, x: Tensor, rounds: int, zeros: float) -> None:
@@ -156,17 +166,23 @@ def relu(shapes: Shapes, x: Tensor, rounds: int, zeros: float) -> None:
 
 
 def models(sources: list[str], new: int, rounds: int, threads: int) -> None:
-    """Milliseconds and megabytes a token of whole models, the first one dense."""
-    engines = {source: OptimEngine(Job(source, threads=threads)) for source in sources}
+    """Milliseconds and megabytes a token of whole models after a prompt, the first one dense."""
+    made = {source: load_model(source, device="cpu", threads=threads) for source in sources}
     taken: dict[str, list[float]] = {source: [] for source in sources}
     for _ in range(rounds + 1):
-        for source, engine in engines.items():
-            taken[source].append(engine.run(64, new, 1)[1] / new * 1e3)
+        for source, model in made.items():
+            ids = torch.tensor([model.tokenizer.encode(PROMPT * 4)[:64]])
+            cache = model.new_cache(length=64 + new)
+            token = model.forward(ids, cache).argmax(-1, keepdim=True)
+            start = now()
+            for _ in range(new):
+                token = model.forward(token, cache).argmax(-1, keepdim=True)
+            taken[source].append((now() - start) / new * 1e3)
     dense = median(taken[sources[0]][1:])
-    for source, engine in engines.items():
+    for source, model in made.items():
         ms = median(taken[source][1:])
         row = {"model": source, "ms": round(ms, 3), "speed": round(dense / ms, 2)}
-        print(json.dumps(row | {"mb_a_token": round(engine.weight_bytes / 1e6, 1)}), flush=True)
+        print(json.dumps(row | {"mb_a_token": round(model.token_bytes / 1e6, 1)}), flush=True)
 
 
 def main() -> None:
@@ -175,6 +191,7 @@ def main() -> None:
         ("threads", 1), ("hidden", 2048), ("neurons", 8192), ("rounds", 15), ("new-tokens", 32)
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--kinds", nargs="*", default=["bf16", "int4"])
     parser.add_argument("--model", nargs="*", default=[])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -183,9 +200,10 @@ def main() -> None:
             models(options.model, options.new_tokens, options.rounds, options.threads)
             return
         x = torch.randn(1, 1, options.hidden, generator=torch.Generator().manual_seed(1))
-        for kind in ("bf16", "int4"):
+        for kind in options.kinds:
             feed_forward(Shapes(options.hidden, options.neurons, kind), x, options.rounds)
-        relu(Shapes(options.hidden, options.neurons, "bf16"), x, options.rounds, 0.85)
+        if "bf16" in options.kinds:
+            relu(Shapes(options.hidden, options.neurons, "bf16"), x, options.rounds, 0.85)
 
 
 if __name__ == "__main__":

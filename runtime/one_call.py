@@ -15,7 +15,7 @@ from optim.runtime.formats.packed_linear import PackedLinear
 from optim.runtime.kernels import cpu_blocks, cpu_columns, cpu_w4a8
 from optim.runtime.kernels.native import NoKernel
 from optim.runtime.layers import MLP, Norm, RMSNorm
-from optim.runtime.sparse import SparseLinear
+from optim.runtime.sparse import MaskedLinear, SparseLinear
 
 if TYPE_CHECKING:
     from optim.runtime.decoder import Block
@@ -81,10 +81,12 @@ def _weights(block: "Block") -> cpu_blocks.BlockWeights:
 def _packed(linear: nn.Module) -> cpu_blocks.Reader:
     if isinstance(linear, SparseLinear) and isinstance(linear.columns, cpu_columns.Columns):
         return cpu_blocks.Reader(linear.columns, linear.threshold)
+    threshold = linear.threshold if isinstance(linear, MaskedLinear) else cpu_columns.NOTHING
+    linear = linear.inner if isinstance(linear, MaskedLinear) else linear
     weight = linear.kernel if isinstance(linear, PackedLinear | Kernel) else None
     if not isinstance(weight, cpu_w4a8.Weight):
         raise _Other
-    return cpu_blocks.Reader(weight)
+    return cpu_blocks.Reader(weight, threshold)
 
 
 def _rms(norm: Norm | None) -> Tensor | None:

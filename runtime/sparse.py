@@ -1,8 +1,9 @@
 """Linears that leave out small inputs when they decode, and read whole prompts densely.
 
 The weight is held input by input (kernels/cpu_sparse.py, cpu_columns.py, triton_gather.py) and once
-only: for many tokens it is widened a slice of inputs at a time. Where there is no such kernel the
-inputs are set to zero and the dense linear runs: the same result, at the dense speed.
+only: for many tokens it is widened a slice of inputs at a time. Where there is no such kernel, or
+where an input's weights are too short a run of memory to be left out with profit, the inputs are
+set to zero and the dense linear runs: the same result, at the dense speed.
 """
 
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 FEW = 4  # sequences decoded at once that each skip their own inputs; more run densely
 SLICE = 1 << 20  # weights widened at a time
+SHORT = 2048  # bytes of an input's 4-bit weights below which reading all was as fast as skipping
 
 
 class SparseLinear(nn.Module):
@@ -50,6 +52,8 @@ class SparseLinear(nn.Module):
 
 class MaskedLinear(nn.Module):
     """`inner`, with the same inputs set to zero as SparseLinear leaves out."""
+
+    threshold: float
 
     def __init__(self, inner: nn.Module, threshold: float) -> None:
         super().__init__()
@@ -88,11 +92,14 @@ def sparse_dense(weight: Tensor, bias: Tensor | None, threshold: float) -> Spars
 
 
 def sparse_packed(linear: PackedLinear, threshold: float) -> SparseLinear | None:
-    """A packed linear that is not prepared yet as SparseLinear; None where no kernel reads it."""
+    """A packed linear that is not prepared yet as SparseLinear; None where that does not pay."""
     scale = linear.weight_scale
     if scale is None or scale.dtype != torch.bfloat16 or not _readable(linear.scheme, scale.device):
         return None  # scales of another type would have to be rounded
     q, scale, zero = unpack(linear.stored(), linear.scheme, linear.name)
+    short = scale.device.type == "cpu" and q.shape[0] // 2 < SHORT
+    if short and threshold != cpu_columns.NOTHING:
+        return None
     parts = q, scale, zero, linear.scheme, linear.bias
     if scale.device.type == "cuda":
         from optim.runtime.kernels import triton_gather

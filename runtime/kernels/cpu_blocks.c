@@ -2,12 +2,13 @@
  *
  *     h += attention(norm(h));  h += mlp(norm(h))      for each block
  *
- * A linear is read whole, or input by input without those that are small.
+ * A linear is read whole, small inputs as zeros, or input by input without those that are small.
  *
  * The work is a row of stages, a stage some pieces. A thread takes pieces as long as there are any,
  * then waits until all of that stage are done. No thread waits for one that has not come, so that a
  * busy machine, or a smaller team than was asked for, costs time only.
  */
+#include <math.h>
 #include <sched.h>
 #include <stdlib.h>
 
@@ -60,6 +61,8 @@ typedef void Piece(const Run *, const Block *, int64_t from, int64_t end);
 enum { STAGES = 10, SPINS = 4000 };
 
 static void take(const Run *r, const Reader *l) {
+    for (int64_t i = 0; l->whole && l->threshold >= 0 && i < l->whole->inputs; i++)
+        if (fabsf(r->x[i]) <= l->threshold) r->x[i] = 0;
     if (l->whole)
         optim_round(l->whole, r->x, (Activations *)&r->act, 0);
     else

@@ -35,7 +35,7 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """A packed linear: read whole, or without the inputs up to `threshold` in size."""
+    """A packed linear without the inputs up to `threshold` in size; a `Weight` is read whole."""
 
     weight: cpu_w4a8.Weight | cpu_columns.Columns
     threshold: float = cpu_columns.NOTHING

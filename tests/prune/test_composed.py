@@ -9,6 +9,7 @@ import torch
 from optim.prune.run import Report
 from optim.quant.run import plan, quantize
 from optim.recipes.schema import Recipe
+from optim.runtime import sparse
 from optim.runtime.core_decoder import CoreDecoder
 from optim.runtime.decoder import Decoder
 from optim.runtime.kernels import cpu_columns
@@ -38,8 +39,14 @@ def near(got: torch.Tensor, wanted: torch.Tensor) -> bool:
 
 @pytest.mark.skipif(not cpu_columns.usable(), reason="no C compiler")
 def test_thresholds_over_int4(
-    int4: Path, pruned: Prune, tmp_path: Path, decoded: Decoded, evaluated: Evaluated
+    int4: Path,
+    pruned: Prune,
+    tmp_path: Path,
+    decoded: Decoded,
+    evaluated: Evaluated,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(sparse, "SHORT", 0)  # the model is too small for it to pay
     pruned(int4, tmp_path / "out", "threshold", sparsity=0.5)
     model = load_model(str(tmp_path / "out"))
     wanted = evaluated(str(tmp_path / "out"), 20)
@@ -72,12 +79,23 @@ def test_core_neurons_over_int4(
 
 @pytest.mark.skipif(not cpu_columns.usable(), reason="no C compiler")
 @pytest.mark.parametrize(
-    ("method", "options"),
-    [("threshold", {"sparsity": 0.5}), ("coreinfer", {"keep": 0.5, "budget": "uniform"})],
+    ("method", "options", "short"),
+    [
+        ("threshold", {"sparsity": 0.5}, 0),
+        ("threshold", {"sparsity": 0.5}, 10000),
+        ("coreinfer", {"keep": 0.5, "budget": "uniform"}, 0),
+    ],
 )
 def test_sparse_int4_goes_through_all_blocks_in_one_call(
-    method: str, options: dict[str, object], int4: Path, pruned: Prune, tmp_path: Path
+    method: str,
+    options: dict[str, object],
+    short: int,
+    int4: Path,
+    pruned: Prune,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(sparse, "SHORT", short)
     pruned(int4, tmp_path / "out", method, **options)
     model = load_model(str(tmp_path / "out"))
     inner = model.decoder.inner if isinstance(model.decoder, CoreDecoder) else model.decoder
