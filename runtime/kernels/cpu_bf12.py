@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optim.runtime.kernels import cpu_bf16
 from optim.runtime.kernels.cpu_df11 import Array
-from optim.runtime.kernels.native import NoKernel, library, team
+from optim.runtime.kernels.native import NoKernel, library, team, works
 
 FEW_TOKENS = cpu_bf16.FEW_TOKENS
 
@@ -40,11 +40,7 @@ def c_planes(arrays: Mapping[str, Array], rows: int, cols: int) -> CPlanes:
 
 def usable() -> bool:
     """Whether these functions work here."""
-    try:
-        load()
-    except NoKernel:
-        return False
-    return True
+    return works(load)
 
 
 def count(weights: Array, high_bytes: Array) -> None:

@@ -9,18 +9,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from optim.runtime.kernels.native import NoKernel, library, team
+from optim.runtime.kernels.native import NoKernel, library, team, works
 
 FEW_TOKENS = 4  # beyond, widening the weight once and a dense product is faster
 
 
 def usable() -> bool:
     """Whether `linear` works here."""
-    try:
-        check()
-    except NoKernel:
-        return False
-    return True
+    return works(check)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from optim.runtime.formats.schemes import Scheme
 from optim.runtime.kernels import cpu_w4a8
-from optim.runtime.kernels.native import NoKernel, library, team
+from optim.runtime.kernels.native import NoKernel, library, team, works
 from optim.runtime.machine import use_huge_pages
 
 NOTHING = -1.0  # a threshold that skips nothing, not even zeros
@@ -204,14 +204,9 @@ def load() -> ctypes.CDLL:
     return lib
 
 
-@cache
 def usable() -> bool:
     """Whether the kernel can be built here and agrees with cpu_w4a8's reference."""
-    try:
-        check()
-    except NoKernel:
-        return False
-    return True
+    return works(check)
 
 
 @cache

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from optim.runtime.kernels.native import NoKernel, library, team
+from optim.runtime.kernels.native import NoKernel, library, team, works
 
 Array = npt.NDArray[Any]
 WINDOW_BITS, BLOCK_BITS = 64, 32768
@@ -109,11 +109,7 @@ def load() -> ctypes.CDLL:
 
 def usable() -> bool:
     """Whether the C code works here."""
-    try:
-        load()
-    except NoKernel:
-        return False
-    return True
+    return works(load)
 
 
 @cache

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from optim.runtime.cache_packed import PackedLayer, Side, hadamard_block, packed_layers
 from optim.runtime.kernels.cpu_step import set_angles
-from optim.runtime.kernels.native import NoKernel, library, team
+from optim.runtime.kernels.native import NoKernel, library, team, works
 
 
 class _Side(ctypes.Structure):
@@ -86,14 +86,9 @@ def load() -> ctypes.CDLL:
     return lib
 
 
-@cache
 def usable() -> bool:
     """Whether the kernel can be built here and agrees with torch."""
-    try:
-        check()
-    except NoKernel:
-        return False
-    return True
+    return works(check)
 
 
 def check() -> str:

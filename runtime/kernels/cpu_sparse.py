@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from optim.runtime.kernels.cpu_columns import NOTHING
-from optim.runtime.kernels.native import NoKernel, library, team
+from optim.runtime.kernels.native import NoKernel, library, team, works
 from optim.runtime.machine import use_huge_pages
 
 TILE = 64  # outputs, as in cpu_sparse.c
@@ -121,14 +121,9 @@ def load() -> ctypes.CDLL:
     return lib
 
 
-@cache
 def usable() -> bool:
     """Whether the kernel can be built here and agrees with torch."""
-    try:
-        check()
-    except NoKernel:
-        return False
-    return True
+    return works(check)
 
 
 @cache

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from optim.runtime.formats.w4a4 import accumulate, pack_nibbles
-from optim.runtime.kernels.native import NoKernel, library, team
+from optim.runtime.kernels.native import NoKernel, library, team, works
 
 
 @cache
@@ -40,14 +40,9 @@ def product(codes: Tensor, packed: Tensor) -> Tensor:
     return out
 
 
-@cache
 def usable() -> bool:
     """Whether the kernel can be used here."""
-    try:
-        check()
-    except NoKernel:
-        return False
-    return True
+    return works(check)
 
 
 @cache

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.runtime.kernels.native import NoKernel, library, team
+from optim.runtime.kernels.native import NoKernel, library, team, works
 
 
 class CStep(ctypes.Structure):
@@ -112,14 +112,9 @@ def reads_half() -> bool:
     return bool(load().optim_reads_half())
 
 
-@cache
 def usable() -> bool:
     """Whether the kernel can be built here and agrees with torch."""
-    try:
-        check()
-    except NoKernel:
-        return False
-    return True
+    return works(check)
 
 
 def check() -> str:

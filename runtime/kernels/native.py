@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -35,6 +35,16 @@ SECONDS = 120
 
 class NoKernel(Exception):
     """Why a kernel cannot be used here, in words."""
+
+
+@cache
+def works(check: Callable[[], object]) -> bool:
+    """Whether a kernel's `check`, or `load`, goes through on this machine; tried once."""
+    try:
+        check()
+    except NoKernel:
+        return False
+    return True
 
 
 @cache
