@@ -10,6 +10,7 @@ from typing import Any
 
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.architectures import Decoder
+from optim.runtime.layers import relu_threshold
 
 DEFAULTS: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
@@ -88,7 +89,7 @@ def _resolve(c: dict[str, Any], facts: Decoder) -> Shape:
         layers=_layers(c, facts),
         eps=float(c["layer_norm_eps" if facts.layer_norm else "rms_norm_eps"]),
         activation=c.get("hidden_activation") or c.get("activation_function") or c["hidden_act"],
-        threshold=float(c.get("hidden_act_param", 0.0)),
+        threshold=relu_threshold(c.get("hidden_act_param")),
         max_context=int(c["max_position_embeddings"]),
         tied=bool(c["tie_word_embeddings"]),
         parallel=bool(c.get("use_parallel_residual", False)),

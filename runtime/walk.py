@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from optim.recipes.errors import OptimError
 from optim.runtime.checkpoint import Checkpoint
 from optim.runtime.hidden_states import HiddenStates as HiddenStates
-from optim.runtime.layers import raise_threshold
+from optim.runtime.layers import raise_threshold, relu_threshold
 from optim.runtime.machine import reuse_memory
 from optim.runtime.plain import PlainView
 
@@ -323,7 +323,7 @@ def _meta_model(checkpoint: Checkpoint | PlainView) -> Any:
                 fix="choose a decoder-only language model",
                 code=2,
             ) from error
-    raise_threshold(model, float(getattr(config, "hidden_act_param", None) or 0.0))
+    raise_threshold(model, relu_threshold(getattr(config, "hidden_act_param", None)))
     return model.eval()
 
 

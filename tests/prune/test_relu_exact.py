@@ -16,6 +16,7 @@ from optim.runtime.model import Model, load_model
 Prune = Callable[..., Report]
 MakeModel = Callable[..., Path]
 Decoded = Callable[[Model, int], torch.Tensor]
+Evaluated = Callable[[str, int], torch.Tensor]
 
 
 @pytest.fixture
@@ -49,6 +50,41 @@ def test_a_model_without_a_gate_is_exact(
     dense = decoded(load_model(str(source)), 20)
     sparse = decoded(load_model(str(tmp_path / "out")), 20)
     torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_threshold_above_0_zeroes_more_and_stays_exact(
+    family: str,
+    make_model: MakeModel,
+    pruned: Prune,
+    tmp_path: Path,
+    decoded: Decoded,
+    evaluated: Evaluated,
+) -> None:
+    """FATReLU (arXiv 2402.13516): the threshold is the model's; skipping adds nothing."""
+    source, act = tmp_path / "fat", {"hidden_act": "relu"} if family == "llama" else {}
+    shutil.copytree(make_model(family, torch.float32), source)
+    plain = json.loads((source / "config.json").read_text()) | act
+    (source / "config.json").write_text(json.dumps(plain))
+    before = pruned(source, tmp_path / "relu", "relu-exact").blocks[0]["zeros"]
+    relu = decoded(load_model(str(source)), 20)
+    config = plain | {"hidden_act_param": 0.3}
+    (source / "config.json").write_text(json.dumps(config))
+    report = pruned(source, tmp_path / "out", "relu-exact")
+    assert report.blocks[0]["zeros"] > before + 0.03
+    dense, out = decoded(load_model(str(source)), 20), str(tmp_path / "out")
+    torch.testing.assert_close(decoded(load_model(out), 20), dense, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(evaluated(out, 20), dense, rtol=1e-3, atol=1e-3)
+    assert (dense - relu).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("value", [-0.1, "much", True, float("nan")])
+def test_a_threshold_that_is_none_is_refused(relu_llama: Path, value: object) -> None:
+    config = json.loads((relu_llama / "config.json").read_text()) | {"hidden_act_param": value}
+    (relu_llama / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OptimError, match="hidden_act_param") as caught:
+        load_model(str(relu_llama))
+    assert caught.value.code == 2
 
 
 def test_another_activation_is_refused(
