@@ -60,9 +60,13 @@ typedef void Piece(const Run *, const Block *, int64_t from, int64_t end);
 
 enum { STAGES = 10, SPINS = 4000 };
 
+static void zero_below(float *restrict x, int64_t n, float threshold) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) x[i] = fabsf(x[i]) <= threshold ? 0 : x[i];
+}
+
 static void take(const Run *r, const Reader *l) {
-    for (int64_t i = 0; l->whole && l->threshold >= 0 && i < l->whole->inputs; i++)
-        if (fabsf(r->x[i]) <= l->threshold) r->x[i] = 0;
+    if (l->whole && l->threshold >= 0) zero_below(r->x, l->whole->inputs, l->threshold);
     if (l->whole)
         optim_round(l->whole, r->x, (Activations *)&r->act, 0);
     else
