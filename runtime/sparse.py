@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 FEW = 4  # sequences decoded at once that each skip their own inputs; more run densely
 SLICE = 1 << 20  # weights widened at a time
-SHORT = 2048  # bytes of an input's 4-bit weights below which reading all was as fast as skipping
+SHORT = 1536  # bytes of an input's 4-bit weights below which reading all was as fast as skipping
 
 
 class SparseLinear(nn.Module):
