@@ -108,7 +108,7 @@ class MergeQuant(Rounding):
     act_bits: Literal[4, 8] = 4
     down_bits: Literal[4, 8] = 8
     rotate: bool = True
-    prefix: bool = False
+    prefix: bool = True
     damping: float = Field(default=0.01, gt=0, lt=1)
 
     @field_validator("lm_head_bits")

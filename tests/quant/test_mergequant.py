@@ -51,7 +51,7 @@ def merge(some_text: Path) -> Callable[..., Report]:
             "model": str(model),
             "output": str(output),
             "calibration": calibration,
-            "quantize": {"method": "mergequant", "prefix": True} | keys,
+            "quantize": {"method": "mergequant"} | keys,
         }
         return quantize(
             plan(Recipe.model_validate(recipe), device="cpu"), lambda at, total, text: None
