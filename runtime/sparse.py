@@ -1,7 +1,7 @@
 """Linears that leave out small inputs when they decode, and read whole prompts densely.
 
 The weight is held input by input (kernels/cpu_sparse.py, cpu_columns.py, triton_gather.py) and once
-only: for many tokens it is widened a slice of inputs at a time. Where there is no such kernel, or
+only: for many tokens 16 bits are widened a slice of inputs at a time. Where no kernel can do it, or
 where an input's weights are too short a run of memory to be left out with profit, the inputs are
 set to zero and the dense linear runs: the same result, at the dense speed.
 """
@@ -69,6 +69,8 @@ class MaskedLinear(nn.Module):
 def dense(columns: "Columns", x: Tensor) -> Tensor:
     """x `[..., in]` through all the columns: `[..., out]`."""
     rows, outputs = x.reshape(-1, x.shape[-1]), columns.outputs
+    if isinstance(columns, cpu_columns.Columns):
+        return columns(rows).view(*x.shape[:-1], outputs)
     y = rows.new_zeros(rows.shape[0], outputs)
     step = max(1, SLICE // outputs)
     for start in range(0, columns.inputs, step):

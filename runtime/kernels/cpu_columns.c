@@ -109,7 +109,7 @@ void optim_list(Columns *c, const float *x, float threshold, char *memory, Liste
         used += a.count;
     }
     l->from[l->pieces] = (int32_t)l->pairs;
-    c->used += used, c->calls++;
+    if (threshold >= 0) c->used += used, c->calls++; /* else everything is read */
 }
 
 /* ---- the weights of what is active ---- */
@@ -281,10 +281,10 @@ static void lines_task(void *data) {
         optim_columns(j->c, j->l, j->y, from, from + j->each < lines ? from + j->each : lines);
 }
 
-/* x [inputs] -> y [outputs]; inputs up to `threshold` in size are left out. Returns nonzero if there
- * is no memory. */
-int optim_columns_run(Columns *c, const float *x, float *y, float threshold, int threads,
-                      Parallel *parallel) {
+/* x [tokens, inputs] -> y [tokens, outputs]; inputs up to `threshold` in size are left out. Returns
+ * nonzero if there is no memory. */
+int optim_columns_run(Columns *c, const float *x, float *y, int64_t tokens, float threshold,
+                      int threads, Parallel *parallel) {
     static _Thread_local char *scratch;
     static _Thread_local int64_t held;
     if (held < c->inputs) {
@@ -293,15 +293,18 @@ int optim_columns_run(Columns *c, const float *x, float *y, float threshold, int
         held = scratch ? c->inputs : 0;
         if (!scratch) return 1;
     }
-    Listed listed;
-    optim_list(c, x, threshold, scratch, &listed);
     const int64_t lines = optim_lines(c);
-    Job job = {c, &listed, y, lines, 0};
-    if (parallel && threads > 1 && lines > 1) {
-        job.each = (lines + 2 * threads - 1) / (2 * threads);
-        parallel(lines_task, &job, threads, 0);
-    } else {
-        lines_task(&job);
+    const int many = parallel && threads > 1 && lines > 1;
+    for (int64_t t = 0; t < tokens; t++) {
+        Listed listed;
+        optim_list(c, x + t * c->inputs, threshold, scratch, &listed);
+        Job job = {c, &listed, y + t * c->outputs, lines, 0};
+        if (many) {
+            job.each = (lines + 2 * threads - 1) / (2 * threads);
+            parallel(lines_task, &job, threads, 0);
+        } else {
+            lines_task(&job);
+        }
     }
     return 0;
 }

