@@ -3,6 +3,7 @@
 from typing import Any
 
 from optim.cli import ui
+from optim.cli.both import quantize_and_pack
 from optim.cli.work import How, carry_out, only_planned, recipe_of
 from optim.recipes.errors import USAGE, OptimError
 
@@ -14,8 +15,7 @@ def pack(file_or_name: str | None, keys: dict[str, Any], how: How) -> None:
         return
     assert recipe.model is not None and recipe.pack is not None
     if recipe.quantize is not None:
-        fix = "run `optim quantize` with it, then `optim pack` on what that has written"
-        raise OptimError("the recipe quantizes too", fix, USAGE)
+        return quantize_and_pack(recipe, how)
     from optim.export.pack import pack
     from optim.export.plan import plan
 

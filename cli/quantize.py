@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from optim.cli import sizes, ui
+from optim.cli.both import quantize_and_pack
 from optim.cli.work import How, carry_out, only_planned, recipe_of
 
 
@@ -19,6 +20,8 @@ def quantize(file_or_name: str | None, keys: dict[str, Any], sets: Sequence[str]
     recipe = recipe_of("quantize", file_or_name, keys, sets, how)
     if recipe is None:
         return
+    if recipe.pack is not None:
+        return quantize_and_pack(recipe, how)
     from optim.quant.run import plan, quantize
 
     made = plan(

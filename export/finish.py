@@ -12,8 +12,10 @@ from optim.recipes.build import to_yaml
 from optim.recipes.schema import Recipe
 from optim.runtime.artifact import FORMAT_VERSION, Workspace
 from optim.runtime.lossless import BF12_KEY, DF11_KEY, HASHES, KEYS, SHAPES
-from optim.runtime.verify import MANIFEST
+from optim.runtime.verify import MANIFEST, read_manifest
 
+# Of the manifest of a quantized model: facts that hold after packing too.
+KEPT = ("calibration", "parameters", "modules", "blocks", "source_sha256")
 DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
@@ -58,10 +60,9 @@ def _numbered(unit: str) -> str:
 def finish(made: Plan, workspace: Workspace) -> dict[str, Any]:
     """Write what belongs beside the shards and publish; returns the facts of the report."""
     manifest = _manifest(made, workspace)
-    recipe = Recipe(version=1, model=made.checkpoint.source, pack=made.pack)
     workspace.write_text("config.json", json.dumps(_config(made, workspace), indent=2) + "\n")
     workspace.write_text(MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    workspace.write_text("recipe.yaml", to_yaml(recipe))
+    workspace.write_text("recipe.yaml", to_yaml(_recipe(made, manifest)))
     workspace.write_text("README.md", _card(made, manifest))
     made.checkpoint.write_sidecars(workspace.files)
     workspace.publish()
@@ -87,15 +88,17 @@ def _manifest(made: Plan, workspace: Workspace) -> dict[str, Any]:
     coded = sum(size for name, size in sizes.items() if name not in plain)
     total = sum(weights.values())
     limit = sum(limits[name] * count for name, count in weights.items())
+    before = _before(made)
     return {
         "format_version": FORMAT_VERSION,
-        "source": {"name": made.checkpoint.name, "sha256": made.checkpoint.fingerprint()},
-        "recipe": {"pack": made.pack.model_dump(mode="json")},
+        **{key: before[key] for key in KEPT if key in before},
+        "source": before["source"],
+        "recipe": before["recipe"] | {"pack": made.pack.model_dump(mode="json")},
         "bytes": sum(sizes.values()),
         "packed_weights": total,
         "packed_bits_per_weight": 8 * coded / total if total else 0.0,
         "limit_bits_per_weight": limit / total if total else 0.0,
-        "notes": [*made.notes, *(note for record in records for note in record["notes"])],
+        "notes": [*before["notes"], *made.notes, *(n for r in records for n in r["notes"])],
         "shards": {record["file"]: record["sha256"] for record in records},
         SHAPES: shapes,
         "packed_bits": {k: v for record in records for k, v in record["packed_bits"].items()},
@@ -104,20 +107,41 @@ def _manifest(made: Plan, workspace: Workspace) -> dict[str, Any]:
     }
 
 
+def _before(made: Plan) -> dict[str, Any]:
+    """What the manifest of a model that optim itself has quantized says, else the model's name."""
+    checkpoint = made.checkpoint
+    found = read_manifest(checkpoint.folder) or {}
+    if checkpoint.quantization is not None and {"source", "recipe", "notes"} <= found.keys():
+        return found | {"source_sha256": found.get(HASHES)}
+    source = {"name": checkpoint.name, "sha256": checkpoint.fingerprint()}
+    return {"source": source, "recipe": {"version": 1, "model": checkpoint.source}, "notes": []}
+
+
+def _recipe(made: Plan, manifest: Mapping[str, Any]) -> Recipe:
+    """What makes this folder again: quantization too, if that came first."""
+    given = {key: value for key, value in manifest["recipe"].items() if value is not None}
+    try:
+        return Recipe.model_validate(given)
+    except ValueError:  # the manifest of another version
+        return Recipe(version=1, model=made.checkpoint.source, pack=made.pack)
+
+
 def _card(made: Plan, manifest: Mapping[str, Any]) -> str:
-    name, source = made.output.name, made.checkpoint.source
+    name, recipe = made.output.name, _recipe(made, manifest)
     layout = {"df11": "DFloat11", "bf12": "bf12"}[made.pack.layout]
+    method = "" if recipe.quantize is None else f"quantized ({recipe.quantize.method}), the rest "
     return f"""---
-base_model: {source}
+base_model: {recipe.model}
 library_name: transformers
 tags: [{made.pack.layout}, lossless, optim]
 ---
 
 # {name}
 
-{made.checkpoint.name}, packed without loss by `optim` as {layout}: {manifest["bytes"]:,} bytes of
-weights (source: {made.source_bytes:,}), {manifest["packed_bits_per_weight"]:.3f} bits for each
-packed weight, where no code of single weights goes below {manifest["limit_bits_per_weight"]:.3f}.
+{manifest["source"]["name"]}, {method}packed without loss by `optim` as {layout}:
+{manifest["bytes"]:,} bytes of weights (before packing {made.source_bytes:,}).
+{manifest["packed_bits_per_weight"]:.3f} bits for each packed weight; no code of single weights goes
+below {manifest["limit_bits_per_weight"]:.3f}.
 
     optim run {name}
     optim inspect {name} --verify    # decodes every tensor and compares with the original's sha256

@@ -66,7 +66,7 @@ def pack(made: Plan, progress: Progress) -> Report:
         source_bytes=made.source_bytes,
         seconds=time.monotonic() - start,
         peak_memory_bytes=peak_bytes(),
-        notes=[*made.notes, *facts.pop("notes")],
+        notes=facts.pop("notes"),
         **facts,
     )
 

@@ -20,6 +20,7 @@ from optim.recipes.schema import Pack
 from optim.runtime.checkpoint import Checkpoint, open_checkpoint
 from optim.runtime.lossless import LosslessStore
 from optim.runtime.output import check_output
+from optim.runtime.side import SIDE
 from optim.runtime.tensor_files import TensorInfo
 
 BLOCK = re.compile(r"((?:.*\.)?(?:layers?|blocks?|h)\.\d+)\.(.+)")
@@ -87,6 +88,7 @@ def plan(
     if isinstance(source, str):
         source = open_checkpoint(source, trust_remote_code=trust_remote_code)
     checkpoint, infos = source, source.store.infos
+    _refuse(checkpoint, pack)
     chosen = [name for name, info in infos.items() if _is_weight(name, info, pack)]
     wide = [name for name in chosen if infos[name].dtype in CASTABLE]
     if wide and not pack.cast:
@@ -111,6 +113,16 @@ def plan(
     )
     check_output(place, force, made.output_bytes)
     return made
+
+
+def _refuse(checkpoint: Checkpoint, pack: Pack) -> None:
+    """Models that would not be what they were after packing."""
+    if (checkpoint.folder / SIDE).is_file():
+        message = f"{checkpoint.source} is pruned: its rows are skipped, and packed ones cannot be"
+        raise OptimError(message, "pack the model it was pruned from", USAGE)
+    if pack.cast and checkpoint.quantization is not None:
+        message = f"{checkpoint.source} is quantized: --cast would round its scales too"
+        raise OptimError(message, "`optim pack --cast` the original, then quantize that", USAGE)
 
 
 def stored_dtype(info: TensorInfo, pack: Pack) -> torch.dtype:
@@ -159,10 +171,9 @@ def _notes(checkpoint: Checkpoint, wide: Sequence[str], pack: Pack) -> list[str]
 def _shards(infos: dict[str, TensorInfo], chosen: Sequence[str], layout: str) -> list[Shard]:
     """A file for each block, for each large tensor outside, and one for the rest."""
     shards: dict[str, Shard] = {}
-    blocks = {match[1] for name in chosen if (match := BLOCK.fullmatch(name))}
     for name in [*sorted(chosen, key=_rank), *(n for n in infos if n not in set(chosen))]:
         match = BLOCK.fullmatch(name)
-        block = match[1] if match and match[1] in blocks else None
+        block = match[1] if match else None
         packed = name in chosen
         own = block or (name.removesuffix(".weight") if packed else REST)
         shard = shards.setdefault(own, Shard(f"{own.replace('.', '_')}.safetensors"))

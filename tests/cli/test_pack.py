@@ -112,3 +112,77 @@ def test_eval_finds_no_difference(make_model: Make, packed: Path, some_text: Pat
     assert run("eval", packed, "--against", make_model("llama"), *words) == 0
     result = json.loads(capfd.readouterr().out)
     assert result["kl"] == 0 and result["ppl_ratio"] == 1 and result["same_top"] == 1
+
+
+@pytest.fixture(scope="module")
+def both(make_model: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A recipe that quantizes and packs, and what it makes."""
+    folder = tmp_path_factory.mktemp("both")
+    recipe, out = folder / "both.yaml", folder / "out"
+    recipe.write_text(
+        f"version: 1\nmodel: {make_model('llama')}\n"
+        "quantize: {method: rtn, bits: 4}\npack: {layout: bf12}\n"
+    )
+    assert run("quantize", "--recipe", recipe, "-o", out, "--quiet") == 0
+    return recipe, out
+
+
+def test_what_quantization_leaves_is_packed(both: tuple[Path, Path], tmp_path: Path, capfd) -> None:
+    import torch
+
+    from optim.runtime.model import load_model
+    from optim.runtime.plane_linear import PlaneLinear
+
+    recipe, out = both
+    assert {path.name for path in out.parent.iterdir()} == {recipe.name, "out"}
+    manifest = json.loads((out / "optim.json").read_text())
+    assert manifest["recipe"]["quantize"]["method"] == "rtn" and "bf12" in str(manifest["recipe"])
+    assert manifest["modules"] and manifest["shapes"]
+    assert run("inspect", out, "--verify", "--tensors") == 0
+    shown = capfd.readouterr().out
+    assert "4-bit" in shown and "proven:" in shown and "method rtn" in shown
+    alone = tmp_path / "alone"
+    assert run("quantize", manifest["recipe"]["model"], "-m", "rtn", "-o", alone, "--quiet") == 0
+    ids = torch.arange(7)[None]
+    models = [load_model(str(folder), device="cpu") for folder in (out, alone)]
+    logits = [m.forward(ids, m.new_cache(), all_logits=True) for m in models]
+    assert torch.equal(*logits)
+    assert isinstance(models[0].decoder.head, PlaneLinear)
+    assert (models[0].decoder.one_call is None) == (models[1].decoder.one_call is None)
+
+
+def test_its_recipe_makes_it_again(both: tuple[Path, Path], tmp_path: Path) -> None:
+    """And a run that has quantized already goes on with what it has."""
+    _, out = both
+    again = tmp_path / "again"
+    assert run("pack", "--recipe", out / "recipe.yaml", "-o", again, "--quiet") == 0
+    for path in out.glob("*.safetensors"):
+        assert path.read_bytes() == (again / path.name).read_bytes()
+
+
+def test_quantization_is_not_done_twice(
+    both: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    from optim.quant import run as quantizing
+
+    recipe = both[0]
+    words = ("quantize", "--recipe", recipe, "-o", tmp_path / "out", "--quiet")
+    with monkeypatch.context() as patch:
+        patch.setattr("optim.export.pack.pack", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(*words) == 130
+    assert {path.name for path in tmp_path.iterdir()} == {"out.quantized"}
+    monkeypatch.setattr(quantizing, "quantize", lambda *_: pytest.fail("it is there already"))
+    assert run(*words) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_another_quantized_folder_is_kept(both: tuple[Path, Path], tmp_path: Path, capfd) -> None:
+    other = tmp_path / "out.quantized"
+    other.mkdir()
+    assert run("quantize", "--recipe", both[0], "-o", tmp_path / "out") == 2
+    assert f"{other} exists" in capfd.readouterr().err
+
+
+def test_scales_are_never_cast(both: tuple[Path, Path], tmp_path: Path, capfd) -> None:
+    assert run("pack", both[1], "--cast", "-o", tmp_path / "x") == 2
+    assert "round its scales" in capfd.readouterr().err
