@@ -33,7 +33,7 @@ def attend(
     The keys and values of those positions are in the cache already. `padding` follows `prefix`
     positions, which every row sees.
     """
-    if isinstance(cache, LayerCache) and not cache.transposed and rule.cap is None:
+    if isinstance(cache, LayerCache) and cache.keys.dim() == 4 and rule.cap is None:
         return _fused(q, cache, start, rule, padding, prefix)
     blocks = [
         _rows(block, cache, start + i * ROWS, rule, padding, prefix)

@@ -1,7 +1,8 @@
 """The key/value cache: one pair of buffers a layer, grown in chunks, cut back at will.
 
-On a CPU, keys lie transposed (`[B * kv_heads, D, N]`), so that a query row times all keys is
-one plain matrix product. On a GPU both lie `[B, kv_heads, N, D]`, as fused attention wants them.
+Keys and values lie `[B * kv_heads, N, D]` on a CPU, so that a C kernel reads them as one stream,
+and `[B, kv_heads, N, D]` on a GPU, as fused attention wants them. Where a CPU has no such kernel,
+keys lie transposed (`[B * kv_heads, D, N]`): a query times all keys is one plain matrix product.
 """
 
 from collections.abc import Sequence
@@ -176,17 +177,22 @@ class LayerCache:
         return str(self.keys.dtype).removeprefix("torch.")
 
     def _wide(self, x: Tensor) -> Tensor:
-        return x.float() if self.transposed else x
+        return x.float() if x.device.type == "cpu" else x
 
     def _fitting(self, x: Tensor) -> Tensor:
         return x.clamp(-HALF_MAX, HALF_MAX) if self.keys.dtype == torch.float16 else x
 
     def _keys(self) -> Tensor:
         """A view `[B * kv, N, D]`."""
-        return self.keys.transpose(1, 2) if self.transposed else self.keys.flatten(0, 1)
+        return self.keys.transpose(1, 2) if self.transposed else _rows(self.keys)
 
     def _values(self) -> Tensor:
-        return self.values if self.transposed else self.values.flatten(0, 1)
+        return _rows(self.values)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A view `[B * kv, N, D]`."""
+    return x if x.dim() == 3 else x.flatten(0, 1)
 
 
 def longer(old: Tensor, axis: int, length: int) -> Tensor:
@@ -313,15 +319,20 @@ class StaticCache:
 
 
 def static_layers(
-    count: int, batch: int, kv_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
+    count: int,
+    batch: int,
+    kv_heads: int,
+    head_dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    transposed: bool = False,
 ) -> list[Layer]:
-    """Empty layers; memory is taken as the text grows."""
+    """Empty layers; memory is taken as the text grows. `transposed`: the keys on a CPU."""
+    rows = (batch * kv_heads,) if device.type == "cpu" else (batch, kv_heads)
 
     def empty() -> LayerCache:
-        if device.type == "cpu":
-            k = torch.zeros(batch * kv_heads, head_dim, 0, dtype=dtype, device=device)
-            return LayerCache(True, k, k.new_zeros(batch * kv_heads, 0, head_dim))
-        k = torch.zeros(batch, kv_heads, 0, head_dim, dtype=dtype, device=device)
-        return LayerCache(False, k, k.clone())
+        values = torch.zeros(*rows, 0, head_dim, dtype=dtype, device=device)
+        keys = values.clone()
+        return LayerCache(transposed, keys.transpose(1, 2) if transposed else keys, values)
 
     return [empty() for _ in range(count)]

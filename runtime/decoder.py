@@ -191,7 +191,7 @@ class Decoder:
         """
         count, heads, dim = len(self.blocks), self.shape.kv_heads, self.shape.head_dim
         if policy.bits == 16:
-            layers = static_layers(count, batch, heads, dim, device, self.cache_dtype)
+            layers = self.empty_layers(batch, device, self.cache_dtype)
         else:
             layers = packed_layers(count, batch, heads, dim, device, policy.bits)
         if policy.kind == "stream" and self.prefix:
@@ -205,6 +205,12 @@ class Decoder:
         for layer, (keys, values) in zip(layers, self.prefix, strict=False):
             layer.write(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), 0)
         return cache
+
+    def empty_layers(self, batch: int, device: torch.device, dtype: torch.dtype) -> list[Layer]:
+        """A cache's layers with values as they are, as this decoder's attention wants them."""
+        torch_only = device.type == "cpu" and self.blocks[0].attention.one_token is None
+        sizes = len(self.blocks), batch, self.shape.kv_heads, self.shape.head_dim
+        return static_layers(*sizes, device, dtype, transposed=torch_only)
 
     def _turns(self, limit: int) -> list[Turn | None]:
         """How each block's keys are moved to other positions."""

@@ -73,7 +73,7 @@ def prepared(layer: Layer, start: int) -> int:
     if isinstance(layer, PackedLayer):
         layer.place(start, 1)
         return layer.base
-    if isinstance(layer, LayerCache) and not layer.transposed:
+    if isinstance(layer, LayerCache) and layer.keys.dim() == 4:
         return 0
     raise TypeError(type(layer).__name__)
 

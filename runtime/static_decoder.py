@@ -8,7 +8,7 @@ The prefix's keys and values are computed once, at load, with activations that a
 import torch
 from torch import Tensor, nn
 
-from optim.runtime.cache import LayerCache, StaticCache, static_layers
+from optim.runtime.cache import LayerCache, StaticCache
 from optim.runtime.decoder import Decoder
 from optim.runtime.formats.w4a4 import stream_rotation
 from optim.runtime.hadamard import Mixing
@@ -56,9 +56,7 @@ def complete(decoder: Decoder, reader: StaticReader) -> None:
 def prefix_of(decoder: Decoder, reader: StaticReader) -> list[tuple[Tensor, Tensor]]:
     """Keys and values `[1, P, kv_heads, D]` of the prefix, in the compute dtype, for each block."""
     tokens = reader.static.prefix
-    shape = decoder.shape
-    sizes = len(decoder.blocks), 1, shape.kv_heads, shape.head_dim
-    layers = static_layers(*sizes, reader.device, decoder.dtype)
+    layers = decoder.empty_layers(1, reader.device, decoder.dtype)
     reader.exact.positions = len(tokens)
     try:
         cache = StaticCache(layers, len(tokens))

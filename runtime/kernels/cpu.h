@@ -71,7 +71,7 @@ typedef struct {
     float scale, cap;                            /* cap 0: none */
     float *qkv;                                  /* [batch, heads + 2 kv, dim], turned in place */
     const float *cos, *sin;                      /* [rotary] a row; sin signed */
-    void *keys, *values; /* [batch kv, dim, capacity], [batch kv, capacity, dim] */
+    void *keys, *values; /* [batch kv, capacity, dim] */
     const int64_t *padding;                      /* [batch] or NULL */
     float *out;                                  /* [batch, heads, dim] */
     float *scratch;                              /* a query head: position + 1 */

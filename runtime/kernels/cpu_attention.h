@@ -1,9 +1,14 @@
-/* What attention in C is made of: exp, the rotation of a head, softmax, sums of weighted lines. */
+/* What attention in C is made of: exp, the rotation of a head, softmax, sums. */
 #ifndef OPTIM_CPU_ATTENTION_H
 #define OPTIM_CPU_ATTENTION_H
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
+
+enum { WIDE = 8 };
+typedef float wide __attribute__((vector_size(4 * WIDE)));
+typedef float wide_at __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
+typedef int32_t lanes __attribute__((vector_size(4 * WIDE)));
 
 /* exp for x <= 0: 2^n * e^r with |r| <= ln2 / 2; relative error below 1e-7. */
 static inline float expo(float x) {
@@ -56,17 +61,65 @@ static inline float *room_for(int64_t scores) {
     return room;
 }
 
-static inline void softmax(float *s, int64_t n, float scale, float cap) {
+/* The same, eight at a time. The float 1.5 * 2^23 + n has n in its lowest bits. */
+static inline wide expo8(wide x) {
+    const wide least = (wide){0} - 87.0f;
+    const lanes small = x < least;
+    x = (wide)(((lanes)x & ~small) | ((lanes)least & small));
+    const wide shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+    const wide r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    wide p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * (wide)(((lanes)shifted + (127 - 0x4B400000)) << 23);
+}
+
+/* s[j] becomes e^(scale * s[j] - the largest of them), capped first; returns 1 / their sum. */
+static inline float soften(float *s, int64_t n, float scale, float cap) {
     float top = -INFINITY, sum = 0;
-    for (int64_t j = 0; j < n; j++) s[j] *= scale;
-    if (cap > 0)
-        for (int64_t j = 0; j < n; j++) s[j] = cap * tanhf(s[j] / cap);
+    if (cap > 0) {
+        for (int64_t j = 0; j < n; j++) s[j] = cap * tanhf(s[j] * scale / cap);
+        scale = 1;
+    }
 #pragma omp simd reduction(max : top)
     for (int64_t j = 0; j < n; j++) top = s[j] > top ? s[j] : top;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < n; j++) sum += s[j] = expo(s[j] - top);
-    const float inverse = 1 / sum;
-    for (int64_t j = 0; j < n; j++) s[j] *= inverse;
+    wide total = {0};
+    int64_t j = 0;
+    for (; j + WIDE <= n; j += WIDE) {
+        wide_at *to = (wide_at *)(s + j);
+        *to = expo8((*to - top) * scale);
+        total += *to;
+    }
+    for (int i = 0; i < WIDE; i++) sum += total[i];
+    for (; j < n; j++) sum += s[j] = expo((s[j] - top) * scale);
+    return 1 / sum;
+}
+
+/* y[j] = x . lines[j * n ..], j up to count; four at a time, as each sum waits for itself. */
+static inline void dots(float *restrict y, const float *x, const float *lines, int64_t n,
+                        int64_t count) {
+    int64_t j = 0;
+    for (; j + 4 <= count; j += 4) {
+        const float *l = lines + j * n;
+        float a = 0, b = 0, c = 0, d = 0;
+#pragma omp simd reduction(+ : a, b, c, d)
+        for (int64_t i = 0; i < n; i++) {
+            a += x[i] * l[i];
+            b += x[i] * l[i + n];
+            c += x[i] * l[i + 2 * n];
+            d += x[i] * l[i + 3 * n];
+        }
+        y[j] = a, y[j + 1] = b, y[j + 2] = c, y[j + 3] = d;
+    }
+    for (; j < count; j++) {
+        float a = 0;
+#pragma omp simd reduction(+ : a)
+        for (int64_t i = 0; i < n; i++) a += x[i] * lines[j * n + i];
+        y[j] = a;
+    }
 }
 
 /* y[0..n] += sum over i of factors[i] * lines[i * stride ..]; eight lines at a time save passes. */

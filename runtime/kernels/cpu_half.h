@@ -3,9 +3,14 @@
 #define OPTIM_CPU_HALF_H
 #include <stdint.h>
 
+typedef float float8 __attribute__((vector_size(32)));
+
 #if defined(__F16C__)
 #include <immintrin.h>
 #define FAST_HALF 1
+static inline float8 widen8(const uint16_t *x) {
+    return (float8)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x));
+}
 static inline void widen(const uint16_t *x, float *y, int64_t n) {
     int64_t i = 0;
     for (; i + 8 <= n; i += 8) {
@@ -22,6 +27,12 @@ static inline uint16_t narrow(float x) {
 #elif defined(__aarch64__)
 #include <string.h>
 #define FAST_HALF 1
+static inline float8 widen8(const uint16_t *x) {
+    typedef __fp16 half8 __attribute__((vector_size(16)));
+    half8 v;
+    memcpy(&v, x, sizeof v);
+    return __builtin_convertvector(v, float8);
+}
 static inline void widen(const uint16_t *x, float *y, int64_t n) {
     const __fp16 *half = (const __fp16 *)x;
     for (int64_t i = 0; i < n; i++) y[i] = half[i];
@@ -35,6 +46,7 @@ static inline uint16_t narrow(float x) {
 
 #else
 #define FAST_HALF 0
+static inline float8 widen8(const uint16_t *x) { return (void)x, (float8){0}; }
 static inline void widen(const uint16_t *x, float *y, int64_t n) { (void)x, (void)y, (void)n; }
 static inline uint16_t narrow(float x) { return (void)x, 0; }
 #endif

@@ -149,10 +149,12 @@ static void unit(const Packed *p, int64_t u) {
     float *scores = p->scratch + u * group * end, *out = p->out + (row * p->heads + kv * group) * d;
     score(&p->old_keys, u, first, old, d, q, group, scores, end);
     score(&p->keys, u, recent, n - old, d, q, group, scores + old, end);
-    for (int64_t g = 0; g < group; g++) softmax(scores + g * end, n, p->scale, p->cap);
+    float shares[group];
+    for (int64_t g = 0; g < group; g++) shares[g] = soften(scores + g * end, n, p->scale, p->cap);
     memset(out, 0, group * d * sizeof(float));
     mix(&p->old_values, u, first, old, d, out, group, scores, end);
     mix(&p->values, u, recent, n - old, d, out, group, scores + old, end);
+    for (int64_t i = 0; i < group * d; i++) out[i] *= shares[i / d];
     for (int64_t g = 0; g < group; g++) hadamard(out + g * d, d, p->block);
 }
 

@@ -7,17 +7,21 @@
 
 #include "cpu.h"
 #include "cpu_attention.h"
+#include "cpu_group.h"
 #include "cpu_half.h"
 
 enum { TILE = 64 }; /* positions of keys and values widened to float at a time */
 
-/* `rows` of `n` numbers `stride` apart, as float; fp16 are widened into `room`. */
-static const float *lines_of(const Step *p, const void *from, int64_t at, int64_t rows, int64_t n,
-                             int64_t *stride, float *room) {
-    if (!p->half) return (const float *)from + at;
-    const uint16_t *half = (const uint16_t *)from + at;
-    for (int64_t i = 0; i < rows; i++) widen(half + i * *stride, room + i * n, n);
-    *stride = n;
+static const void *line_of(const Step *p, const void *from, int64_t u, int64_t at) {
+    return (const char *)from + (u * p->capacity + at) * p->dim * (p->half ? 2 : 4);
+}
+
+/* `count` positions of row `u` from `at` on, as float [count][dim]; fp16 are widened into `room`. */
+static const float *lines_of(const Step *p, const void *from, int64_t u, int64_t at, int64_t count,
+                             float *room) {
+    const void *lines = line_of(p, from, u, at);
+    if (!p->half) return lines;
+    widen(lines, room, count * p->dim);
     return room;
 }
 
@@ -32,17 +36,15 @@ static void store(const Step *p, void *to, int64_t at, float value) {
 static void score(const Step *p, const float *q, int64_t u, int64_t first, int64_t n, int64_t group,
                   float *scores) {
     const int64_t d = p->dim, end = p->position + 1;
+    if (d % WIDE == 0) {
+        group_scores(q, line_of(p, p->keys, u, first), p->half, d, n, group, scores, end);
+        return;
+    }
     float room[p->half ? TILE * d : 1];
     for (int64_t t = 0; t < n; t += TILE) {
         const int64_t count = n - t < TILE ? n - t : TILE;
-        int64_t stride = p->capacity;
-        const float *keys =
-            lines_of(p, p->keys, u * d * p->capacity + first + t, d, count, &stride, room);
-        for (int64_t g = 0; g < group; g++) {
-            float *s = scores + g * end + t;
-            memset(s, 0, count * sizeof(float));
-            add_lines(s, count, keys, stride, q + g * d, d);
-        }
+        const float *keys = lines_of(p, p->keys, u, first + t, count, room);
+        for (int64_t g = 0; g < group; g++) dots(scores + g * end + t, q + g * d, keys, d, count);
     }
 }
 
@@ -52,13 +54,15 @@ static void mix(const Step *p, const float *scores, int64_t u, int64_t first, in
     const int64_t d = p->dim, end = p->position + 1;
     float room[p->half ? TILE * d : 1];
     memset(out, 0, group * d * sizeof(float));
+    if (d % WIDE == 0) {
+        group_values(scores, end, line_of(p, p->values, u, first), p->half, d, n, group, out);
+        return;
+    }
     for (int64_t t = 0; t < n; t += TILE) {
         const int64_t count = n - t < TILE ? n - t : TILE;
-        int64_t stride = d;
-        const float *values =
-            lines_of(p, p->values, (u * p->capacity + first + t) * d, count, d, &stride, room);
+        const float *values = lines_of(p, p->values, u, first + t, count, room);
         for (int64_t g = 0; g < group; g++)
-            add_lines(out + g * d, d, values, stride, scores + g * end + t, count);
+            add_lines(out + g * d, d, values, d, scores + g * end + t, count);
     }
 }
 
@@ -69,15 +73,18 @@ void optim_attend_head(const Step *p, int64_t u) {
     float *q = base + kv * group * d, *k = base + (p->heads + kv) * d, *v = k + p->kv_heads * d;
     const int64_t at = row * p->angle_stride;
     turn_group(q, group, k, d, p->cos + at, p->sin + at, p->rotary);
-    for (int64_t i = 0; i < d; i++) store(p, p->keys, (u * d + i) * p->capacity + end - 1, k[i]);
-    for (int64_t i = 0; i < d; i++) store(p, p->values, (u * p->capacity + end - 1) * d + i, v[i]);
+    const int64_t last = (u * p->capacity + end - 1) * d;
+    for (int64_t i = 0; i < d; i++) store(p, p->keys, last + i, k[i]);
+    for (int64_t i = 0; i < d; i++) store(p, p->values, last + i, v[i]);
 
     const int64_t first = first_seen(end, p->window, p->padding ? p->padding[row] : 0);
     const int64_t n = end - first;
     float *scores = p->scratch + u * group * end;
     score(p, q, u, first, n, group, scores);
-    for (int64_t g = 0; g < group; g++) softmax(scores + g * end, n, p->scale, p->cap);
-    mix(p, scores, u, first, n, group, p->out + (row * p->heads + kv * group) * d);
+    float *out = p->out + (row * p->heads + kv * group) * d, shares[group];
+    for (int64_t g = 0; g < group; g++) shares[g] = soften(scores + g * end, n, p->scale, p->cap);
+    mix(p, scores, u, first, n, group, out);
+    for (int64_t i = 0; i < group * d; i++) out[i] *= shares[i / d];
 }
 
 static void units(void *data) {

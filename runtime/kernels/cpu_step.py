@@ -50,9 +50,8 @@ class Attend:
     ) -> Tensor:
         """Turn and store the new key and value, and attend: `[B, heads * dim]`.
 
-        `qkv` fp32 contiguous `[B, heads + 2 kv_heads, dim]`, overwritten; `keys`
-        `[B * kv_heads, dim, N]` and `values` `[B * kv_heads, N, dim]`, fp32 or fp16 (where
-        `reads_half`), with N > `position`;
+        `qkv` fp32 contiguous `[B, heads + 2 kv_heads, dim]`, overwritten; `keys` and `values`
+        `[B * kv_heads, N, dim]`, fp32 or fp16 (where `reads_half`), with N > `position`;
         `angles` cos and signed sin `[1 or B, 1, 1, rotary]`; `padding` int64 `[B]`.
         """
         step, batch = self._step, qkv.shape[0]
@@ -123,13 +122,12 @@ def check() -> str:
     x, weight = torch.randn(3, 71, generator=generator), torch.rand(71, generator=generator)
     wanted = x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
     error = (rms_norm(x, weight, 1e-5) - wanted).abs().max() / wanted.abs().max()
-    keys = torch.randn(2, 13, 40, generator=generator)
-    values = torch.randn(2, 40, 13, generator=generator)
+    keys, values = torch.randn(2, 2, 40, 13, generator=generator)
     qkv = torch.randn(1, 10, 13, generator=generator)
     q, k, v = qkv[0, :6].view(2, 3, 13).clone(), qkv[0, 6:8].clone(), qkv[0, 8:].clone()
     got = Attend(6, 2, 13, 0.3, None, 0.0)(qkv, keys, values, 30, None, None)
-    stored = torch.equal(keys[:, :, 30], k) and torch.equal(values[:, 30], v)
-    chances = torch.softmax(q @ keys[..., :31] * 0.3, -1)
+    stored = torch.equal(keys[:, 30], k) and torch.equal(values[:, 30], v)
+    chances = torch.softmax(q @ keys[:, :31].mT * 0.3, -1)
     seen = (chances @ values[:, :31]).view(1, -1)
     difference = (got - seen).abs().max() / seen.abs().max()
     if not stored or not float(torch.maximum(error, difference)) < 1e-5:

@@ -6,27 +6,28 @@ from torch import Tensor
 
 from optim.runtime.cache import CHUNK, LayerCache, StaticCache, static_layers
 
+LAYOUTS = ["rows", "transposed", "gpu"]
 
-def _cache(limit: int, transposed: bool) -> StaticCache:
-    made = static_layers(2, 3, 2, 5, torch.device("cpu"), torch.float32)
+
+def _cache(limit: int, layout: str) -> StaticCache:
+    made = static_layers(2, 3, 2, 5, torch.device("cpu"), torch.float32, layout == "transposed")
     cache = StaticCache(made, limit)
-    if not transposed:  # the GPU's layout, on the CPU
+    if layout == "gpu":
         empty = torch.zeros(3, 2, 0, 5)
         cache.layers = [LayerCache(False, empty, empty.clone()) for _ in range(2)]
     return cache
 
 
 def _read(layer: LayerCache, length: int) -> tuple[Tensor, Tensor]:
-    """Keys and values as `[B, T, heads, D]`."""
-    if layer.transposed:
-        keys = layer.keys.view(3, 2, 5, -1).permute(0, 3, 1, 2)
-        return keys[:, :length], layer.values.view(3, 2, -1, 5).transpose(1, 2)[:, :length]
-    return layer.keys.transpose(1, 2)[:, :length], layer.values.transpose(1, 2)[:, :length]
+    """Keys and values as `[B, T, heads, D]`, from where they lie."""
+    keys = layer.keys.transpose(1, 2) if layer.transposed else layer.keys
+    pair = (x.reshape(3, 2, -1, 5).transpose(1, 2)[:, :length] for x in (keys, layer.values))
+    return next(pair), next(pair)
 
 
-@pytest.mark.parametrize("transposed", [True, False])
-def test_what_is_written_is_read_across_growth(transposed: bool) -> None:
-    cache = _cache(4 * CHUNK, transposed)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_written_is_read_across_growth(layout: str) -> None:
+    cache = _cache(4 * CHUNK, layout)
     k, v = torch.randn(2, 3, 3 * CHUNK, 2, 5)
     for start in range(0, 3 * CHUNK, 96):
         cache.reserve(start + 96)
@@ -42,7 +43,7 @@ def test_what_is_written_is_read_across_growth(transposed: bool) -> None:
 
 
 def test_memory_follows_the_text_and_stops_at_the_limit() -> None:
-    cache = _cache(CHUNK + 10, transposed=True)
+    cache = _cache(CHUNK + 10, "rows")
     assert cache.nbytes == 0
     cache.reserve(3)
     assert cache.capacity == CHUNK
@@ -52,7 +53,7 @@ def test_memory_follows_the_text_and_stops_at_the_limit() -> None:
 
 
 def test_truncate_only_shortens() -> None:
-    cache = _cache(64, transposed=True)
+    cache = _cache(64, "rows")
     cache.length = 20
     cache.truncate(30)
     assert cache.length == 20
@@ -61,10 +62,10 @@ def test_truncate_only_shortens() -> None:
 
 
 def test_an_interrupted_growth_is_repeated() -> None:
-    cache = _cache(10 * CHUNK, transposed=True)
+    cache = _cache(10 * CHUNK, "rows")
     cache.reserve(10)
     cache.layers[0].grow(8 * CHUNK)  # as if stopped before the second layer
     cache.reserve(2 * CHUNK)
     for layer in cache.layers:
         assert isinstance(layer, LayerCache)
-        assert layer.keys.shape[-1] >= 2 * CHUNK
+        assert layer.keys.shape[-2] >= 2 * CHUNK

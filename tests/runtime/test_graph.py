@@ -54,7 +54,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches lie as a GPU has them, in fp32."""
 
     def layers(
-        count: int, batch: int, kv: int, dim: int, device: torch.device, dtype: torch.dtype
+        count: int, batch: int, kv: int, dim: int, *_device_and_dtype: object, transposed: bool
     ) -> list[Layer]:
         return [
             LayerCache(False, torch.zeros(batch, kv, 0, dim), torch.zeros(batch, kv, 0, dim))

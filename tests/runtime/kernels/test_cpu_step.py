@@ -11,15 +11,18 @@ from optim.runtime.cache import LayerCache
 from optim.runtime.kernels import cpu_step
 from optim.runtime.rope import rotate
 
+HALF = cpu_step.usable() and cpu_step.reads_half()
+DTYPES = [torch.float32, torch.float16] if HALF else [torch.float32]
 pytestmark = pytest.mark.skipif(not cpu_step.usable(), reason="no C compiler here")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     batch=st.integers(1, 3),
     kv=st.integers(1, 3),
-    group=st.integers(1, 4),
-    dim=st.sampled_from([2, 6, 13, 16, 40]),
+    group=st.integers(1, 7),
+    dim=st.sampled_from([2, 6, 13, 16, 40, 64]),
+    dtype=st.sampled_from(DTYPES),
     position=st.integers(0, 60),
     window=st.sampled_from([None, 1, 7, 100]),
     cap=st.sampled_from([None, 3.0]),
@@ -31,6 +34,7 @@ def test_attention_of_one_token(
     kv: int,
     group: int,
     dim: int,
+    dtype: torch.dtype,
     position: int,
     window: int | None,
     cap: float | None,
@@ -39,8 +43,8 @@ def test_attention_of_one_token(
 ) -> None:
     torch.manual_seed(position)
     heads = kv * group
-    ours = LayerCache(True, torch.randn(batch * kv, dim, 64), torch.randn(batch * kv, 64, dim))
-    theirs = LayerCache(True, ours.keys.clone(), ours.values.clone())
+    ours = LayerCache(False, *torch.randn(2, batch * kv, 64, dim).to(dtype))
+    theirs = LayerCache(False, ours.keys.clone(), ours.values.clone())
     qkv = torch.randn(batch, 1, heads + 2 * kv, dim)
     padding = torch.arange(batch).clamp(max=position) if padded else None
     qk, v = qkv[:, :, : heads + kv], qkv[:, :, heads + kv :]
@@ -56,7 +60,8 @@ def test_attention_of_one_token(
     qkv = qkv[:, 0].clone()
     got = kernel(qkv, ours.keys, ours.values, position, angles, padding)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ours.keys, theirs.keys)
+    # Turned keys differ in the last bit of fp32, which may decide how they round to fp16.
+    torch.testing.assert_close(ours.keys.float(), theirs.keys.float(), rtol=1e-3, atol=1e-6)
     assert torch.equal(ours.values, theirs.values)
 
 
