@@ -29,10 +29,10 @@ from optim.runtime.kernels.cpu_columns import NOTHING
 from optim.runtime.layers import ACTIVATIONS, MLP
 from optim.runtime.linear import DenseLinear
 from optim.runtime.model import load_model
-from optim.runtime.sparse import SHORT, MaskedLinear, SparseLinear, sparse_packed
+from optim.runtime.sparse import MaskedLinear, SparseLinear, sparse_packed
 
 Call = Callable[[Tensor], Any]
-SPREAD = 256 * 2**20  # bytes over which copies of a feed-forward are laid out
+SPREAD = 128 * 2**20  # bytes over which copies of a feed-forward are laid out
 SCHEME = Scheme(4, 128, False)
 PROMPT = "Whoever reads a text token by token needs few of the weights for each of them. "
 
@@ -87,12 +87,10 @@ class Shapes:
         return DenseLinear(weight.bfloat16())
 
 
-def sparse(linear: Any, threshold: float) -> SparseLinear:
-    """The same linear held input by input, as core neurons are gathered from."""
+def sparse(linear: Any, threshold: float) -> SparseLinear | None:
+    """The same linear held input by input; None where the runtime reads it whole."""
     if isinstance(linear, PackedLinear):
-        made = sparse_packed(linear, NOTHING)
-        assert made is not None
-        return SparseLinear(made.columns, threshold)
+        return sparse_packed(linear, threshold)
     return SparseLinear(cpu_sparse.linear(linear.weight, None), threshold)
 
 
@@ -103,8 +101,11 @@ def feed_forward(shapes: Shapes, x: Tensor, rounds: int) -> None:
         (shapes.linear(2 * neurons, hidden), shapes.linear(hidden, neurons))
         for _ in range(shapes.copies)
     ]
-    columns = [(sparse(up, -1), sparse(down, -1)) for up, down in pairs]
+    columns = [(sparse(up, 0), sparse(down, 0)) for up, down in pairs]
+    gathered = [sparse(down, NOTHING) for _, down in pairs]
     dense = [MLP(up, down, act, True) for up, down in pairs]
+    for mlp in dense:
+        mlp(x)  # prepares its kernels, which rows are gathered from
     middle = dense[0].inner(x)
     variants: dict[str, list[Call]] = {"dense": list(dense)}
     for p in (0.0, 0.25, 0.4, 0.5, 0.6):
@@ -117,17 +118,16 @@ def feed_forward(shapes: Shapes, x: Tensor, rounds: int) -> None:
         kept = picked.sort().values
         rows = torch.cat((kept, kept + neurons))
         variants[f"compact {keep}"] = [
-            MLP(rows_of(mlp.up, rows), columns_of(down, kept), act, True)
-            for mlp, (_, down) in zip(dense, columns, strict=True)
+            MLP(rows_of(mlp.up, rows), columns_of(down or mlp.down, kept), act, True)
+            for mlp, down in zip(dense, gathered, strict=True)
         ]
     show(f"feed-forward {hidden} x {neurons} {shapes.kind}", timed(variants, x, rounds))
 
 
-def _cut(linear: SparseLinear, dense: Any, x: Tensor, sparsity: float) -> Any:
+def _cut(linear: SparseLinear | None, dense: Any, x: Tensor, sparsity: float) -> Any:
     """The linear that the runtime takes for a threshold that leaves out a share of `x`."""
     t = float(x.abs().flatten().float().quantile(sparsity)) if sparsity else NOTHING
-    narrow = isinstance(dense, PackedLinear) and linear.columns.outputs // 2 < SHORT
-    return MaskedLinear(dense, t) if narrow else SparseLinear(linear.columns, t)
+    return MaskedLinear(dense, t) if linear is None else SparseLinear(linear.columns, t)
 
 
 def relu(shapes: Shapes, x: Tensor, rounds: int, zeros: float) -> None:

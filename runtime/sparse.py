@@ -108,7 +108,8 @@ def sparse_packed(linear: PackedLinear, threshold: float) -> SparseLinear | None
 
         tensors, group = triton_gather.int4_layout(*parts), linear.scheme.group_size
         return SparseLinear(triton_gather.Gather(q.shape[0], tensors, group), threshold)
-    return SparseLinear(cpu_columns.packed(*parts), threshold)
+    lines = cpu_columns.NARROW if threshold == cpu_columns.NOTHING else cpu_columns.LINES
+    return SparseLinear(cpu_columns.packed(*parts, lines), threshold)
 
 
 def _readable(scheme: Scheme, device: torch.device) -> bool:

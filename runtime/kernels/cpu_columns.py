@@ -4,7 +4,8 @@ Weights are held input by input, so that what multiplies nothing is not read. Ac
 rounded to int8 as in cpu_w4a8.py, which makes a threshold that leaves nothing out the same sum.
 
 Memory is fetched in runs: of 64 to 512 bytes here and there, what lies between comes along, and
-nothing is gained by not wanting it. Tiles are therefore as wide as `LINES`, 4 KB of an input.
+nothing is gained by not wanting it. Tiles are therefore as wide as `LINES`, 4 KB of an input; where
+all inputs are read (NOTHING), `NARROW` ones are read faster.
 """
 
 import ctypes
@@ -24,6 +25,7 @@ NOTHING = -1.0  # a threshold that skips nothing, not even zeros
 CHUNK = 64  # inputs that are rounded together, at most
 HALF = 64  # outputs that weights are padded to: 32 bytes
 LINES = 64  # lines of 64 bytes, 128 outputs, of a tile
+NARROW = 2
 
 
 class CColumns(ctypes.Structure):
@@ -139,7 +141,10 @@ def packed(
     bias: Tensor | None,
     lines: int = LINES,
 ) -> Columns:
-    """Columns of integers `[out, in]` of at most 4 bits, scale bf16 and zero `[out, groups]`."""
+    """Columns of integers `[out, in]` of at most 4 bits, scale bf16 and zero `[out, groups]`.
+
+    In tiles of `lines`, LINES or NARROW.
+    """
     outputs, inputs = q.shape
     size = inputs if scheme.group_size == -1 else scheme.group_size
     middle = 2 ** (scheme.bits - 1)
