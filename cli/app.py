@@ -240,6 +240,7 @@ def run(
     kv_bits: flags.KvBits = 16,
     kv_policy: flags.KvPolicy = "full",
     exact: flags.Exact = False,
+    offload: flags.Offload = False,
     device: flags.Device = "auto",
     threads: flags.Threads = None,
     json: flags.Json = False,
@@ -268,7 +269,7 @@ def run(
     given = {key: value for key, value in sampling.items() if value is not None}
     options = command.RunOptions(
         *(system, raw, chat, stats, json, context, kv_bits, kv_policy, threads, device),
-        *(exact, given),
+        *(exact, offload, given),
     )
     if batch is None:
         raise typer.Exit(command.run(model, prompt, options))
@@ -327,6 +328,7 @@ def bench(
     kv_bits: flags.KvBits = 16,
     kv_policy: flags.KvPolicy = "full",
     exact: flags.Exact = False,
+    offload: flags.Offload = False,
     device: flags.Device = "auto",
     threads: flags.Threads = None,
     json: flags.Json = False,
@@ -348,6 +350,7 @@ def bench(
         kv_policy,
         context,
         exact,
+        offload,
     )
     command.bench(model, asked, as_json=json, quiet=quiet)
 

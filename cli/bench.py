@@ -25,6 +25,7 @@ class Asked:
     kv_policy: str = "full"
     context: int | None = None
     exact: bool = False
+    offload: bool = False
 
 
 def bench(source: str, asked: Asked, *, as_json: bool, quiet: bool) -> None:
@@ -74,6 +75,7 @@ def _jobs(source: str, asked: Asked) -> list[Any]:
             kv_policy=asked.kv_policy,
             context=asked.context,
             form=form or ("exact" if asked.exact else "planes"),
+            offload=asked.offload,
         )
 
     plain = [job(source, form="bf16")] if _is_packed(source) else []

@@ -16,6 +16,9 @@ Device = Annotated[str, Option("--device", help="auto, cpu or cuda.")]
 Exact = Annotated[
     bool, Option("--exact", help="Packed weights: sums as the plain model has them, bit for bit.")
 ]
+Offload = Annotated[
+    bool, Option("--offload", help="Blocks stay in the host's memory, and come as they are needed.")
+]
 Threads = Annotated[int | None, Option("--threads", min=1, help="CPU threads.")]
 TrustCode = Annotated[
     bool, Option("--trust-remote-code", help="Run Python code that comes with the model.")

@@ -46,6 +46,7 @@ class RunOptions:
     threads: int | None = None
     device: str = "auto"
     exact: bool = False
+    offload: bool = False
     sampling: dict[str, Any] = field(default_factory=dict)  # as Sampling names them; no None
 
 
@@ -137,7 +138,13 @@ def _load(source: str, options: RunOptions) -> tuple[Sampling, Policy, Model]:
 
     sampling, policy = Sampling(**options.sampling), Policy(options.kv_bits, options.kv_policy)
     form: Form = "exact" if options.exact else "planes"
-    model = load_model(source, device=options.device, threads=options.threads, form=form)
+    model = load_model(
+        source,
+        device=options.device,
+        threads=options.threads,
+        form=form,
+        offload=options.offload,
+    )
     if model.advice is not None:
         ui.note(model.advice)
     if options.threads is None and model.device.type == "cpu":

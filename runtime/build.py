@@ -6,6 +6,7 @@ Packed linears stay packed. Linears that read the same tensor (q, k, v; gate, up
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ from optim.runtime.layers import (
 )
 from optim.runtime.linear import DenseLinear, Joined, held_dtype
 from optim.runtime.machine import release_memory, use_huge_pages
+from optim.runtime.offload import Offloaded
 from optim.runtime.one_call import one_call
 from optim.runtime.plain import schemes_of
 from optim.runtime.plane_linear import Form, PlaneLinear, runs_here
@@ -168,12 +170,18 @@ class Loader:
 
 
 def build(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, form: Form = "planes"
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    form: Form = "planes",
+    offload: bool = False,
 ) -> tuple[Decoder | CoreDecoder, int]:
     """The decoder of `checkpoint` and the bytes of weights that one token reads.
 
-    `form` says how weights that were packed without loss are held: see plane_linear.Form.
-    Raises OptimError (2) for a tensor that is missing or does not fit the configuration.
+    `form` says how weights that were packed without loss are held: see plane_linear.Form. With
+    `offload` blocks stay in the host's memory. Raises OptimError (2) for a tensor that is missing
+    or does not fit the configuration.
     """
     config = checkpoint.text_config
     family = FAMILIES[config["model_type"]]
@@ -181,10 +189,12 @@ def build(
     shape = resolve(config, facts)
     loader = Loader(checkpoint, device, dtype, read_side(checkpoint), form)
     head = _own_head(loader, shape)
-    blocks = []
+    blocks: Any = Offloaded(device) if offload else []
     for index in range(len(shape.layers)):
         blocks.append(_block(loader, family, shape, index))
         release_memory()  # what repacking took, before the next takes its own
+    if isinstance(blocks, Offloaded):
+        blocks.begin()
     embed, head = _ends(loader, facts, head)
     stem = facts.embed.rpartition(".")[0]
     decoder = Decoder(

@@ -123,6 +123,8 @@ def cuda_graph(step: Step) -> Step:
 def recordable(decoder: Decoder) -> bool:
     """Whether the host decides and counts nothing within a step: no experts to pick, no angles that
     depend on the length, no weights that are left out."""
+    if not isinstance(decoder.blocks, list):  # offloaded: they come and go
+        return False
     plain = all(isinstance(block.mlp, MLP) for block in decoder.blocks)
     return (
         plain and not any(rope.scaled for rope in decoder.ropes.values()) and not _sparse(decoder)

@@ -42,6 +42,7 @@ class Job:
     kv_policy: str = "full"
     context: int | None = None
     form: Form = "planes"
+    offload: bool = False
 
 
 @dataclass(slots=True)
@@ -90,7 +91,13 @@ class OptimEngine:
     def __init__(self, job: Job) -> None:
         from optim.runtime.model import load_model
 
-        self._model = load_model(job.source, device=job.device, threads=job.threads, form=job.form)
+        self._model = load_model(
+            job.source,
+            device=job.device,
+            threads=job.threads,
+            form=job.form,
+            offload=job.offload,
+        )
         self._policy, self._context = Policy(job.kv_bits, job.kv_policy), job.context
         self.place = self._model.place
 

@@ -18,6 +18,7 @@ from optim.runtime.formats.w4a4 import fast_product, read_config
 from optim.runtime.graph import GraphDecoder, cuda_graph, recordable
 from optim.runtime.machine import compute_dtype, pick_device, release_code, release_memory
 from optim.runtime.plane_linear import Form
+from optim.runtime.side import SIDE
 
 if TYPE_CHECKING:
     from optim.runtime.text import Tokenizer
@@ -143,10 +144,12 @@ def load_model(
     device: str = "auto",
     threads: int | None = None,
     form: Form = "planes",
+    offload: bool = False,
 ) -> Model:
     """Make `source` runnable on `device` ("auto": a GPU if there is one), with `threads` on a CPU.
 
-    `form` says how weights that were packed without loss are held: see plane_linear.Form.
+    `form` says how weights that were packed without loss are held: see plane_linear.Form;
+    `offload` leaves the blocks in the host's memory (runtime/offload.py).
     Raises OptimError: 2 for a source that cannot be read, 4 for a device that is not there.
     """
     if threads:
@@ -154,7 +157,10 @@ def load_model(
     place = pick_device(device)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     known = checkpoint.text_config.get("model_type") in FAMILIES
-    make: Callable[..., tuple[Runner, int]] = partial(build, form=form) if known else _build_foreign
+    if offload:
+        _check_offload(checkpoint, place, known)
+    ours = partial(build, form=form, offload=offload)
+    make: Callable[..., tuple[Runner, int]] = ours if known else _build_foreign
     # Parsing a vocabulary takes 50 MB for a moment: before the weights are there.
     tokenizer = checkpoint.tokenizer() if _has_tokenizer(checkpoint) else None
     release_memory()
@@ -164,6 +170,17 @@ def load_model(
         decoder = GraphDecoder(decoder, cuda_graph)
     release_memory()
     return Model(checkpoint, decoder, place, weight_bytes, tokenizer)
+
+
+def _check_offload(checkpoint: Checkpoint, place: torch.device, known: bool) -> None:
+    """Whether blocks can come from the host's memory, one after the other."""
+    why = None
+    if place.type == "cpu":
+        why = "there is nothing to offload: this runs on the CPU, whose memory holds all blocks"
+    elif not known or (checkpoint.folder / SIDE).is_file():
+        why = "blocks of a pruned model, or of a family that is not in the table, stay in one place"
+    if why is not None:
+        raise OptimError(why, "leave --offload out", USAGE)
 
 
 def _has_tokenizer(checkpoint: Checkpoint) -> bool:
