@@ -120,21 +120,32 @@ void optim_rms_norm(const float *x, const float *weight, float *y, int64_t rows,
     }
 }
 
-void optim_swiglu(const float *h, float *y, int64_t rows, int64_t n) {
-    for (int64_t r = 0; r < rows; r++, h += 2 * n, y += n)
-        for (int64_t i = 0; i < n; i++) {
-            const float x = h[i], e = expo(x > 0 ? -x : x); /* e^-|x| */
-            y[i] = x * (x > 0 ? 1 : e) / (1 + e) * h[n + i];
-        }
+static inline float sigmoid(float x) {
+    const float e = expo(x > 0 ? -x : x); /* e^-|x| */
+    return (x > 0 ? 1 : e) / (1 + e);
 }
 
-static float tanh_gelu(float x) {
-    const float u = 1.5957691216f * (x + 0.044715f * x * x * x); /* x * sigmoid(u) */
-    const float e = expo(u > 0 ? -u : u);
-    return x * (u > 0 ? 1 : e) / (1 + e);
+static inline wide sigmoid8(wide x) {
+    const wide e = expo8((wide)((lanes)x | INT32_MIN));
+    const lanes positive = x > 0.0f, one = (lanes)((wide){0} + 1.0f);
+    return (wide)((one & positive) | ((lanes)e & ~positive)) / (1.0f + e);
 }
 
-void optim_geglu_tanh(const float *h, float *y, int64_t rows, int64_t n) {
-    for (int64_t r = 0; r < rows; r++, h += 2 * n, y += n)
-        for (int64_t i = 0; i < n; i++) y[i] = tanh_gelu(h[i]) * h[n + i];
-}
+/* Of tanh-gelu(x) = x * sigmoid(u), u. */
+#define TANH_GELU(x) (1.5957691216f * ((x) + 0.044715f * (x) * (x) * (x)))
+#define ITSELF(x) (x)
+
+/* y = x * sigmoid(of(x)) * up, row by row, with x and up side by side in h. */
+#define GATED(of)                                                                                  \
+    for (int64_t r = 0; r < rows; r++, h += 2 * n, y += n) {                                       \
+        int64_t i = 0;                                                                             \
+        for (; i + WIDE <= n; i += WIDE) {                                                         \
+            const wide x = *(const wide_at *)(h + i), up = *(const wide_at *)(h + n + i);          \
+            *(wide_at *)(y + i) = x * sigmoid8(of(x)) * up;                                        \
+        }                                                                                          \
+        for (; i < n; i++) y[i] = h[i] * sigmoid(of(h[i])) * h[n + i];                             \
+    }
+
+void optim_swiglu(const float *h, float *y, int64_t rows, int64_t n) { GATED(ITSELF) }
+
+void optim_geglu_tanh(const float *h, float *y, int64_t rows, int64_t n) { GATED(TANH_GELU) }
