@@ -59,11 +59,12 @@ ROWS: dict[str, tuple[Form, bool]] = {
     "static, prefix, 8-bit down": (Form(down_bits=8), True),
     "static, no prefix, 8-bit down": (Form(down_bits=8), False),
     "W4A8 static, no prefix": (Form(bits=8, down_bits=8), False),
+    "W4A8 static, prefix": (Form(bits=8, down_bits=8), True),
     "literal: split channels, dynamic o and down": (
         Form(rotate=False, out="token", down="token", centred=False),
         False,
     ),
-    "literal: split channels, static, prefix": (Form(rotate=False), True),
+    "literal: split channels, static, prefix, 8-bit down": (Form(rotate=False, down_bits=8), True),
 }
 
 
