@@ -88,7 +88,7 @@ class Attention:
             assert self.one_token is not None
             where = cache.keys, cache.values, step.start
             return self.one_token(qkv, *where, angles, step.padding)[:, None]
-        if not isinstance(cache, PackedLayer) or not cpu_packed.usable():
+        if not isinstance(cache, PackedLayer) or not cpu_packed.reads(cache):
             return None
         rule = self.rule
         return cpu_packed.attend(

@@ -1,12 +1,15 @@
-/* fp16 in memory, float in registers, by the CPU's own conversion; FAST_HALF 0 where it has none. */
+/* fp16 and codes in memory, float in registers. FAST_HALF 0: the CPU cannot convert fp16 itself. */
 #ifndef OPTIM_CPU_HALF_H
 #define OPTIM_CPU_HALF_H
 #include <stdint.h>
 
 typedef float float8 __attribute__((vector_size(32)));
 
-#if defined(__F16C__)
+#if defined(__AVX__)
 #include <immintrin.h>
+#endif
+
+#if defined(__F16C__)
 #define FAST_HALF 1
 static inline float8 widen8(const uint16_t *x) {
     return (float8)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x));
@@ -49,6 +52,27 @@ static inline uint16_t narrow(float x) {
 static inline float8 widen8(const uint16_t *x) { return (void)x, (float8){0}; }
 static inline void widen(const uint16_t *x, float *y, int64_t n) { (void)x, (void)y, (void)n; }
 static inline uint16_t narrow(float x) { return (void)x, 0; }
+#endif
+
+#if defined(__AVX2__)
+static inline __m256i words8(const uint8_t *x) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)x));
+}
+static inline float8 bytes8(const uint8_t *x) { return (float8)_mm256_cvtepi32_ps(words8(x)); }
+static inline float8 lows8(const uint8_t *x) {
+    return (float8)_mm256_cvtepi32_ps(_mm256_and_si256(words8(x), _mm256_set1_epi32(15)));
+}
+static inline float8 highs8(const uint8_t *x) {
+    return (float8)_mm256_cvtepi32_ps(_mm256_srli_epi32(words8(x), 4));
+}
+#else
+#define EIGHT(of) (float8){of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7)}
+#define BYTE(i) x[i]
+#define LOW(i) (x[i] & 15)
+#define HIGH(i) (x[i] >> 4)
+static inline float8 bytes8(const uint8_t *x) { return EIGHT(BYTE); }
+static inline float8 lows8(const uint8_t *x) { return EIGHT(LOW); }
+static inline float8 highs8(const uint8_t *x) { return EIGHT(HIGH); }
 #endif
 
 #endif

@@ -1,15 +1,12 @@
 /* Attention of one new token over a packed cache (cache_packed.py), codes read as they are stored.
  *
  * Queries, and the new key and value, are rotated by blockwise Hadamard butterflies; the new ones
- * are rounded to 8 bits and stored. A tile of codes at a time is widened to floats, for all the
- * query heads that share it.
+ * are rounded to 8 bits and stored. A head's size is a multiple of 16.
  */
 #include <string.h>
 
 #include "cpu.h"
-#include "cpu_attention.h"
-
-enum { TILE = 64 };
+#include "cpu_group.h"
 
 typedef struct {
     int64_t bits, capacity;
@@ -70,63 +67,44 @@ static void put(const Side *s, int64_t u, int64_t at, const float *x, int64_t di
     }
 }
 
-/* `count` positions from `at` on, as codes in float [count][dim]. */
-static void spread(const Side *s, int64_t u, int64_t at, int64_t count, int64_t dim, float *to) {
-    const int64_t bytes = dim * s->bits / 8;
-    const uint8_t *codes = s->codes + (u * s->capacity + at) * bytes;
-    if (s->bits == 8) {
-        for (int64_t i = 0; i < count * dim; i++) to[i] = codes[i];
-        return;
-    }
-    for (; count--; codes += bytes, to += dim) {
-        for (int64_t i = 0; i < bytes; i++) to[i] = codes[i] & 15;
-        for (int64_t i = 0; i < bytes; i++) to[i + bytes] = codes[i] >> 4;
-    }
+static const uint8_t *line_of(const Side *s, int64_t u, int64_t at, int64_t dim) {
+    return s->codes + (u * s->capacity + at) * dim * s->bits / 8;
 }
 
 /* scores[g * stride + j] = q[g] . key(from + j), j up to n. */
 static void score(const Side *s, int64_t u, int64_t from, int64_t n, int64_t dim, const float *q,
                   int64_t group, float *scores, int64_t stride) {
-    float room[TILE * dim];
-    for (int64_t t = 0; t < n; t += TILE) {
-        const int64_t count = n - t < TILE ? n - t : TILE;
-        const uint16_t *grid = s->grid + (u * s->capacity + from + t) * 2;
-        spread(s, u, from + t, count, dim, room);
-        for (int64_t g = 0; g < group; g++) {
-            const float *one = q + g * dim;
-            float total = 0;
-            for (int64_t i = 0; i < dim; i++) total += one[i];
-            for (int64_t j = 0; j < count; j++) {
-                const float *line = room + j * dim;
-                float sum = 0;
-#pragma omp simd reduction(+ : sum)
-                for (int64_t i = 0; i < dim; i++) sum += one[i] * line[i];
-                scores[g * stride + t + j] =
-                    from_bf16(grid[2 * j]) * sum + from_bf16(grid[2 * j + 1]) * total;
-            }
-        }
+    const uint8_t *lines = line_of(s, u, from, dim);
+    if (s->bits == 8)
+        group_scores(q, lines, CODES8, dim, n, group, scores, stride);
+    else
+        group_scores(q, lines, CODES4, dim, n, group, scores, stride);
+    const uint16_t *grid = s->grid + (u * s->capacity + from) * 2;
+    for (int64_t g = 0; g < group; g++) {
+        float total = 0, *to = scores + g * stride;
+        for (int64_t i = 0; i < dim; i++) total += q[g * dim + i];
+        for (int64_t j = 0; j < n; j++)
+            to[j] = from_bf16(grid[2 * j]) * to[j] + from_bf16(grid[2 * j + 1]) * total;
     }
 }
 
-/* out[g] += sum over j of scores[g * stride + j] * value(from + j). */
+/* out[g] += sum over j of scores[g * stride + j] * value(from + j); uses up the scores. */
 static void mix(const Side *s, int64_t u, int64_t from, int64_t n, int64_t dim, float *out,
-                int64_t group, const float *scores, int64_t stride) {
-    float room[TILE * dim], factors[TILE];
-    for (int64_t t = 0; t < n; t += TILE) {
-        const int64_t count = n - t < TILE ? n - t : TILE;
-        const uint16_t *grid = s->grid + (u * s->capacity + from + t) * 2;
-        spread(s, u, from + t, count, dim, room);
-        for (int64_t g = 0; g < group; g++) {
-            const float *weights = scores + g * stride + t;
-            float lows = 0;
-            for (int64_t j = 0; j < count; j++) {
-                factors[j] = weights[j] * from_bf16(grid[2 * j]);
-                lows += weights[j] * from_bf16(grid[2 * j + 1]);
-            }
-            for (int64_t i = 0; i < dim; i++) out[g * dim + i] += lows;
-            add_lines(out + g * dim, dim, room, dim, factors, count);
+                int64_t group, float *scores, int64_t stride) {
+    const uint16_t *grid = s->grid + (u * s->capacity + from) * 2;
+    for (int64_t g = 0; g < group; g++) {
+        float lows = 0, *weights = scores + g * stride;
+        for (int64_t j = 0; j < n; j++) {
+            lows += weights[j] * from_bf16(grid[2 * j + 1]);
+            weights[j] *= from_bf16(grid[2 * j]);
         }
+        for (int64_t i = 0; i < dim; i++) out[g * dim + i] += lows;
     }
+    const uint8_t *lines = line_of(s, u, from, dim);
+    if (s->bits == 8)
+        group_values(scores, stride, lines, CODES8, dim, n, group, out);
+    else
+        group_values(scores, stride, lines, CODES4, dim, n, group, out);
 }
 
 /* One row of the batch, one key head, the group of query heads that share it. */

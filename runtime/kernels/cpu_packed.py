@@ -13,6 +13,8 @@ from optim.runtime.cache_packed import PackedLayer, Side, hadamard_block, packed
 from optim.runtime.kernels.cpu_step import set_angles
 from optim.runtime.kernels.native import NoKernel, library, team, works
 
+WIDTH = 16  # of which a head's size is a multiple
+
 
 class _Side(ctypes.Structure):
     """`Side` of cpu_packed.c."""
@@ -42,6 +44,11 @@ class _Packed(ctypes.Structure):
 def _side(side: Side) -> _Side:
     codes, grid = side.codes, side.grid
     return _Side(side.bits, codes.shape[1], codes.data_ptr(), grid.data_ptr())
+
+
+def reads(layer: PackedLayer) -> bool:
+    """Whether the kernel works here, and with heads of this size."""
+    return layer.rotation.shape[0] % WIDTH == 0 and usable()
 
 
 def attend(
@@ -95,14 +102,14 @@ def check() -> str:
     """Compares a call with torch on odd shapes. Raises NoKernel."""
     generator = torch.Generator().manual_seed(0)
     for bits in (8, 4):
-        (layer,) = packed_layers(1, 1, 2, 20, torch.device("cpu"), bits)
+        (layer,) = packed_layers(1, 1, 2, 48, torch.device("cpu"), bits)
         assert isinstance(layer, PackedLayer)
         layer.grow(320)
-        past = torch.randn(2, 1, 300, 2, 20, generator=generator)
+        past = torch.randn(2, 1, 300, 2, 48, generator=generator)
         for start in (0, 200):
             layer.write(past[0, :, start : start + 200], past[1, :, start : start + 200], start)
-        qkv = torch.randn(1, 10, 20, generator=generator)
-        q = qkv[0, :6].reshape(2, 3, 20).clone()
+        qkv = torch.randn(1, 10, 48, generator=generator)
+        q = qkv[0, :6].reshape(2, 3, 48).clone()
         got = attend(qkv, layer, 300, scale=0.3, window=None, cap=None, angles=None, padding=None)
         chances = torch.softmax(layer.scores(q, 0, 301, 0.3), -1)
         wanted = layer.mix(chances, 0, 301).view(1, -1)

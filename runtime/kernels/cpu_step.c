@@ -37,7 +37,11 @@ static void score(const Step *p, const float *q, int64_t u, int64_t first, int64
                   float *scores) {
     const int64_t d = p->dim, end = p->position + 1;
     if (d % WIDE == 0) {
-        group_scores(q, line_of(p, p->keys, u, first), p->half, d, n, group, scores, end);
+        const void *keys = line_of(p, p->keys, u, first);
+        if (p->half)
+            group_scores(q, keys, HALFS, d, n, group, scores, end);
+        else
+            group_scores(q, keys, FLOATS, d, n, group, scores, end);
         return;
     }
     float room[p->half ? TILE * d : 1];
@@ -55,7 +59,11 @@ static void mix(const Step *p, const float *scores, int64_t u, int64_t first, in
     float room[p->half ? TILE * d : 1];
     memset(out, 0, group * d * sizeof(float));
     if (d % WIDE == 0) {
-        group_values(scores, end, line_of(p, p->values, u, first), p->half, d, n, group, out);
+        const void *values = line_of(p, p->values, u, first);
+        if (p->half)
+            group_values(scores, end, values, HALFS, d, n, group, out);
+        else
+            group_values(scores, end, values, FLOATS, d, n, group, out);
         return;
     }
     for (int64_t t = 0; t < n; t += TILE) {
