@@ -81,7 +81,7 @@ class Gptq(Rounding):
     """Error feedback over the columns (Frantar et al. 2022)."""
 
     method: Literal["gptq"]
-    damping: float = Field(default=0.01, gt=0, lt=1)
+    damping: float = Field(default=0.1, gt=0, lt=1)
 
 
 class Awq(Rounding):
@@ -92,7 +92,7 @@ class Awq(Rounding):
     duo: Literal["both", True, False] = "both"
     clip: bool = True
     compensate: bool = True
-    damping: float = Field(default=0.01, gt=0, lt=1)
+    damping: float = Field(default=0.1, gt=0, lt=1)
 
 
 class MergeQuant(Rounding):

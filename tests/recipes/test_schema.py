@@ -32,7 +32,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "duo": "both",
         "clip": True,
         "compensate": True,
-        "damping": 0.01,
+        "damping": 0.1,
     }
 
 
