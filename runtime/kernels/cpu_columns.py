@@ -9,7 +9,6 @@ all inputs are read (NOTHING), `NARROW` ones are read faster.
 """
 
 import ctypes
-from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
 
@@ -93,22 +92,17 @@ class Columns:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def tiles(self) -> Iterator[dict[str, Tensor]]:
+    def tiles(self) -> list[dict[str, Tensor]]:
         """Views of every tile: `weight` `[in, width / 2]`, `scale` and `zero` `[groups, width]`."""
-        groups, padded, step = (
-            len(self.groups) - 1,
-            int(self._columns.padded),
-            2 * HALF * self.lines,
-        )
-        for at in range(0, padded, step):
-            width = min(step, padded - at)
-            rows = {"weight": (self.inputs, 2), "scale": (groups, 1), "zero": (groups, 1)}
-            yield {
-                name: flat[at * rows[name][0] // rows[name][1] :][
-                    : width * rows[name][0] // rows[name][1]
-                ].view(rows[name][0], -1)
-                for name, flat in self.tensors.items()
-            }
+        padded, step = int(self._columns.padded), 2 * HALF * self.lines
+        widths = [min(step, padded - at) for at in range(0, padded, step)]
+        tiles: list[dict[str, Tensor]] = [{} for _ in widths]
+        for name, flat in self.tensors.items():
+            rows, to_a_byte = (self.inputs, 2) if name == "weight" else (len(self.groups) - 1, 1)
+            parts = torch.split(flat, [rows * width // to_a_byte for width in widths])
+            for tile, part in zip(tiles, parts, strict=True):
+                tile[name] = part.view(rows, -1)
+        return tiles
 
     def wide(self, part: slice) -> Tensor:
         """Some inputs' weights in float32: `[part, out]`."""
