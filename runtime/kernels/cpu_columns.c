@@ -1,7 +1,7 @@
 /* y = W x for one token with 4-bit weights, where many x are left out and their weights not read.
  *
- * A tile of outputs has its weights input by input, `lines` lines of 64 bytes each: what is left out
- * is a run of memory that is never touched. 128 outputs of an input are a line, 64 outputs half of
+ * A tile of outputs has its weights input by input, `lines` lines of 64 bytes each: what is left
+ * out is a run of memory that is never touched. 128 outputs of an input are a line, 64 outputs half of
  * one, laid out so that the sums below come out in order (cpu_columns.py).
  *
  * Activations: each run of inputs that share a scale, at most 64, becomes int8, x = a * worth. What
@@ -74,7 +74,7 @@ static void begin(Listed *l, float worth, int32_t group) {
     l->total[p] = 0;
 }
 
-/* Adds a run in pairs; a sum of q a lies between -15 times what is negative and 15 times the rest. */
+/* Adds a run in pairs; a sum of q a lies between -15 times the negative a and 15 times the rest. */
 static void add_run(Listed *l, const Active *a, int32_t group) {
     int positive = 0, negative = 0;
     for (int64_t i = 0; i < a->count; i += 2) {
