@@ -129,10 +129,29 @@ def _show(runs: list[dict[str, Any]], peak: float) -> None:
             f"{_name(run)}: {run['place']} · load {run['load_seconds']:.1f} s"
             f" · peak memory {ui.size(run['peak_bytes'])}"
         )
+    if (verdict := _verdict(runs)) is not None:
+        ui.say(verdict)
     ui.say(f"this machine reads {peak / 1e9:.1f} GB/s · load average {runs[0]['load_average']:.1f}")
     ui.say(
         "rates are medians (slowest-fastest round); the first model decodes speed-up times faster"
     )
+
+
+def _verdict(runs: list[dict[str, Any]]) -> str | None:
+    """Of a model packed without loss: whether it decodes faster here than the same bf16."""
+    from optim.runtime.plane_linear import WORTH
+
+    plain = next((run for run in runs[1:] if run["form"] == "bf16"), None)
+    if plain is None:
+        return None
+    packed, bf16 = (
+        [t["decode_tokens_per_second"]["median"] for t in run["timings"]]
+        for run in (runs[0], plain)
+    )
+    gain = min(a / b for a, b in zip(packed, bf16, strict=True))
+    if gain < WORTH:
+        return f"planes gain nothing here ({gain:.2f}x bf16): packed for capacity"
+    return f"planes decode {gain:.2f}x as fast as bf16 here"
 
 
 def _row(run: dict[str, Any], timing: dict[str, Any], peak: float, ours: float) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ def doctor(as_json: bool) -> None:
         "memory": _memory(),
         "disk": {"free": shutil.disk_usage(".").free},
         "gpus": _gpus(),
+        "packed_without_loss": _packed(),
         "kernels": [result for name in _kernels() if (result := _check(name))],
     }
     if as_json:
@@ -95,6 +96,15 @@ def _gpus() -> list[dict[str, Any]]:
     return found
 
 
+def _packed() -> str:
+    """What models packed without loss gain on the device that `auto` takes."""
+    from optim.runtime.machine import pick_device
+    from optim.runtime.plane_linear import prospect
+
+    device = pick_device("auto")
+    return f"{device.type}: {prospect(device)[1]}"
+
+
 def _kernels() -> list[str]:
     """The modules of `runtime/kernels`."""
     from optim.runtime import kernels
@@ -128,6 +138,7 @@ def _show(found: dict[str, Any]) -> None:
         free = f"{ui.size(gpu['free'])} of {ui.size(gpu['total'])} free"
         rows.append(("gpu", f"{gpu['name']}, capability {gpu['capability']}, {free}"))
     rows += [] if found["gpus"] else [("gpu", "none")]
+    rows.append(("packed models", found["packed_without_loss"]))
     ui.table(("machine", ""), rows, left=2)
     kernels = ((k["name"], "works" if k["works"] else "no", k["detail"]) for k in found["kernels"])
     ui.table(("kernel", "here", "detail"), kernels, left=3)

@@ -17,7 +17,7 @@ from optim.runtime.decoder import Decoder
 from optim.runtime.formats.w4a4 import fast_product, read_config
 from optim.runtime.graph import GraphDecoder, cuda_graph, recordable
 from optim.runtime.machine import compute_dtype, pick_device, release_code, release_memory
-from optim.runtime.plane_linear import Form
+from optim.runtime.plane_linear import Form, prospect
 from optim.runtime.side import SIDE
 
 if TYPE_CHECKING:
@@ -64,6 +64,9 @@ class Model:
     @property
     def advice(self) -> str | None:
         """What to know about this model on this machine, if another form would run faster."""
+        if self.checkpoint.layout is not None:
+            gains, words = prospect(self.device)
+            return None if gains else f"weights packed without loss: {words}"
         if read_config(self.checkpoint.quantization) is None or self.device.type != "cpu":
             return None
         if fast_product("cpu") is None:

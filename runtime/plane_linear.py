@@ -20,6 +20,12 @@ Form = Literal["planes", "exact", "bf16"]
 or decoded at load, as if they had never been packed."""
 
 
+GAINS: dict[str, float | None] = {"cpu": 1.19, "cuda": None}
+"""Kind of device: how much faster planes decode a whole model than bf16 (docs/lossless.md, one
+thread with AVX2), None where it was never measured."""
+WORTH = 1.05  # below, planes save memory and nothing else
+
+
 class PlaneLinear(nn.Module):
     """y = x W^T + b, `x` `[..., in]`; also a table of rows: `linear[ids]` is bf16 `[..., in]`."""
 
@@ -80,3 +86,15 @@ class PlaneLinear(nn.Module):
 def runs_here(device: torch.device) -> bool:
     """Whether planes are worth holding on `device`: without a kernel bf16 itself is faster."""
     return device.type != "cpu" or cpu_bf12.usable()
+
+
+def prospect(device: torch.device) -> tuple[bool, str]:
+    """Whether weights packed without loss are known to run faster than bf16 there, in words."""
+    if not runs_here(device):
+        return False, "no C compiler: decoded at load and held as bf16, which saves disk alone"
+    gain = GAINS.get(device.type)
+    if gain is None:
+        return False, "never timed on such a device: take them as a saving of memory alone"
+    if gain < WORTH:
+        return False, f"{gain:.2f}x bf16 where it was measured: they save memory alone"
+    return True, f"{gain:.2f}x bf16 where it was measured (`optim bench PACKED` measures it here)"

@@ -186,3 +186,44 @@ def test_another_quantized_folder_is_kept(both: tuple[Path, Path], tmp_path: Pat
 def test_scales_are_never_cast(both: tuple[Path, Path], tmp_path: Path, capfd) -> None:
     assert run("pack", both[1], "--cast", "-o", tmp_path / "x") == 2
     assert "round its scales" in capfd.readouterr().err
+
+
+def timed(form: str, *rates: float) -> dict:
+    timings = [{"decode_tokens_per_second": {"median": rate}} for rate in rates]
+    return {"form": form, "timings": timings}
+
+
+def test_bench_says_whether_planes_pay() -> None:
+    """By the worst of the prompt lengths; of a model that is not packed nothing is said."""
+    from optim.cli.bench import _verdict
+
+    assert "gain nothing here (1.04x" in str(
+        _verdict([timed("planes", 20, 10.4), timed("bf16", 10, 10)])
+    )
+    assert "1.50x as fast" in str(_verdict([timed("planes", 20, 15), timed("bf16", 10, 10)]))
+    assert _verdict([timed("planes", 20), timed("planes", 10)]) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "gain", "words"),
+    [
+        ("cpu", 1.2, None),
+        ("cpu", 1.0, "1.00x bf16 where it was measured: they save memory alone"),
+        ("cuda", None, "never timed on such a device"),
+    ],
+)
+def test_the_model_says_where_planes_do_not_pay(
+    packed: Path, device: str, gain: float | None, words: str | None, monkeypatch
+) -> None:
+    import torch
+
+    from optim.runtime import plane_linear
+    from optim.runtime.model import load_model
+
+    model = load_model(str(packed), device="cpu")
+    monkeypatch.setattr(plane_linear, "runs_here", lambda device: True)
+    monkeypatch.setitem(plane_linear.GAINS, device, gain)
+    model.device = torch.device(device)
+    assert (model.advice is None) if words is None else words in (model.advice or "")
+    monkeypatch.setattr(plane_linear, "runs_here", lambda device: False)
+    assert "no C compiler: decoded at load" in (model.advice or "")
