@@ -312,6 +312,8 @@ def _one_token(loader: Loader, shape: Shape, layer: Layer) -> cpu_step.Attend | 
     """The C kernel for decode steps, where it can be used."""
     if loader.device.type != "cpu" or loader.dtype != torch.float32 or not cpu_step.usable():
         return None
+    if shape.head_dim % cpu_step.LANES:
+        return None
     sizes = shape.heads, shape.kv_heads, shape.head_dim
     return cpu_step.Attend(*sizes, shape.attention_scale, layer.window, shape.attention_cap or 0.0)
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime import placed
 from optim.runtime.attention import Rule, attend
-from optim.runtime.cache import Layer, LayerCache, LayeredCache, Policy, StaticCache, static_layers
-from optim.runtime.cache_packed import PackedLayer, packed_layers
+from optim.runtime.cache import Layer, LayeredCache, Policy, StaticCache, static_layers
+from optim.runtime.cache_packed import packed_layers
 from optim.runtime.cache_stream import Turn, stream_cache
-from optim.runtime.kernels import cpu_blocks, cpu_packed, cpu_step
+from optim.runtime.kernels import cpu_blocks, cpu_step
 from optim.runtime.layers import HeadNorm, Norm
 from optim.runtime.placed import Place
 from optim.runtime.plane_linear import PlaneLinear
@@ -62,8 +62,7 @@ class Attention:
     def __call__(self, x: Tensor, cache: Layer, step: Step) -> Tensor:
         y = self._project(x)
         alone = x.shape[1] == 1 and not (step.prefix and step.padding is not None)
-        alone = alone and self.one_token is not None and step.place is None
-        seen = self._one_token(y, cache, step) if alone else None
+        seen = self._one_token(y, cache, step) if alone and step.place is None else None
         if seen is None:
             qk, v = y[:, :, : self.heads + self.kv_heads], y[:, :, self.heads + self.kv_heads :]
             if self.rope is not None:
@@ -83,24 +82,10 @@ class Attention:
 
     def _one_token(self, y: Tensor, cache: Layer, step: Step) -> Tensor | None:
         """What one token sees, through a C kernel if one reads this cache: `[B, 1, heads * D]`."""
-        angles, qkv = step.angles[self.rope] if self.rope else None, y[:, 0]
-        if isinstance(cache, LayerCache):
-            assert self.one_token is not None
-            where = cache.keys, cache.values, step.start
-            return self.one_token(qkv, *where, angles, step.padding)[:, None]
-        if not isinstance(cache, PackedLayer) or not cpu_packed.reads(cache):
+        if self.one_token is None or not cpu_step.reads(cache):
             return None
-        rule = self.rule
-        return cpu_packed.attend(
-            qkv,
-            cache,
-            step.start,
-            scale=rule.scale,
-            window=rule.window,
-            cap=rule.cap,
-            angles=angles,
-            padding=step.padding,
-        )[:, None]
+        angles = step.angles[self.rope] if self.rope else None
+        return self.one_token(y[:, 0], cache, step.start, angles, step.padding)[:, None]
 
     def _project(self, x: Tensor) -> Tensor:
         """Normalized queries and keys, and values: `[B, T, heads + 2 kv_heads, D]`."""
@@ -236,8 +221,8 @@ class Decoder:
 
     def _hidden(self, ids: Tensor, cache: LayeredCache, end: int) -> Tensor:
         h, step = self._begin(ids, cache, end)
-        if self.one_call is not None and (pairs := _one_token(ids, cache)):
-            self.one_call(h, pairs, step.start, step.angles)
+        if self.one_call is not None and _in_one_call(ids, cache):
+            self.one_call(h, cache.layers, step.start, step.angles)
         else:
             for block, layer in zip(self.blocks, cache.layers, strict=True):
                 h = block(h, layer, step)
@@ -288,10 +273,7 @@ class Decoder:
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def _one_token(ids: Tensor, cache: LayeredCache) -> list[tuple[Tensor, Tensor]]:
-    """Every layer's keys and values where the C step can go on from them; else none."""
-    if ids.numel() != 1 or cache.padding is not None:
-        return []
-    plain = [layer for layer in cache.layers if isinstance(layer, LayerCache)]
-    whole = len(plain) == len(cache.layers)
-    return [(layer.keys, layer.values) for layer in plain] if whole else []
+def _in_one_call(ids: Tensor, cache: LayeredCache) -> bool:
+    """Whether the C step can go on from this cache."""
+    alone = ids.numel() == 1 and cache.padding is None
+    return alone and all(map(cpu_step.reads, cache.layers))

@@ -62,6 +62,18 @@ int64_t optim_lines(const Columns *c); /* the pieces that the outputs come in */
 /* Outputs of the lines from..end: y [outputs]. */
 void optim_columns(const Columns *c, const Listed *l, float *y, int64_t from, int64_t end);
 
+/* Keys, or values, of a packed cache (cache_packed.py). */
+typedef struct {
+    int64_t bits, capacity;
+    uint8_t *codes; /* [rows, capacity, dim * bits / 8] */
+    uint16_t *grid; /* bf16 [rows, capacity, 2]: step, low */
+} Side;
+
+typedef struct {
+    int64_t base; /* positions below it are in the old sides */
+    Side old_keys, old_values, keys, values;
+} Packed;
+
 /* Attention of one new token a row, cpu_step.c. */
 typedef struct {
     int64_t batch, heads, kv_heads, dim, rotary; /* rotary: channels that turn, 0 for none */
@@ -71,7 +83,8 @@ typedef struct {
     float scale, cap;                            /* cap 0: none */
     float *qkv;                                  /* [batch, heads + 2 kv, dim], turned in place */
     const float *cos, *sin;                      /* [rotary] a row; sin signed */
-    void *keys, *values; /* [batch kv, capacity, dim] */
+    void *keys, *values;                         /* [batch kv, capacity, dim] */
+    const Packed *packed;                        /* NULL, or in place of keys and values */
     const int64_t *padding;                      /* [batch] or NULL */
     float *out;                                  /* [batch, heads, dim] */
     float *scratch;                              /* a query head: position + 1 */
@@ -80,6 +93,14 @@ typedef struct {
 
 /* One row of the batch, one key head, the group of query heads that share it. */
 void optim_attend_head(const Step *p, int64_t unit);
+/* Its parts over a packed cache, cpu_packed.c: rotates q, k and v, and stores the last two; */
+void optim_packed_store(const Step *p, int64_t unit, float *q, float *k, float *v);
+/* scores [group, position + 1] over the n positions from `first` on; */
+void optim_packed_scores(const Step *p, int64_t unit, const float *q, int64_t first, int64_t n,
+                         float *scores);
+/* out [group, dim], rotated back; uses up the scores. */
+void optim_packed_mix(const Step *p, int64_t unit, float *scores, int64_t first, int64_t n,
+                      float *out);
 /* y = x / sqrt(mean(x^2) + eps) * weight, for each row of n; y may be x. */
 void optim_rms_norm(const float *x, const float *weight, float *y, int64_t rows, int64_t n,
                     float eps);

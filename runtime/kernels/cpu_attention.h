@@ -98,44 +98,4 @@ static inline float soften(float *s, int64_t n, float scale, float cap) {
     return 1 / sum;
 }
 
-/* y[j] = x . lines[j * n ..], j up to count; four at a time, as each sum waits for itself. */
-static inline void dots(float *restrict y, const float *x, const float *lines, int64_t n,
-                        int64_t count) {
-    int64_t j = 0;
-    for (; j + 4 <= count; j += 4) {
-        const float *l = lines + j * n;
-        float a = 0, b = 0, c = 0, d = 0;
-#pragma omp simd reduction(+ : a, b, c, d)
-        for (int64_t i = 0; i < n; i++) {
-            a += x[i] * l[i];
-            b += x[i] * l[i + n];
-            c += x[i] * l[i + 2 * n];
-            d += x[i] * l[i + 3 * n];
-        }
-        y[j] = a, y[j + 1] = b, y[j + 2] = c, y[j + 3] = d;
-    }
-    for (; j < count; j++) {
-        float a = 0;
-#pragma omp simd reduction(+ : a)
-        for (int64_t i = 0; i < n; i++) a += x[i] * lines[j * n + i];
-        y[j] = a;
-    }
-}
-
-/* y[0..n] += sum over i of factors[i] * lines[i * stride ..]; eight lines at a time save passes. */
-static inline void add_lines(float *restrict y, int64_t n, const float *lines, int64_t stride,
-                             const float *factors, int64_t count) {
-    int64_t i = 0;
-    for (; i + 8 <= count; i += 8) {
-        const float *l = lines + i * stride, *f = factors + i;
-        for (int64_t j = 0; j < n; j++)
-            y[j] += ((f[0] * l[j] + f[1] * l[j + stride]) +
-                     (f[2] * l[j + 2 * stride] + f[3] * l[j + 3 * stride])) +
-                    ((f[4] * l[j + 4 * stride] + f[5] * l[j + 5 * stride]) +
-                     (f[6] * l[j + 6 * stride] + f[7] * l[j + 7 * stride]));
-    }
-    for (; i < count; i++)
-        for (int64_t j = 0; j < n; j++) y[j] += factors[i] * lines[i * stride + j];
-}
-
 #endif

@@ -27,7 +27,8 @@ typedef struct {
     Reader qkv, out, up, down;
     int64_t middle;         /* width of the feed-forward */
     const float *cos, *sin; /* [rotary], or both NULL */
-    void *keys, *values;    /* [kv, dim, capacity], [kv, capacity, dim] */
+    void *keys, *values;    /* [kv, capacity, dim] */
+    const Packed *packed;   /* NULL, or in place of keys and values */
     int64_t capacity;
     int64_t window; /* 0: everything is seen */
 } Block;
@@ -94,7 +95,7 @@ static void heads(const Run *r, const Block *b, int64_t from, int64_t end) {
     Step step = r->d->step;
     const int64_t dim = step.dim, group = step.heads / step.kv_heads;
     step.qkv = r->y, step.out = r->x;
-    step.keys = b->keys, step.values = b->values;
+    step.keys = b->keys, step.values = b->values, step.packed = b->packed;
     step.capacity = b->capacity, step.window = b->window;
     step.cos = b->cos, step.sin = b->sin;
     if (!b->cos) step.rotary = 0;
@@ -205,7 +206,8 @@ int optim_decode(Decoder *d, int threads, Parallel *parallel) {
     const int64_t rounded = widest + 64; /* whole chunks */
     const int64_t listed = optim_listed_bytes(widest);
     Stage *stages = calloc(d->count * STAGES, sizeof(Stage));
-    float *floats = malloc((widest + given + scores + 2 * rounded) * sizeof(float) + listed + rounded);
+    const int64_t all = widest + given + scores + 2 * rounded;
+    float *floats = malloc(all * sizeof(float) + listed + rounded);
     if (stages && floats) {
         Listed list;
         Run run = {d, stages, floats, floats + widest, {0}, &list, NULL, parallel ? threads : 1};

@@ -12,6 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from optim.runtime.cache import Layer
 from optim.runtime.kernels import cpu_columns, cpu_step, cpu_w4a8
 from optim.runtime.kernels.native import NoKernel, library, team
 
@@ -79,7 +80,7 @@ class _Block(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in NORMS),
         *((name, _Reader) for name in LINEARS),
         ("middle", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("cos", "sin", "keys", "values")),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "keys", "values", "packed")),
         *((name, ctypes.c_int64) for name in ("capacity", "window")),
     )
 
@@ -119,28 +120,29 @@ class Blocks:
     def __call__(
         self,
         h: Tensor,
-        pairs: Sequence[tuple[Tensor, Tensor]],
+        layers: Sequence[Layer],
         position: int,
         angles: dict[str, Angles],
     ) -> None:
         """Send `h` (fp32 contiguous `[1, 1, hidden]`, overwritten) through all blocks.
 
-        `pairs` keys `[kv, dim, N]` and values `[kv, N, dim]` of every block, fp32 or fp16, with
-        N > `position`; `angles` cos and signed sin `[1, 1, 1, rotary]` of every rotary kind.
+        `layers` of a cache, which `cpu_step.reads` and which have room for `position`; `angles` cos
+        and signed sin `[1, 1, 1, rotary]` of every rotary kind.
         """
         step = self._decoder.step
         turns: dict[str | None, tuple[int, int | None, int | None]] = {None: (0, None, None)}
         for kind, (cos, sin) in angles.items():
             turns[kind] = cos.shape[-1], cos.data_ptr(), sin.data_ptr()
-        step.position, step.half = position, pairs[0][0].dtype == torch.float16
-        for block, weights, (keys, values) in zip(self._blocks, self._weights, pairs, strict=True):
+        step.position, step.half = position, cpu_step.is_half(layers[0])
+        held = []
+        for block, weights, layer in zip(self._blocks, self._weights, layers, strict=True):
             rotary, block.cos, block.sin = turns[weights.rope]
             step.rotary = rotary or step.rotary
-            block.keys, block.values = keys.data_ptr(), values.data_ptr()
-            block.capacity = values.shape[1]
+            held.append(cpu_step.point(block, layer, position))
         self._decoder.h = h.data_ptr()
         if self._run(self._address, torch.get_num_threads(), self._team):
             raise MemoryError
+        del held
 
 
 def _block(weights: BlockWeights) -> _Block:
@@ -168,6 +170,6 @@ def load() -> ctypes.CDLL:
     cpu_columns.check()
     if not cpu_step.usable():
         raise NoKernel("the kernels of a decode step do not work here")
-    lib = library("cpu_blocks", "cpu_w4a8", "cpu_columns", "cpu_step")
+    lib = library("cpu_blocks", "cpu_w4a8", "cpu_columns", "cpu_step", "cpu_packed")
     lib.optim_decode.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
     return lib

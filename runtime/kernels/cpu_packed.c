@@ -8,25 +8,6 @@
 #include "cpu.h"
 #include "cpu_group.h"
 
-typedef struct {
-    int64_t bits, capacity;
-    uint8_t *codes; /* [rows, capacity, dim * bits / 8] */
-    uint16_t *grid; /* bf16 [rows, capacity, 2]: step, low */
-} Side;
-
-typedef struct {
-    int64_t batch, heads, kv_heads, dim, block, rotary, angle_stride;
-    int64_t base, position, window; /* positions below base are in the old sides */
-    float scale, cap;
-    float *qkv; /* [batch, heads + 2 kv, dim], turned in place */
-    const float *cos, *sin;
-    const int64_t *padding;
-    float *out; /* [batch, heads, dim] */
-    Side old_keys, old_values, keys, values;
-    float *scratch; /* a query head: position + 1 */
-    int64_t next;
-} Packed;
-
 static inline float from_bf16(uint16_t x) {
     union { uint32_t i; float f; } two = {(uint32_t)x << 16};
     return two.f;
@@ -37,7 +18,9 @@ static inline uint16_t to_bf16(float x) { /* to nearest, ties to even */
     return (two.i + 0x7FFF + ((two.i >> 16) & 1)) >> 16;
 }
 
-static void hadamard(float *x, int64_t dim, int64_t block) {
+/* By blocks of the largest power of two that divides `dim`. */
+static void hadamard(float *x, int64_t dim) {
+    const int64_t block = dim & -dim;
     const float norm = 1 / sqrtf(block);
     for (int64_t h = 1; h < block; h *= 2)
         for (int64_t i = 0; i < dim; i += 2 * h)
@@ -107,51 +90,31 @@ static void mix(const Side *s, int64_t u, int64_t from, int64_t n, int64_t dim, 
         group_values(scores, stride, lines, CODES4, dim, n, group, out);
 }
 
-/* One row of the batch, one key head, the group of query heads that share it. */
-static void unit(const Packed *p, int64_t u) {
-    const int64_t row = u / p->kv_heads, kv = u % p->kv_heads, d = p->dim, base = p->base;
-    const int64_t group = p->heads / p->kv_heads, end = p->position + 1;
-    float *start = p->qkv + row * (p->heads + 2 * p->kv_heads) * d;
-    float *q = start + kv * group * d, *k = start + (p->heads + kv) * d, *v = k + p->kv_heads * d;
-    const int64_t at = row * p->angle_stride;
-    turn_group(q, group, k, d, p->cos + at, p->sin + at, p->rotary);
-    for (int64_t g = 0; g < group; g++) hadamard(q + g * d, d, p->block);
-    hadamard(k, d, p->block);
-    hadamard(v, d, p->block);
-    put(&p->keys, u, end - 1 - base, k, d);
-    put(&p->values, u, end - 1 - base, v, d);
+void optim_packed_store(const Step *p, int64_t u, float *q, float *k, float *v) {
+    const int64_t d = p->dim, at = p->position - p->packed->base;
+    for (int64_t g = 0; g < p->heads / p->kv_heads; g++) hadamard(q + g * d, d);
+    hadamard(k, d);
+    hadamard(v, d);
+    put(&p->packed->keys, u, at, k, d);
+    put(&p->packed->values, u, at, v, d);
+}
 
-    const int64_t first = first_seen(end, p->window, p->padding ? p->padding[row] : 0);
-    const int64_t old = base > first ? base - first : 0, recent = first > base ? first - base : 0;
-    const int64_t n = end - first;
-    float *scores = p->scratch + u * group * end, *out = p->out + (row * p->heads + kv * group) * d;
-    score(&p->old_keys, u, first, old, d, q, group, scores, end);
-    score(&p->keys, u, recent, n - old, d, q, group, scores + old, end);
-    float shares[group];
-    for (int64_t g = 0; g < group; g++) shares[g] = soften(scores + g * end, n, p->scale, p->cap);
+void optim_packed_scores(const Step *p, int64_t u, const float *q, int64_t first, int64_t n,
+                         float *scores) {
+    const Packed *s = p->packed;
+    const int64_t old = s->base > first ? s->base - first : 0, end = p->position + 1;
+    const int64_t recent = first > s->base ? first - s->base : 0, group = p->heads / p->kv_heads;
+    score(&s->old_keys, u, first, old, p->dim, q, group, scores, end);
+    score(&s->keys, u, recent, n - old, p->dim, q, group, scores + old, end);
+}
+
+void optim_packed_mix(const Step *p, int64_t u, float *scores, int64_t first, int64_t n,
+                      float *out) {
+    const Packed *s = p->packed;
+    const int64_t old = s->base > first ? s->base - first : 0, end = p->position + 1, d = p->dim;
+    const int64_t recent = first > s->base ? first - s->base : 0, group = p->heads / p->kv_heads;
     memset(out, 0, group * d * sizeof(float));
-    mix(&p->old_values, u, first, old, d, out, group, scores, end);
-    mix(&p->values, u, recent, n - old, d, out, group, scores + old, end);
-    for (int64_t i = 0; i < group * d; i++) out[i] *= shares[i / d];
-    for (int64_t g = 0; g < group; g++) hadamard(out + g * d, d, p->block);
-}
-
-static void units(void *data) {
-    Packed *p = data;
-    int64_t u;
-    while ((u = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) < p->batch * p->kv_heads)
-        unit(p, u);
-}
-
-/* Returns nonzero if there is no memory. */
-int optim_attend_packed(Packed *p, int threads, Parallel *parallel) {
-    const int64_t work = p->batch * p->heads * (p->position + 1);
-    p->scratch = room_for(work);
-    if (!p->scratch) return 1;
-    p->next = 0;
-    if (parallel && threads > 1 && work > 2048)
-        parallel(units, p, threads, 0);
-    else
-        units(p);
-    return 0;
+    mix(&s->old_values, u, first, old, d, out, group, scores, end);
+    mix(&s->values, u, recent, n - old, d, out, group, scores + old, end);
+    for (int64_t g = 0; g < group; g++) hadamard(out + g * d, d);
 }

@@ -10,68 +10,43 @@
 #include "cpu_group.h"
 #include "cpu_half.h"
 
-enum { TILE = 64 }; /* positions of keys and values widened to float at a time */
-
 static const void *line_of(const Step *p, const void *from, int64_t u, int64_t at) {
     return (const char *)from + (u * p->capacity + at) * p->dim * (p->half ? 2 : 4);
 }
 
-/* `count` positions of row `u` from `at` on, as float [count][dim]; fp16 are widened into `room`. */
-static const float *lines_of(const Step *p, const void *from, int64_t u, int64_t at, int64_t count,
-                             float *room) {
-    const void *lines = line_of(p, from, u, at);
-    if (!p->half) return lines;
-    widen(lines, room, count * p->dim);
-    return room;
+static void store(const Step *p, void *to, int64_t at, const float *x) {
+    for (int64_t i = 0; i < p->dim; i++)
+        if (p->half)
+            ((uint16_t *)to)[at + i] = narrow(x[i]);
+        else
+            ((float *)to)[at + i] = x[i];
 }
 
-static void store(const Step *p, void *to, int64_t at, float value) {
-    if (p->half)
-        ((uint16_t *)to)[at] = narrow(value);
-    else
-        ((float *)to)[at] = value;
+static void store_all(const Step *p, int64_t u, const float *k, const float *v) {
+    const int64_t last = (u * p->capacity + p->position) * p->dim;
+    store(p, p->keys, last, k);
+    store(p, p->values, last, v);
 }
 
-/* scores[g * end ..] of `group` queries over keys first..first + n, a tile of positions a time. */
+/* scores[g * end ..] of `group` queries over keys first..first + n. */
 static void score(const Step *p, const float *q, int64_t u, int64_t first, int64_t n, int64_t group,
                   float *scores) {
-    const int64_t d = p->dim, end = p->position + 1;
-    if (d % WIDE == 0) {
-        const void *keys = line_of(p, p->keys, u, first);
-        if (p->half)
-            group_scores(q, keys, HALFS, d, n, group, scores, end);
-        else
-            group_scores(q, keys, FLOATS, d, n, group, scores, end);
-        return;
-    }
-    float room[p->half ? TILE * d : 1];
-    for (int64_t t = 0; t < n; t += TILE) {
-        const int64_t count = n - t < TILE ? n - t : TILE;
-        const float *keys = lines_of(p, p->keys, u, first + t, count, room);
-        for (int64_t g = 0; g < group; g++) dots(scores + g * end + t, q + g * d, keys, d, count);
-    }
+    const void *keys = line_of(p, p->keys, u, first);
+    if (p->half)
+        group_scores(q, keys, HALFS, p->dim, n, group, scores, p->position + 1);
+    else
+        group_scores(q, keys, FLOATS, p->dim, n, group, scores, p->position + 1);
 }
 
 /* out[g] = the values of positions first..first + n, weighted by scores[g * end ..]. */
 static void mix(const Step *p, const float *scores, int64_t u, int64_t first, int64_t n,
                 int64_t group, float *out) {
-    const int64_t d = p->dim, end = p->position + 1;
-    float room[p->half ? TILE * d : 1];
-    memset(out, 0, group * d * sizeof(float));
-    if (d % WIDE == 0) {
-        const void *values = line_of(p, p->values, u, first);
-        if (p->half)
-            group_values(scores, end, values, HALFS, d, n, group, out);
-        else
-            group_values(scores, end, values, FLOATS, d, n, group, out);
-        return;
-    }
-    for (int64_t t = 0; t < n; t += TILE) {
-        const int64_t count = n - t < TILE ? n - t : TILE;
-        const float *values = lines_of(p, p->values, u, first + t, count, room);
-        for (int64_t g = 0; g < group; g++)
-            add_lines(out + g * d, d, values, d, scores + g * end + t, count);
-    }
+    const void *values = line_of(p, p->values, u, first);
+    memset(out, 0, group * p->dim * sizeof(float));
+    if (p->half)
+        group_values(scores, p->position + 1, values, HALFS, p->dim, n, group, out);
+    else
+        group_values(scores, p->position + 1, values, FLOATS, p->dim, n, group, out);
 }
 
 void optim_attend_head(const Step *p, int64_t u) {
@@ -81,17 +56,24 @@ void optim_attend_head(const Step *p, int64_t u) {
     float *q = base + kv * group * d, *k = base + (p->heads + kv) * d, *v = k + p->kv_heads * d;
     const int64_t at = row * p->angle_stride;
     turn_group(q, group, k, d, p->cos + at, p->sin + at, p->rotary);
-    const int64_t last = (u * p->capacity + end - 1) * d;
-    for (int64_t i = 0; i < d; i++) store(p, p->keys, last + i, k[i]);
-    for (int64_t i = 0; i < d; i++) store(p, p->values, last + i, v[i]);
+    if (p->packed)
+        optim_packed_store(p, u, q, k, v);
+    else
+        store_all(p, u, k, v);
 
     const int64_t first = first_seen(end, p->window, p->padding ? p->padding[row] : 0);
     const int64_t n = end - first;
-    float *scores = p->scratch + u * group * end;
-    score(p, q, u, first, n, group, scores);
-    float *out = p->out + (row * p->heads + kv * group) * d, shares[group];
+    float *scores = p->scratch + u * group * end, shares[group];
+    float *out = p->out + (row * p->heads + kv * group) * d;
+    if (p->packed)
+        optim_packed_scores(p, u, q, first, n, scores);
+    else
+        score(p, q, u, first, n, group, scores);
     for (int64_t g = 0; g < group; g++) shares[g] = soften(scores + g * end, n, p->scale, p->cap);
-    mix(p, scores, u, first, n, group, out);
+    if (p->packed)
+        optim_packed_mix(p, u, scores, first, n, out);
+    else
+        mix(p, scores, u, first, n, group, out);
     for (int64_t i = 0; i < group * d; i++) out[i] *= shares[i / d];
 }
 

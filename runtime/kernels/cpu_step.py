@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optim.runtime.cache import Layer, LayerCache
+from optim.runtime.cache_packed import PackedLayer, packed_layers
+from optim.runtime.kernels.cpu_packed import WIDTH, Packed, packed
 from optim.runtime.kernels.native import NoKernel, library, team, works
+
+CPU = torch.device("cpu")
+LANES = 8  # of which a head's size is a multiple
 
 
 class CStep(ctypes.Structure):
@@ -23,7 +29,7 @@ class CStep(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("cap", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("qkv", "cos", "sin", "keys", "values")),
-        *((name, ctypes.c_void_p) for name in ("padding", "out", "scratch")),
+        *((name, ctypes.c_void_p) for name in ("packed", "padding", "out", "scratch")),
         ("next", ctypes.c_int64),
     )
 
@@ -42,38 +48,62 @@ class Attend:
     def __call__(
         self,
         qkv: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        layer: Layer,
         position: int,
         angles: tuple[Tensor, Tensor] | None,
         padding: Tensor | None,
     ) -> Tensor:
         """Turn and store the new key and value, and attend: `[B, heads * dim]`.
 
-        `qkv` fp32 contiguous `[B, heads + 2 kv_heads, dim]`, overwritten; `keys` and `values`
-        `[B * kv_heads, N, dim]`, fp32 or fp16 (where `reads_half`), with N > `position`;
-        `angles` cos and signed sin `[1 or B, 1, 1, rotary]`; `padding` int64 `[B]`.
+        `qkv` fp32 contiguous `[B, heads + 2 kv_heads, dim]`, overwritten; `layer` one that `reads`
+        knows, with room for `position`; `angles` cos and signed sin `[1 or B, 1, 1, rotary]`;
+        `padding` int64 `[B]`.
         """
         step, batch = self._step, qkv.shape[0]
         out = torch.empty(batch, step.heads * step.dim)
-        step.batch, step.position, step.capacity = batch, position, values.shape[1]
-        step.half = keys.dtype == torch.float16
-        set_angles(step, angles)
+        step.batch, step.position = batch, position
+        step.half = is_half(layer)
+        held = point(step, layer, position)
+        self._turn(angles)
         step.qkv, step.out = qkv.data_ptr(), out.data_ptr()
-        step.keys, step.values = keys.data_ptr(), values.data_ptr()
         step.padding = None if padding is None else padding.data_ptr()
         if self._run(self._address, torch.get_num_threads(), self._team):
             raise MemoryError
+        del held
         return out
 
+    def _turn(self, angles: tuple[Tensor, Tensor] | None) -> None:
+        step = self._step
+        step.rotary = 0
+        if angles is not None:
+            cos, sin = angles
+            step.rotary, step.cos, step.sin = cos.shape[-1], cos.data_ptr(), sin.data_ptr()
+            step.angle_stride = 0 if cos.shape[0] == 1 else cos.shape[-1]
 
-def set_angles(step: Any, angles: tuple[Tensor, Tensor] | None) -> None:
-    """Give a C structure the angles `[1 or B, 1, 1, rotary]` of its heads, or none."""
-    step.rotary = 0
-    if angles is not None:
-        cos, sin = angles
-        step.rotary, step.cos, step.sin = cos.shape[-1], cos.data_ptr(), sin.data_ptr()
-        step.angle_stride = 0 if cos.shape[0] == 1 else cos.shape[-1]
+
+def reads(layer: Layer) -> bool:
+    """Whether the kernel reads this kind of cache."""
+    if isinstance(layer, PackedLayer):
+        return layer.rotation.shape[0] % WIDTH == 0
+    return isinstance(layer, LayerCache) and not layer.transposed and layer.keys.dim() == 3
+
+
+def is_half(layer: Layer) -> bool:
+    """Whether keys and values are fp16."""
+    return isinstance(layer, LayerCache) and layer.keys.dtype == torch.float16
+
+
+def point(target: Any, layer: Layer, position: int) -> Packed | None:
+    """Show a C structure where `layer` lies. What is returned must live as long as that is used."""
+    if isinstance(layer, PackedLayer):
+        layer.place(position, 1)
+        sides = packed(layer)
+        target.packed = ctypes.addressof(sides)
+        return sides
+    assert isinstance(layer, LayerCache)
+    target.packed, target.capacity = None, layer.values.shape[1]
+    target.keys, target.values = layer.keys.data_ptr(), layer.values.data_ptr()
+    return None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -96,7 +126,7 @@ def swiglu(h: Tensor) -> Tensor:
 @cache
 def load() -> ctypes.CDLL:
     """The compiled kernel. Raises NoKernel with the reason."""
-    lib = library("cpu_step")
+    lib = library("cpu_step", "cpu_packed")
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     lib.optim_attend.argtypes = [pointer, ctypes.c_int, pointer]
     lib.optim_rms_norm.argtypes = [*[pointer] * 3, integer, integer, ctypes.c_float]
@@ -122,14 +152,18 @@ def check() -> str:
     x, weight = torch.randn(3, 71, generator=generator), torch.rand(71, generator=generator)
     wanted = x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
     error = (rms_norm(x, weight, 1e-5) - wanted).abs().max() / wanted.abs().max()
-    keys, values = torch.randn(2, 2, 40, 13, generator=generator)
-    qkv = torch.randn(1, 10, 13, generator=generator)
-    q, k, v = qkv[0, :6].view(2, 3, 13).clone(), qkv[0, 6:8].clone(), qkv[0, 8:].clone()
-    got = Attend(6, 2, 13, 0.3, None, 0.0)(qkv, keys, values, 30, None, None)
-    stored = torch.equal(keys[:, 30], k) and torch.equal(values[:, 30], v)
-    chances = torch.softmax(q @ keys[:, :31].mT * 0.3, -1)
-    seen = (chances @ values[:, :31]).view(1, -1)
-    difference = (got - seen).abs().max() / seen.abs().max()
-    if not stored or not float(torch.maximum(error, difference)) < 1e-5:
+    plain = LayerCache(False, *torch.randn(2, 2, 160, 48, generator=generator))
+    layers = [plain, *(packed_layers(1, 1, 2, 48, CPU, bits)[0] for bits in (8, 4))]
+    for layer in layers:
+        layer.grow(160)
+        past = torch.randn(2, 1, 150, 2, 48, generator=generator)
+        for start in (0, 140):
+            layer.write(past[0, :, start : start + 140], past[1, :, start : start + 140], start)
+        qkv = torch.randn(1, 10, 48, generator=generator)
+        q = qkv[0, :6].reshape(2, 3, 48).clone()
+        got = Attend(6, 2, 48, 0.3, None, 0.0)(qkv, layer, 150, None, None)
+        seen = layer.mix(torch.softmax(layer.scores(q, 0, 151, 0.3), -1), 0, 151).view(1, -1)
+        error = torch.maximum(error, (got - seen).abs().max() / seen.abs().max())
+    if not float(error) < 1e-4:
         raise NoKernel("it does not agree with torch")
-    return "norm, gate, rope and attention"
+    return "norm, gate, rope, attention over 16, 8 and 4 bits"

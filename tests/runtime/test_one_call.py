@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from optim.runtime import cache_packed
+from optim.runtime.cache import Policy
 from optim.runtime.decoder import Decoder
 from optim.runtime.formats.packed import Scheme, pack
 from optim.runtime.formats.packed_linear import PackedLinear
@@ -19,6 +21,7 @@ from optim.runtime.one_call import one_call
 ABLE = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "granite", "smollm3"}
 SCHEMES = [Scheme(4, 16, False), Scheme(4, 32, True), Scheme(8, -1, True), Scheme(3, 16, False)]
 
+STREAM = 48  # positions of a cache
 MakeModel = Callable[..., Path]
 
 
@@ -92,10 +95,24 @@ def test_batches_go_block_by_block(make_model: MakeModel) -> None:
     assert decoder.one_call is not None
 
 
-def compare(model: Model, decoder: Decoder, steps: int) -> None:
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("kind", ["full", "stream"])
+def test_every_cache(
+    bits: int, kind: str, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_packed, "RECENT", 8)
+    model = load_model(str(make_model("mistral")), device="cpu")
+    decoder, calls = with_packed_linears(model, SCHEMES[0]), []
+    run = cpu_blocks.Blocks.__call__
+    monkeypatch.setattr(cpu_blocks.Blocks, "__call__", lambda *args: calls.append(1) or run(*args))
+    compare(model, decoder, steps=40, policy=Policy(bits, kind))
+    assert len(calls) == 40
+
+
+def compare(model: Model, decoder: Decoder, steps: int, policy: Policy | None = None) -> None:
     """Logits and caches of both ways, after a prompt."""
     ids = torch.randint(0, 200, (1, 5 + steps))
-    fast, slow = model.new_cache(), model.new_cache()
+    fast, slow = (model.new_cache(length=STREAM, policy=policy) for _ in range(2))
     kept = decoder.one_call
     for cache in (fast, slow):
         model.forward(ids[:, :5], cache)
