@@ -119,6 +119,19 @@ def test_every_cache(
     compare(load(make_model(family, torch.float32)), Policy(bits), padding, 20)
 
 
+@pytest.mark.parametrize("padding", [None, [0, 3, 5]])
+def test_texts_behind_a_prefix(
+    padding: list[int] | None, make_model: MakeModel, as_on_a_gpu: None
+) -> None:
+    decoder = load(make_model("llama", torch.float32))
+    shape = decoder.shape
+    decoder.prefix = [
+        (torch.randn(1, 3, shape.kv_heads, shape.head_dim), torch.randn(1, 3, shape.kv_heads, 16))
+        for _ in decoder.blocks
+    ]
+    compare(decoder, Policy(), padding, 20)
+
+
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_a_stream_that_forgets(bits: int, make_model: MakeModel, as_on_a_gpu: None) -> None:
     recorder = compare(load(make_model("llama", torch.float32)), Policy(bits, "stream"), None, 60)
