@@ -4,7 +4,7 @@ from typing import Any
 
 from optim.cli import ui
 from optim.cli.both import quantize_and_pack
-from optim.cli.work import How, carry_out, only_planned, recipe_of
+from optim.cli.work import GOES_ON, How, carry_out, only_planned, recipe_of
 from optim.recipes.errors import USAGE, OptimError
 
 
@@ -34,8 +34,12 @@ def unpack(model: str, output: str | None, how: How) -> None:
     from optim.export.unpack import unpack
 
     _use_threads(how.threads)
-    with ui.progress("unpack") as step:
-        made = unpack(model, output, step, force=how.force).as_dict()
+    try:
+        with ui.progress("unpack") as step:
+            made = unpack(model, output, step, force=how.force).as_dict()
+    except KeyboardInterrupt:
+        ui.note(f"stopped; {GOES_ON}")
+        raise
     if how.as_json:
         ui.emit(made)
     rate = made["bytes"] / max(made["seconds"], 1e-9) / 1e9

@@ -129,6 +129,34 @@ def test_a_killed_run_goes_on_with_the_same_bytes(make_model: Make, tmp_path, mo
             assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
 
 
+def test_a_killed_unpacking_goes_on(make_model: Make, tmp_path: Path, monkeypatch) -> None:
+    packed(make_model("llama"), tmp_path / "packed")
+    monkeypatch.setattr("optim.runtime.artifact.SHARD_BYTES", 20_000)
+    unpack(str(tmp_path / "packed"), str(tmp_path / "whole"), quiet)
+
+    def killed(at: int, total: int, text: str) -> None:
+        assert total > 3
+        if at == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        unpack(str(tmp_path / "packed"), str(tmp_path / "out"), killed)
+    assert not (tmp_path / "out").exists()
+    steps: list[int] = []
+    unpack(str(tmp_path / "packed"), str(tmp_path / "out"), lambda at, *_: steps.append(at))
+    assert steps[0] == 3 and not (tmp_path / "out.partial").exists()
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+
+
+def test_a_pruned_model_is_not_packed(make_model: Make, tmp_path: Path) -> None:
+    """The copy would lack the side file, and run densely."""
+    folder = shutil.copytree(make_model("llama"), tmp_path / "pruned")
+    save_file({"x": torch.zeros(1)}, folder / "sparsity.safetensors")
+    with pytest.raises(OptimError, match="is pruned"):
+        packed(folder, tmp_path / "out")
+
+
 def test_a_shard_that_does_not_prove_is_not_kept(make_model: Make, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("optim.export.pack.tensor_hash", lambda tensors: "0")
     with pytest.raises(OptimError, match="does not decode to what it was") as caught:
