@@ -169,7 +169,7 @@ def _notes(recipe: Recipe, checkpoint: Checkpoint) -> list[str]:
     if isinstance(section, Threshold) and section.only == "all" and section.sparsity > SAFE:
         notes.append(
             f"{section.sparsity:.0%} is much: perplexity of demo x1.02 at 25 %, x1.13 at 40 %, "
-            "x1.5 at 50 %"
+            "x1.4 at 50 %"
             + ("; models below 1 B bear 25 % (--sparsity 0.25)" if weights < SMALL else "")
         )
     if (checkpoint.quantization or {}).get("quant_method") and isinstance(section, Threshold):
