@@ -15,6 +15,7 @@ import importlib.util
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,11 +56,14 @@ def texts(
     return windows, evaluations
 
 
-def make(form: str, bits: int, sym: bool, windows: torch.Tensor, folder: Path) -> Checkpoint:
-    """One artifact; prints what it cost."""
+def make(
+    form: str, bits: int, sym: bool, windows: torch.Tensor, folder: Path, sets: Sequence[str] = ()
+) -> Checkpoint:
+    """One artifact; prints what it cost. `sets`: keys of the forms that are fitted to text."""
     out = folder / f"{form}-{bits}{'-sym' if sym else ''}"
     keys = {"model": "demo", "output": str(out), "quantize.bits": bits, "quantize.sym": sym}
-    recipe = build_recipe(None, keys | {"quantize.group_size": 64} | FORMS[form], [])
+    fitted = [] if form == "rtn" else list(sets)
+    recipe = build_recipe(None, keys | {"quantize.group_size": 64} | FORMS[form], fitted)
     start, cpu = time.monotonic(), time.process_time()
     given = None if form == "rtn" else windows
     quantize(plan(recipe), lambda at, total, text: None, given)
@@ -132,6 +136,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--sym", action="store_true")
+    parser.add_argument("--set", action="append", default=[], help="as quantize.damping=0.3")
     peer = [PEER] if importlib.util.find_spec("llmcompressor") else []
     known = [*FORMS, *peer]
     parser.add_argument("--forms", nargs="+", default=known, choices=known)
@@ -145,7 +150,9 @@ def main() -> None:
                 if form == PEER:
                     made[form] = make_peer(bits, options.sym, calibration, Path(folder))
                 else:
-                    made[form] = make(form, bits, options.sym, calibration, Path(folder))
+                    made[form] = make(
+                        form, bits, options.sym, calibration, Path(folder), options.set
+                    )
             for text, windows in evaluations.items():
                 found = dict(
                     zip(made, evaluate_windows(list(made.values()), base, windows), strict=True)

@@ -24,9 +24,8 @@ def quantize_and_pack(recipe: Recipe, how: How) -> None:
     from optim.quant.run import plan
 
     assert recipe.quantize is not None and recipe.pack is not None
-    trust = how.trust_remote_code
     alone = recipe.model_copy(update={"pack": None, "output": None})
-    made = plan(alone, force=True, device=how.device, threads=how.threads, trust_remote_code=trust)
+    made = plan(alone, **replace(how, force=True).given)
     output = Path(recipe.output or f"{made.output}-{recipe.pack.layout}")
     # What packing would refuse is refused before hours of quantization.
     packing.plan(made.checkpoint, recipe.pack, str(output), force=how.force)

@@ -1,6 +1,7 @@
 """`optim prune -m prosparse`: the plan, the training as it goes on, what came out."""
 
 import os
+from dataclasses import replace
 from typing import Any
 
 from optim.cli import training, ui
@@ -13,13 +14,7 @@ def work(recipe: Recipe, how: How) -> None:
     ui.notes.quiet = how.quiet or os.environ.get("RANK", "0") != "0"
     from optim.prune import plan, prosparse
 
-    made = plan.plan(
-        recipe,
-        force=how.force,
-        device=_own_device(how.device),
-        threads=how.threads,
-        trust_remote_code=how.trust_remote_code,
-    )
+    made = plan.plan(recipe, **replace(how, device=_own_device(how.device)).given)
     prosparse.check(made)
     if only_planned(made.as_dict() | prosparse.needs(made), how, show_plan):
         return

@@ -19,13 +19,7 @@ def prune(file_or_name: str | None, keys: dict[str, Any], sets: Sequence[str], h
         return
     from optim.prune.run import plan, prune
 
-    made = plan(
-        recipe,
-        force=how.force,
-        device=how.device,
-        threads=how.threads,
-        trust_remote_code=how.trust_remote_code,
-    )
+    made = plan(recipe, **how.given)
     if only_planned(made.as_dict(), how, _show_plan):
         return
     assert recipe.prune is not None

@@ -24,13 +24,7 @@ def quantize(file_or_name: str | None, keys: dict[str, Any], sets: Sequence[str]
         return quantize_and_pack(recipe, how)
     from optim.quant.run import plan, quantize
 
-    made = plan(
-        recipe,
-        force=how.force,
-        device=how.device,
-        threads=how.threads,
-        trust_remote_code=how.trust_remote_code,
-    )
+    made = plan(recipe, **how.given)
     if only_planned(made.as_dict(), how, _show_plan):
         return
     assert recipe.quantize is not None

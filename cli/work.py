@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 from optim.cli import ui
 from optim.recipes.build import build_recipe, to_yaml
@@ -25,6 +25,25 @@ class How:
     quiet: bool = False
     print_recipe: bool = False
     dry_run: bool = False
+
+    @property
+    def given(self) -> "Given":
+        """What every plan takes beside its recipe."""
+        return Given(
+            force=self.force,
+            device=self.device,
+            threads=self.threads,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+class Given(TypedDict):
+    """Arguments of a plan."""
+
+    force: bool
+    device: str
+    threads: int | None
+    trust_remote_code: bool
 
 
 class Facts(Protocol):

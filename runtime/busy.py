@@ -1,7 +1,7 @@
 """How many cores other programs leave free, seen over the time a model takes to load.
 
-Threads that wait for one another are as slow as the slowest: on two cores of which one is taken,
-two threads decode at half the speed of one.
+Threads that wait for one another are as slow as the slowest: on cores that others keep busy two
+threads decode at little more than half the speed of one.
 """
 
 import os

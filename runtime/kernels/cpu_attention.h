@@ -5,10 +5,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 
-enum { WIDE = 8 };
-typedef float wide __attribute__((vector_size(4 * WIDE)));
-typedef float wide_at __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
-typedef int32_t lanes __attribute__((vector_size(4 * WIDE)));
+#include "cpu_half.h"
 
 /* exp for x <= 0: 2^n * e^r with |r| <= ln2 / 2; relative error below 1e-7. */
 static inline float expo(float x) {

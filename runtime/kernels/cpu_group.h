@@ -8,7 +8,6 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "cpu_attention.h"
 #include "cpu_half.h"
 
 #define ALWAYS static inline __attribute__((always_inline))

@@ -1,9 +1,12 @@
-/* fp16 and codes in memory, float in registers. FAST_HALF 0: the CPU cannot convert fp16 itself. */
+/* Vectors of eight floats, from fp16 or codes in memory. FAST_HALF 0: the CPU cannot convert fp16 itself. */
 #ifndef OPTIM_CPU_HALF_H
 #define OPTIM_CPU_HALF_H
 #include <stdint.h>
 
-typedef float float8 __attribute__((vector_size(32)));
+enum { WIDE = 8 };
+typedef float wide __attribute__((vector_size(4 * WIDE)));
+typedef float wide_at __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
+typedef int32_t lanes __attribute__((vector_size(4 * WIDE)));
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -11,16 +14,8 @@ typedef float float8 __attribute__((vector_size(32)));
 
 #if defined(__F16C__)
 #define FAST_HALF 1
-static inline float8 widen8(const uint16_t *x) {
-    return (float8)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x));
-}
-static inline void widen(const uint16_t *x, float *y, int64_t n) {
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        __builtin_prefetch(x + i + 64);
-        _mm256_storeu_ps(y + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(x + i))));
-    }
-    for (; i < n; i++) y[i] = _cvtsh_ss(x[i]);
+static inline wide widen8(const uint16_t *x) {
+    return (wide)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x));
 }
 static inline uint16_t narrow(float x) {
     x = x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x;
@@ -30,15 +25,11 @@ static inline uint16_t narrow(float x) {
 #elif defined(__aarch64__)
 #include <string.h>
 #define FAST_HALF 1
-static inline float8 widen8(const uint16_t *x) {
+static inline wide widen8(const uint16_t *x) {
     typedef __fp16 half8 __attribute__((vector_size(16)));
     half8 v;
     memcpy(&v, x, sizeof v);
-    return __builtin_convertvector(v, float8);
-}
-static inline void widen(const uint16_t *x, float *y, int64_t n) {
-    const __fp16 *half = (const __fp16 *)x;
-    for (int64_t i = 0; i < n; i++) y[i] = half[i];
+    return __builtin_convertvector(v, wide);
 }
 static inline uint16_t narrow(float x) {
     const __fp16 half = x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x;
@@ -49,8 +40,7 @@ static inline uint16_t narrow(float x) {
 
 #else
 #define FAST_HALF 0
-static inline float8 widen8(const uint16_t *x) { return (void)x, (float8){0}; }
-static inline void widen(const uint16_t *x, float *y, int64_t n) { (void)x, (void)y, (void)n; }
+static inline wide widen8(const uint16_t *x) { return (void)x, (wide){0}; }
 static inline uint16_t narrow(float x) { return (void)x, 0; }
 #endif
 
@@ -58,21 +48,21 @@ static inline uint16_t narrow(float x) { return (void)x, 0; }
 static inline __m256i words8(const uint8_t *x) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)x));
 }
-static inline float8 bytes8(const uint8_t *x) { return (float8)_mm256_cvtepi32_ps(words8(x)); }
-static inline float8 lows8(const uint8_t *x) {
-    return (float8)_mm256_cvtepi32_ps(_mm256_and_si256(words8(x), _mm256_set1_epi32(15)));
+static inline wide bytes8(const uint8_t *x) { return (wide)_mm256_cvtepi32_ps(words8(x)); }
+static inline wide lows8(const uint8_t *x) {
+    return (wide)_mm256_cvtepi32_ps(_mm256_and_si256(words8(x), _mm256_set1_epi32(15)));
 }
-static inline float8 highs8(const uint8_t *x) {
-    return (float8)_mm256_cvtepi32_ps(_mm256_srli_epi32(words8(x), 4));
+static inline wide highs8(const uint8_t *x) {
+    return (wide)_mm256_cvtepi32_ps(_mm256_srli_epi32(words8(x), 4));
 }
 #else
-#define EIGHT(of) (float8){of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7)}
+#define EIGHT(of) (wide){of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7)}
 #define BYTE(i) x[i]
 #define LOW(i) (x[i] & 15)
 #define HIGH(i) (x[i] >> 4)
-static inline float8 bytes8(const uint8_t *x) { return EIGHT(BYTE); }
-static inline float8 lows8(const uint8_t *x) { return EIGHT(LOW); }
-static inline float8 highs8(const uint8_t *x) { return EIGHT(HIGH); }
+static inline wide bytes8(const uint8_t *x) { return EIGHT(BYTE); }
+static inline wide lows8(const uint8_t *x) { return EIGHT(LOW); }
+static inline wide highs8(const uint8_t *x) { return EIGHT(HIGH); }
 #endif
 
 #endif
