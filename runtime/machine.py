@@ -39,10 +39,8 @@ def has_bf16_units() -> bool:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of activations and of dense weights."""
-    if device.type == "cuda":
-        return torch.bfloat16
-    return torch.bfloat16 if has_bf16_units() else torch.float32
+    """The dtype of activations and of dense weights: fp32 on every CPU (docs/engine.md)."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def peak_bytes() -> int:
