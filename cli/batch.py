@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from optim.cli import ui
-from optim.cli.lines import decode
+from optim.cli.conversation.input import decode
 from optim.recipes.errors import USAGE, OptimError
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optim.cli import chat as chats
 from optim.cli import ui
-from optim.cli.lines import decode, editor, plain
+from optim.cli.conversation import chat as chats
+from optim.cli.conversation.input import decode, editor, plain
 from optim.recipes.errors import USAGE, OptimError
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def _once_json(session: Session, pieces: Generator[str, None, None]) -> int:
 
 
 def _talk(session: Session, options: RunOptions) -> int:
-    from optim.cli.commands import endings
+    from optim.cli.conversation.commands import endings
 
     if not session.model.tokenizer.has_chat_template:
         fix = 'let it continue a text: optim run MODEL "TEXT"'

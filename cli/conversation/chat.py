@@ -20,7 +20,7 @@ from optim.cli import ui
 from optim.recipes.errors import OptimError
 
 if TYPE_CHECKING:
-    from optim.cli.lines import Reader
+    from optim.cli.conversation.input import Reader
     from optim.runtime.engine import Session, Stats
 
 LEAVE = "Ctrl-D or /quit leaves"
@@ -93,7 +93,7 @@ def answer(chat: Chat, text: str) -> None:
 
 def take(chat: Chat, text: str) -> None:
     """One message: a slash command or a question. Mistakes are explained and nothing ends."""
-    from optim.cli.commands import find
+    from optim.cli.conversation.commands import find
 
     try:
         command = find(text)

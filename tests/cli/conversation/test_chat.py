@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from optim.cli.chat import Chat, talk
-from optim.cli.commands import COMMANDS, endings
-from optim.cli.lines import plain
+from optim.cli.conversation.chat import Chat, talk
+from optim.cli.conversation.commands import COMMANDS, endings
+from optim.cli.conversation.input import plain
 from optim.runtime.engine import Sampling, Stats
 
 TINY = SimpleNamespace(checkpoint=SimpleNamespace(name="tiny", source="./tiny"))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from optim.cli.lines import decode, is_open, plain, unquote
+from optim.cli.conversation.input import decode, is_open, plain, unquote
 from optim.recipes.errors import OptimError
 
 

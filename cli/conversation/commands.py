@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from optim.cli import saved, ui
-from optim.cli.chat import Chat, answer, describe
+from optim.cli import ui
+from optim.cli.conversation import saved
+from optim.cli.conversation.chat import Chat, answer, describe
 from optim.recipes.errors import USAGE, OptimError
 
 if TYPE_CHECKING:

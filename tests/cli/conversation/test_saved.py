@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optim.cli.saved import Message, SavedChat, load, save
+from optim.cli.conversation.saved import Message, SavedChat, load, save
 from optim.recipes.errors import OptimError
 
 TURNS = [Message(role="user", content="hi"), Message(role="assistant", content="hello\n…")]
