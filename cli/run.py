@@ -210,6 +210,7 @@ def _once_json(session: Session, pieces: Generator[str, None, None]) -> int:
 
 def _talk(session: Session, options: RunOptions) -> int:
     from optim.cli.conversation.commands import endings
+    from optim.cli.conversation.repl import talk
 
     if not session.model.tokenizer.has_chat_template:
         fix = 'let it continue a text: optim run MODEL "TEXT"'
@@ -219,5 +220,5 @@ def _talk(session: Session, options: RunOptions) -> int:
     ui.note(" · ".join([*title, "/help, Ctrl-C stops a reply, Ctrl-D leaves"]))
     at_terminal = _at_terminal()
     complete = partial(endings, chat)
-    chats.talk(chat, editor(complete) if at_terminal else plain(sys.stdin.buffer))
+    talk(chat, editor(complete) if at_terminal else plain(sys.stdin.buffer))
     return 0

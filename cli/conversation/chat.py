@@ -1,4 +1,4 @@
-"""The conversation at the terminal: read a message, stream the reply, keep what came.
+"""A question of the conversation: stream the reply, keep what came.
 
 Replies go to standard output, everything else to standard error. The first Ctrl-C during a reply
 asks it to stop after the token at hand, so that the cache and the text agree; what came so far is
@@ -17,13 +17,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
 from optim.cli import ui
-from optim.recipes.errors import OptimError
 
 if TYPE_CHECKING:
-    from optim.cli.conversation.input import Reader
     from optim.runtime.engine import Session, Stats
-
-LEAVE = "Ctrl-D or /quit leaves"
 
 
 @dataclass(slots=True)
@@ -89,30 +85,3 @@ def answer(chat: Chat, text: str) -> None:
     stats = chat.session.stats
     if stopped or chat.show_stats or stats.stop_reason in ("length", "context"):
         ui.note(describe(stats, stopped))
-
-
-def take(chat: Chat, text: str) -> None:
-    """One message: a slash command or a question. Mistakes are explained and nothing ends."""
-    from optim.cli.conversation.commands import find
-
-    try:
-        command = find(text)
-        if command is not None:
-            command.handler(chat, "".join(text.split(maxsplit=1)[1:]))
-        elif text:
-            answer(chat, text)
-    except OptimError as error:
-        ui.error(error)
-
-
-def talk(chat: Chat, read: Reader) -> None:
-    """The loop: until /quit or the end of input."""
-    while not chat.done:
-        try:
-            take(chat, read())
-        except EOFError:
-            break
-        except KeyboardInterrupt:
-            ui.note(LEAVE)
-        except OptimError as error:
-            ui.error(error)
