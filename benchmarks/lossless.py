@@ -28,9 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optim.export.dfloat11 import Counts, Encoder, words
-from optim.export.pack import pack
-from optim.export.plan import plan
+from optim.export.lossless.dfloat11 import Counts, Encoder, words
+from optim.export.lossless.pack import pack
+from optim.export.lossless.plan import plan
 from optim.recipes.schema import Pack
 from optim.runtime.checkpoint import open_checkpoint
 from optim.runtime.formats.bf12 import PIECES, planes_of

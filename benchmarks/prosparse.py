@@ -20,8 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from optim.prune.relu import feed_forwards, swap
-from optim.prune.student import load_teacher
+from optim.prune.prosparse.relu import feed_forwards, swap
+from optim.prune.prosparse.student import load_teacher
 from optim.runtime.checkpoint import open_checkpoint
 from optim.runtime.corpus import evaluation_windows
 from optim.runtime.walk import find_blocks

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optim.quant.mergequant import Form, MergeSolver
-from optim.quant.sinks import find_prefix
+from optim.quant.mergequant.prefix import find_prefix
+from optim.quant.mergequant.solver import Form, MergeSolver
 from optim.runtime.checkpoint import Checkpoint, open_checkpoint
 from optim.runtime.corpus import calibration_windows, evaluation_windows
 from optim.runtime.hadamard import mixing, random_signs

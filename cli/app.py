@@ -81,7 +81,7 @@ def quantize(
 ) -> None:
     """Store weights in 2, 3, 4 or 8 bits, guided by text or not; mergequant: activations too."""
     from optim.cli import quantize as command
-    from optim.cli.work import How
+    from optim.cli.compress import How
 
     keys = {"model": model, "output": output} | {
         "calibration.dataset": calibration,
@@ -145,7 +145,7 @@ def prune(
 ) -> None:
     """Leave out what hardly matters as the model runs: small inputs, idle neurons, zeros."""
     from optim.cli import prune as command
-    from optim.cli.work import How
+    from optim.cli.compress import How
 
     keys = {
         "model": model,
@@ -191,7 +191,7 @@ def pack(
 ) -> None:
     """Store bf16 weights in 11 or 12 bits without any loss, and prove it."""
     from optim.cli import pack as command
-    from optim.cli.work import How
+    from optim.cli.compress import How
 
     keys = {
         "model": model,
@@ -217,7 +217,7 @@ def unpack(
 ) -> None:
     """Write the tensors that were packed, byte for byte."""
     from optim.cli import pack as command
-    from optim.cli.work import How
+    from optim.cli.compress import How
 
     how = How("cpu", threads, force=force, as_json=json, quiet=quiet)
     command.unpack(model, output, how)

@@ -3,8 +3,8 @@
 from typing import Any
 
 from optim.cli import ui
-from optim.cli.both import quantize_and_pack
-from optim.cli.work import GOES_ON, How, carry_out, only_planned, recipe_of
+from optim.cli.compress import GOES_ON, How, carry_out, only_planned, recipe_of
+from optim.cli.quantize_and_pack import quantize_and_pack
 from optim.recipes.errors import USAGE, OptimError
 
 
@@ -16,8 +16,8 @@ def pack(file_or_name: str | None, keys: dict[str, Any], how: How) -> None:
     assert recipe.model is not None and recipe.pack is not None
     if recipe.quantize is not None:
         return quantize_and_pack(recipe, how)
-    from optim.export.pack import pack
-    from optim.export.plan import plan
+    from optim.export.lossless.pack import pack
+    from optim.export.lossless.plan import plan
 
     _use_threads(how.threads)
     trust = how.trust_remote_code
@@ -31,7 +31,7 @@ def unpack(model: str, output: str | None, how: How) -> None:
     if output is None:
         raise OptimError("no output folder is given", "-o/--output FOLDER", USAGE)
     ui.notes.quiet = how.quiet
-    from optim.export.unpack import unpack
+    from optim.export.lossless.unpack import unpack
 
     _use_threads(how.threads)
     try:

@@ -4,15 +4,17 @@ import os
 from dataclasses import replace
 from typing import Any
 
-from optim.cli import training, ui
-from optim.cli.work import How, only_planned
+from optim.cli import prune_prosparse as training
+from optim.cli import ui
+from optim.cli.compress import How, only_planned
 from optim.recipes.schema import Recipe
 
 
 def work(recipe: Recipe, how: How) -> None:
     """Plan, train and write; all processes of torchrun do this, the first one speaks."""
     ui.notes.quiet = how.quiet or os.environ.get("RANK", "0") != "0"
-    from optim.prune import plan, prosparse
+    from optim.prune import plan
+    from optim.prune.prosparse import run as prosparse
 
     made = plan.plan(recipe, **replace(how, device=_own_device(how.device)).given)
     prosparse.check(made)

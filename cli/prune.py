@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from optim.cli import prosparse, ui
-from optim.cli.work import How, carry_out, only_planned, recipe_of
+from optim.cli.compress import How, carry_out, only_planned, recipe_of
 
 
 def prune(file_or_name: str | None, keys: dict[str, Any], sets: Sequence[str], how: How) -> None:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from optim.cli import sizes, ui
-from optim.cli.both import quantize_and_pack
-from optim.cli.work import How, carry_out, only_planned, recipe_of
+from optim.cli.compress import How, carry_out, only_planned, recipe_of
+from optim.cli.quantize_and_pack import quantize_and_pack
 
 
 def word(text: str | None) -> Any:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from optim.quant.mergequant.rotation import refuse_family
+from optim.quant.mergequant.sites import KEPT_BYTES, SAMPLE_TOKENS
 from optim.quant.observe import GRAM_BYTES
-from optim.quant.rotation import refuse_family
-from optim.quant.sites import KEPT_BYTES, SAMPLE_TOKENS
 from optim.recipes.errors import MACHINE, USAGE, OptimError
 from optim.recipes.patterns import matches
 from optim.recipes.schema import MergeQuant, Override, Recipe, Rounding, Rtn

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optim.quant.block_solver import BlockSolver, Solved
 from optim.quant.finish import finish
 from optim.quant.grid import nearest
-from optim.quant.merged import merge_solver, static_config, static_tensors, with_prefix
-from optim.quant.mergequant import MergeSolver
+from optim.quant.mergequant.solver import MergeSolver
+from optim.quant.mergequant.stored import merge_solver, static_config, static_tensors, with_prefix
 from optim.quant.plan import Plan, plan
 from optim.quant.rounding import RoundedLinear
-from optim.quant.solve import BlockSolver, Solved
 from optim.recipes.errors import OptimError
 from optim.recipes.schema import MergeQuant, Recipe, Rtn
 from optim.runtime.artifact import Workspace, identity, tensor_sha256

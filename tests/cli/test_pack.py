@@ -168,7 +168,9 @@ def test_quantization_is_not_done_twice(
     recipe = both[0]
     words = ("quantize", "--recipe", recipe, "-o", tmp_path / "out", "--quiet")
     with monkeypatch.context() as patch:
-        patch.setattr("optim.export.pack.pack", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "optim.export.lossless.pack.pack", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         assert run(*words) == 130
     assert {path.name for path in tmp_path.iterdir()} == {"out.quantized"}
     monkeypatch.setattr(quantizing, "quantize", lambda *_: pytest.fail("it is there already"))

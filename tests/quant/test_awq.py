@@ -8,8 +8,8 @@ from torch import Tensor
 
 from optim.quant import awq
 from optim.quant.awq import Reader, diagonal_blocks, search_clip, search_scale, share_heads
+from optim.quant.block_solver import _sample
 from optim.quant.grid import Grid, make_grid, nearest, ranges, restore, round_to
-from optim.quant.solve import _sample
 from optim.runtime.formats.packed import Scheme
 from optim.runtime.walk import StoredLinear
 

@@ -164,7 +164,7 @@ def test_starved_experts_are_rounded_plainly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Some of them, or all; the folds around them still hold."""
-    monkeypatch.setattr("optim.quant.solve.STARVED", tokens)
+    monkeypatch.setattr("optim.quant.block_solver.STARVED", tokens)
     base = make_model("mixtral")
     report = compress(base, tmp_path / "out", bits=8)
     starved = [note for note in report.notes if "too few tokens seen" in note]
@@ -190,11 +190,11 @@ def test_experts_in_turns_are_solved_as_well(
         seen.append(len(found))
         return found
 
-    monkeypatch.setattr("optim.quant.solve.observe", counted)
+    monkeypatch.setattr("optim.quant.block_solver.observe", counted)
     base, whole, turns = make_model(family_), tmp_path / "whole", tmp_path / "turns"
     wanted = compress(base, whole).blocks
     at_once, seen[:] = list(seen), []
-    monkeypatch.setattr("optim.quant.solve.GRAM_BYTES", 1)
+    monkeypatch.setattr("optim.quant.block_solver.GRAM_BYTES", 1)
     got = compress(base, turns).blocks
     assert len(at_once) == 2, "a block is observed once"
     assert len(seen) == 2 * (4 + 1), "four experts, then the rest"

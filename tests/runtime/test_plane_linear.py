@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from optim.export.pack import pack
-from optim.export.plan import plan
+from optim.export.lossless.pack import pack
+from optim.export.lossless.plan import plan
 from optim.recipes.schema import Pack
 from optim.runtime.kernels import cpu_bf12
 from optim.runtime.linear import DenseLinear

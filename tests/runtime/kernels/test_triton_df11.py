@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from optim.export.dfloat11 import encode
+from optim.export.lossless.dfloat11 import encode
 from optim.runtime.formats.dfloat11 import Unit
 from optim.runtime.tensor_files import TensorInfo
 

@@ -1,0 +1,81 @@
+"""A recipe with the sections quantize and pack: the two commands in turn, one folder in the end.
+
+The first makes OUTPUT.quantized, which a run that was stopped finds again; the second packs what
+the first left in bf16, and takes over what its manifest says.
+"""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optim.cli import sizes, ui
+from optim.cli.compress import How, carry_out, only_planned
+from optim.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from optim.export.lossless.pack import Progress, Report
+    from optim.quant.plan import Plan
+
+
+def quantize_and_pack(recipe: Recipe, how: How) -> None:
+    """Plan both, and do both unless it is a dry run. Raises OptimError as either command does."""
+    from optim.export.lossless import plan as packing
+    from optim.quant.run import plan
+
+    assert recipe.quantize is not None and recipe.pack is not None
+    alone = recipe.model_copy(update={"pack": None, "output": None})
+    made = plan(alone, **replace(how, force=True).given)
+    output = Path(recipe.output or f"{made.output}-{recipe.pack.layout}")
+    # What packing would refuse is refused before hours of quantization.
+    packing.plan(made.checkpoint, recipe.pack, str(output), force=how.force)
+    made = replace(made, output=output.with_name(f"{output.name}.quantized"), force=how.force)
+    after = f"then what stays bf16 is packed without loss ({recipe.pack.layout})"
+    facts = made.as_dict() | {"output": str(output), "notes": [*made.as_dict()["notes"], after]}
+    if only_planned(facts, how, _show_plan):
+        return
+
+    def work(step: "Progress") -> "Report":
+        if not _is_there(made):
+            _quantize(made, step)
+        assert recipe.pack is not None
+        second = packing.plan(str(made.output), recipe.pack, str(output), force=how.force)
+        from optim.export.lossless.pack import pack
+
+        report = pack(second, step)
+        shutil.rmtree(made.output)
+        return report
+
+    carry_out(f"{recipe.quantize.method}, pack", work, how, _facts)
+
+
+def _quantize(made: "Plan", step: "Progress") -> None:
+    from optim.quant.run import quantize
+    from optim.runtime.output import check_output
+
+    check_output(made.output, made.force, made.output_bytes)
+    quantize(made, step)
+
+
+def _is_there(made: "Plan") -> bool:
+    """Whether an earlier run of the same recipe on the same model has quantized already."""
+    from optim.runtime.verify import read_manifest
+
+    found = read_manifest(made.output) if made.output.is_dir() else None
+    wanted = made.recipe.model_dump(mode="json", exclude={"output"})
+    source = made.checkpoint.fingerprint()
+    return found is not None and found["recipe"] == wanted and found["source"]["sha256"] == source
+
+
+def _show_plan(plan: dict[str, Any]) -> None:
+    ui.say(f"{plan['model']} · {plan['blocks']} blocks · {ui.size(plan['source_bytes'])}")
+    sizes.show(plan["groups"])
+
+
+def _facts(report: dict[str, Any]) -> list[str]:
+    return [
+        ui.size(report["output_bytes"]),
+        f"{report['packed_weights']:,} bf16 weights in {report['packed_bits_per_weight']:.3f} bits,"
+        " each decoded again and proven equal",
+        ui.seconds(report["seconds"]),
+    ]

@@ -1,0 +1,149 @@
+"""A packed folder's small files (configuration, manifest, recipe, card), then its name."""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from optim.export.lossless.dfloat11 import VERSION
+from optim.export.lossless.plan import BLOCK, Plan
+from optim.recipes.build import to_yaml
+from optim.recipes.schema import Recipe
+from optim.runtime.artifact import FORMAT_VERSION, Workspace
+from optim.runtime.lossless import BF12_KEY, DF11_KEY, HASHES, KEYS, SHAPES
+from optim.runtime.verify import MANIFEST, read_manifest
+
+# Of the manifest of a quantized model: facts that hold after packing too.
+KEPT = ("calibration", "parameters", "modules", "blocks", "source_sha256")
+DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+def packed_config(layout: str, records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What config.json gets: which units there are, and what each stands for."""
+    if layout == "bf12":
+        return {BF12_KEY: {"version": 1}}
+    units = {unit: names for record in records for unit, names in record["units"].items()}
+    facts = {"version": VERSION, "threads_per_block": [512], "bytes_per_thread": 8}
+    return {DF11_KEY: facts | {"pattern_dict": patterns(units)}}
+
+
+def patterns(units: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """Regular expression of unit names -> the modules in it, in order; none if it is one itself.
+
+    Blocks that hold the same share one expression, as in the published releases; where some block
+    of a stack differs, each of them has its own.
+    """
+    inside = {unit: _inside(unit, names) for unit, names in units.items()}
+    kinds: dict[str, set[tuple[str, ...]]] = {}
+    for unit, parts in inside.items():
+        kinds.setdefault(_numbered(unit), set()).add(parts)
+    return {
+        _numbered(unit) if len(kinds[_numbered(unit)]) == 1 else re.escape(unit): list(parts)
+        for unit, parts in inside.items()
+    }
+
+
+def _inside(unit: str, names: list[str]) -> tuple[str, ...]:
+    if names in ([unit], [f"{unit}.weight"]):
+        return ()
+    return tuple(name.removeprefix(f"{unit}.").removesuffix(".weight") for name in names)
+
+
+def _numbered(unit: str) -> str:
+    """The expression for a block and its like; of anything else its own name."""
+    if not BLOCK.fullmatch(f"{unit}.weight") or not unit.rpartition(".")[2].isdigit():
+        return re.escape(unit)
+    return re.escape(unit.rpartition(".")[0]) + r"\.\d+"
+
+
+def finish(made: Plan, workspace: Workspace) -> dict[str, Any]:
+    """Write what belongs beside the shards and publish; returns the facts of the report."""
+    manifest = _manifest(made, workspace)
+    workspace.write_text("config.json", json.dumps(_config(made, workspace), indent=2) + "\n")
+    workspace.write_text(MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    workspace.write_text("recipe.yaml", to_yaml(_recipe(made, manifest)))
+    workspace.write_text("README.md", _card(made, manifest))
+    made.checkpoint.write_sidecars(workspace.files)
+    workspace.publish()
+    keys = ("packed_weights", "packed_bits_per_weight", "limit_bits_per_weight", "notes")
+    return {key: manifest[key] for key in keys} | {"output_bytes": manifest["bytes"]}
+
+
+def _config(made: Plan, workspace: Workspace) -> dict[str, Any]:
+    """The model's own, and one key."""
+    config = {key: value for key, value in made.checkpoint.config.items() if key not in KEYS}
+    if made.pack.cast:
+        config |= {key: "bfloat16" for key in DTYPE_KEYS if key in config}
+    return config | packed_config(made.pack.layout, workspace.done)
+
+
+def _manifest(made: Plan, workspace: Workspace) -> dict[str, Any]:
+    records = workspace.done
+    limits = {name: bits for record in records for name, bits in record["limits"].items()}
+    shapes = {name: shape for record in records for name, shape in record["shapes"].items()}
+    weights = {name: math.prod(shape) for name, shape in shapes.items()}
+    sizes = {name: size for record in records for name, size in record["tensors"].items()}
+    plain = made.checkpoint.store.infos
+    coded = sum(size for name, size in sizes.items() if name not in plain)
+    total = sum(weights.values())
+    limit = sum(limits[name] * count for name, count in weights.items())
+    before = _before(made)
+    return {
+        "format_version": FORMAT_VERSION,
+        **{key: before[key] for key in KEPT if key in before},
+        "source": before["source"],
+        "recipe": before["recipe"] | {"pack": made.pack.model_dump(mode="json")},
+        "bytes": sum(sizes.values()),
+        "packed_weights": total,
+        "packed_bits_per_weight": 8 * coded / total if total else 0.0,
+        "limit_bits_per_weight": limit / total if total else 0.0,
+        "notes": [*before["notes"], *made.notes, *(n for r in records for n in r["notes"])],
+        "shards": {record["file"]: record["sha256"] for record in records},
+        SHAPES: shapes,
+        "packed_bits": {k: v for record in records for k, v in record["packed_bits"].items()},
+        "limits": limits,
+        HASHES: {k: v for r in records for k, v in r["original_sha256"].items()},
+    }
+
+
+def _before(made: Plan) -> dict[str, Any]:
+    """What the manifest of a model that optim itself has quantized says, else the model's name."""
+    checkpoint = made.checkpoint
+    found = read_manifest(checkpoint.folder) or {}
+    if checkpoint.quantization is not None and {"source", "recipe", "notes"} <= found.keys():
+        return found | {"source_sha256": found.get(HASHES)}
+    source = {"name": checkpoint.name, "sha256": checkpoint.fingerprint()}
+    return {"source": source, "recipe": {"version": 1, "model": checkpoint.source}, "notes": []}
+
+
+def _recipe(made: Plan, manifest: Mapping[str, Any]) -> Recipe:
+    """What makes this folder again: quantization too, if that came first."""
+    given = {key: value for key, value in manifest["recipe"].items() if value is not None}
+    try:
+        return Recipe.model_validate(given)
+    except ValueError:  # the manifest of another version
+        return Recipe(version=1, model=made.checkpoint.source, pack=made.pack)
+
+
+def _card(made: Plan, manifest: Mapping[str, Any]) -> str:
+    name, recipe = made.output.name, _recipe(made, manifest)
+    layout = {"df11": "DFloat11", "bf12": "bf12"}[made.pack.layout]
+    method = "" if recipe.quantize is None else f"quantized ({recipe.quantize.method}), the rest "
+    return f"""---
+base_model: {recipe.model}
+library_name: transformers
+tags: [{made.pack.layout}, lossless, optim]
+---
+
+# {name}
+
+{manifest["source"]["name"]}, {method}packed without loss by `optim` as {layout}:
+{manifest["bytes"]:,} bytes of weights (before packing {made.source_bytes:,}).
+{manifest["packed_bits_per_weight"]:.3f} bits for each packed weight; no code of single weights goes
+below {manifest["limit_bits_per_weight"]:.3f}.
+
+    optim run {name}
+    optim inspect {name} --verify    # decodes every tensor and compares with the original's sha256
+    optim unpack {name} -o ORIGINAL  # the original tensors, byte for byte
+"""

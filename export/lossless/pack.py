@@ -1,0 +1,181 @@
+"""`optim pack`: a model's bf16 weights in fewer bytes, without loss, shard by shard.
+
+Each shard is counted, encoded, written, then decoded again *from the file* and compared with the
+sha256 of the original before it is journalled; a killed run goes on with the next one.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from optim.export.lossless.dfloat11 import Encoder
+from optim.export.lossless.finish import finish, packed_config
+from optim.export.lossless.plan import Plan, Shard, stored_dtype
+from optim.export.lossless.survey import Survey, survey
+from optim.recipes.errors import CHECK_FAILED, OptimError
+from optim.runtime.artifact import Workspace, disk_error
+from optim.runtime.formats.bf12 import Splitter
+from optim.runtime.lossless import SHAPES, LosslessStore, pieces, tensor_hash
+from optim.runtime.machine import peak_bytes
+from optim.runtime.tensor_writer import TensorWriter
+
+Progress = Callable[[int, int, str], None]
+PREFIX = {"df11": "", "bf12": "bf12_"}  # of the names of a unit's tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was made: for the screen and `--json`. Bits per weight are those of packed tensors."""
+
+    output: str
+    layout: str
+    source_bytes: int
+    output_bytes: int
+    packed_weights: int
+    packed_bits_per_weight: float
+    limit_bits_per_weight: float
+    seconds: float
+    peak_memory_bytes: int
+    notes: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """A plain dictionary."""
+        return asdict(self)
+
+
+def pack(made: Plan, progress: Progress) -> Report:
+    """Carry out a plan; resumes an unfinished run of the same plan.
+
+    Raises OptimError: 2 for input that turns out to be bad, 3 if a shard does not decode to what
+    went in, 4 where the machine gave out.
+    """
+    start = time.monotonic()
+    workspace = Workspace(made.output, _identity(made), made.force)
+    with workspace:
+        _Job(made, workspace, progress).run()
+        facts = finish(made, workspace)
+    return Report(
+        output=str(made.output),
+        layout=made.pack.layout,
+        source_bytes=made.source_bytes,
+        seconds=time.monotonic() - start,
+        peak_memory_bytes=peak_bytes(),
+        notes=facts.pop("notes"),
+        **facts,
+    )
+
+
+def _identity(made: Plan) -> dict[str, Any]:
+    """What a run is a function of; another identity is another run."""
+    from importlib.metadata import version
+
+    return {
+        "source": made.checkpoint.fingerprint(),
+        "pack": made.pack.model_dump(mode="json"),
+        "versions": {"optim-llm": version("optim-llm")},
+    }
+
+
+class _Job:
+    """The shards, one after the other."""
+
+    def __init__(self, made: Plan, workspace: Workspace, progress: Progress) -> None:
+        self.made, self.workspace, self.progress = made, workspace, progress
+        self.store, self.layout = made.checkpoint.store, made.pack.layout
+
+    def run(self) -> None:
+        """Do every shard that is not journalled yet."""
+        begun, done = time.monotonic(), 0
+        shards = self.made.shards
+        for i in range(len(self.workspace.done), len(shards)):
+            record = self._shard(shards[i])
+            self._prove(record)
+            self.workspace.commit(record)
+            done += sum(self.store.infos[name].nbytes for name in record["original_sha256"])
+            rate = done / max(time.monotonic() - begun, 1e-9) / 1e9
+            self.progress(i + 1, len(shards), f"{shards[i].file} · {rate:.2f} GB/s")
+
+    def _pieces(self, name: str) -> Iterator[Tensor]:
+        dtype = stored_dtype(self.store.infos[name], self.made.pack)
+        return (tensor.to(dtype) for tensor in pieces(self.store, name))
+
+    def _shard(self, shard: Shard) -> dict[str, Any]:
+        """Write one file; returns its journal record."""
+        surveys = {name: survey(self._pieces(name), None) for name in shard.raw}
+        units, raw, notes = {}, list(shard.raw), []
+        for unit, names in shard.units.items():
+            surveys |= {name: survey(self._pieces(name), self.layout) for name in names}
+            reasons = {name: surveys[name].unfit(self.layout) for name in names}
+            notes += [f"{name} stays bf16: {why}" for name, why in reasons.items() if why]
+            raw += [name for name, why in reasons.items() if why]
+            if kept := [name for name, why in reasons.items() if not why]:
+                units[unit] = kept
+        coders = {unit: self._coder(names, surveys) for unit, names in units.items()}
+        packed = {name: coders[unit] for unit, names in units.items() for name in names}
+        bits = {name: coder.bits(surveys[name].counts.exponents) for name, coder in packed.items()}
+        return self._write(shard.file, units, raw, surveys, coders) | {
+            "units": units,
+            "notes": notes,
+            "original_sha256": {name: found.sha256 for name, found in surveys.items()},
+            "shapes": {name: list(self.store.infos[name].shape) for name in packed},
+            "packed_bits": bits,
+            "limits": {name: surveys[name].counts.limit() for name in packed},
+        }
+
+    def _write(
+        self,
+        file: str,
+        units: dict[str, list[str]],
+        raw: list[str],
+        surveys: dict[str, Survey],
+        coders: dict[str, Encoder | Splitter],
+    ) -> dict[str, Any]:
+        prefix, infos = PREFIX[self.layout], self.store.infos
+        sizes = {n: (stored_dtype(infos[n], self.made.pack), infos[n].shape) for n in raw}
+        for unit, coder in coders.items():
+            sizes |= {f"{unit}.{prefix}{piece}": size for piece, size in coder.sizes().items()}
+        hashes = json.dumps({name: found.sha256 for name, found in surveys.items()})
+        try:
+            with TensorWriter(self.workspace.files / file, sizes, {"optim.sha256": hashes}) as out:
+                for unit, names in units.items():
+                    for made in self._coded(coders.pop(unit), names):
+                        for piece, data in made.items():
+                            out.append(f"{unit}.{prefix}{piece}", data)
+                for name in raw:
+                    for tensor in self._pieces(name):
+                        out.append(name, tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        except OSError as error:
+            raise disk_error(self.workspace.files / file, error) from error
+        return out.facts()
+
+    def _coder(self, names: list[str], surveys: dict[str, Survey]) -> Encoder | Splitter:
+        if self.layout == "bf12":
+            (name,) = names
+            return Splitter(surveys[name].high, self.store.infos[name].shape)
+        counts = np.stack([surveys[name].counts.exponents for name in names])
+        return Encoder(counts.sum(0), counts.sum(1).cumsum()[:-1].tolist())
+
+    def _coded(self, coder: Encoder | Splitter, names: list[str]) -> Iterator[dict[str, Any]]:
+        for name in names:
+            for tensor in self._pieces(name):
+                yield coder.push(tensor)
+        yield coder.finish()
+
+    def _prove(self, record: dict[str, Any]) -> None:
+        """Decode the file that was written and compare with the originals' hashes."""
+        path = self.workspace.files / record["file"]
+        config = packed_config(self.layout, [record])
+        store = LosslessStore([path], config, {SHAPES: record["shapes"]})
+        for name, sha256 in record["original_sha256"].items():
+            if tensor_hash(pieces(store, name)) != sha256:
+                raise OptimError(
+                    f"{name} does not decode to what it was: {path.name} is not kept",
+                    "the memory or the disk of this machine may be at fault; run it again",
+                    CHECK_FAILED,
+                )

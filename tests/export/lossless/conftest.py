@@ -1,0 +1,58 @@
+"""A unit in memory, read as it would be from a file; and small models to pack."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from optim.runtime.formats import bf12, dfloat11
+from optim.runtime.formats.dfloat11 import Unit
+from optim.runtime.kernels import cpu_bf12, cpu_df11, numba_bf12, numba_df11
+from optim.runtime.kernels.native import NoKernel
+from optim.runtime.tensor_files import TensorInfo
+
+OpenUnit = Callable[[Mapping[str, Tensor]], Unit]
+
+
+@pytest.fixture(autouse=True)
+def _alone(one_thread: None) -> None:
+    pass
+
+
+@pytest.fixture(scope="session")
+def open_unit() -> OpenUnit:
+    """open_unit(tensors by suffix) -> the reader over them."""
+
+    def make(tensors: Mapping[str, Tensor]) -> Unit:
+        infos = {k: TensorInfo(tuple(t.shape), t.dtype, t.nbytes) for k, t in tensors.items()}
+
+        def read(piece: str, start: int, stop: int) -> np.ndarray:
+            return tensors[piece].reshape(-1).view(torch.uint8)[start:stop].numpy()
+
+        return Unit("unit", infos, read)
+
+    return make
+
+
+@pytest.fixture(params=["c", "numba"])
+def codec(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Either implementation of the codecs."""
+    chosen = {"c": (cpu_df11, cpu_bf12), "numba": (numba_df11, numba_bf12)}[request.param]
+    try:
+        cpu_df11.load()
+    except NoKernel as reason:
+        if request.param == "c":
+            pytest.skip(str(reason))
+    monkeypatch.setattr(dfloat11, "codec", lambda: chosen[0])
+    monkeypatch.setattr("optim.export.lossless.dfloat11.codec", lambda: chosen[0])
+    monkeypatch.setattr(bf12, "codec", lambda: chosen[1])
+    return chosen[0]
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    return Path(__file__).parent / "data"
