@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from optim.cli import sizes, ui
+from optim.cli import ui
 from optim.recipes.errors import CHECK_FAILED, OptimError
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _show(facts: dict[str, Any]) -> None:
     if facts["bits_per_weight"]:
         head.append(f"{facts['bits_per_weight']:.2f} bits/weight")
     ui.say(" · ".join([*head, f"{ui.size(facts['file_bytes'])} of files"]))
-    sizes.show(facts["groups"])
+    ui.size_table(facts["groups"])
     if facts["left_out"]:
         ui.note(f"{len(facts['left_out'])} stored tensors are no part of the text model")
     _show_manifest(facts["manifest"])

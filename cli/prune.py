@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from optim.cli import prosparse, ui
+from optim.cli import prune_prosparse, ui
 from optim.cli.compress import How, carry_out, only_planned, recipe_of
 
 
@@ -15,7 +15,7 @@ def prune(file_or_name: str | None, keys: dict[str, Any], sets: Sequence[str], h
     if recipe is None:
         return
     if recipe.prune is not None and recipe.prune.method == "prosparse":
-        prosparse.work(recipe, how)
+        prune_prosparse.work(recipe, how)
         return
     from optim.prune.run import plan, prune
 

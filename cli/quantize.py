@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from optim.cli import sizes, ui
+from optim.cli import ui
 from optim.cli.compress import How, carry_out, only_planned, recipe_of
 from optim.cli.quantize_and_pack import quantize_and_pack
 
@@ -33,7 +33,7 @@ def quantize(file_or_name: str | None, keys: dict[str, Any], sets: Sequence[str]
 
 def _show_plan(plan: dict[str, Any]) -> None:
     ui.say(f"{plan['model']} · {plan['blocks']} blocks · {ui.size(plan['source_bytes'])}")
-    sizes.show(plan["groups"])
+    ui.size_table(plan["groups"])
     smaller = plan["source_bytes"] / plan["output_bytes"]
     ui.say(
         f"output {ui.size(plan['output_bytes'])} ({smaller:.1f}x smaller) · "

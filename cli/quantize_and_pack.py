@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optim.cli import sizes, ui
+from optim.cli import ui
 from optim.cli.compress import How, carry_out, only_planned
 from optim.recipes.schema import Recipe
 
@@ -69,7 +69,7 @@ def _is_there(made: "Plan") -> bool:
 
 def _show_plan(plan: dict[str, Any]) -> None:
     ui.say(f"{plan['model']} · {plan['blocks']} blocks · {ui.size(plan['source_bytes'])}")
-    sizes.show(plan["groups"])
+    ui.size_table(plan["groups"])
 
 
 def _facts(report: dict[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -83,6 +83,26 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) ->
     for row in rows:
         made.add_row(*(Text(plain(cell)) for cell in row))
     console.print(made)
+
+
+def size_table(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Print rows with the keys group, format, tensors, params and nbytes, and their total."""
+    rows = list(groups)
+    total = {key: sum(row[key] for row in rows) for key in ("tensors", "params", "nbytes")}
+    cells = [_size_cells(row) for row in [*rows, {"group": "total", "format": "", **total}]]
+    table(("group", "format", "tensors", "params", "bits/w", "size"), cells, left=2)
+
+
+def _size_cells(row: Mapping[str, Any]) -> list[str]:
+    bits = 8 * row["nbytes"] / row["params"] if row["params"] else 0.0
+    return [
+        row["group"],
+        row["format"],
+        str(row["tensors"]),
+        count(row["params"]),
+        f"{bits:.2f}",
+        size(row["nbytes"]),
+    ]
 
 
 @contextmanager

@@ -25,8 +25,11 @@ from optim.recipes.schema import MergeQuant, Recipe, Rtn
 from optim.runtime.artifact import Workspace, identity, tensor_sha256
 from optim.runtime.checkpoint import Checkpoint
 from optim.runtime.corpus import token_hash, windows_for
+from optim.runtime.engine import Sampling, generate
 from optim.runtime.formats.packed import Scheme, pack
 from optim.runtime.machine import peak_bytes
+from optim.runtime.model import Model, load_model
+from optim.runtime.selftext import Generate
 from optim.runtime.walk import HiddenStates, StoredLinear, Walk
 
 __all__ = ["Report", "plan", "quantize"]
@@ -96,12 +99,23 @@ def _given(recipe: Recipe, windows: Tensor) -> Recipe:
 def _calibrate(made: Plan) -> Tensor | None:
     if isinstance(made.recipe.quantize, Rtn):
         return None
-    calibration, generate = made.recipe.calibration, None
+    calibration, write = made.recipe.calibration, None
     if calibration.dataset == "self":
-        from optim.quant.selfcal import generator
+        write = _generator(made.checkpoint, str(made.walk.device))
+    return windows_for(calibration, made.checkpoint.tokenizer(), write)
 
-        generate = generator(made.checkpoint, str(made.walk.device))
-    return windows_for(calibration, made.checkpoint.tokenizer(), generate)
+
+def _generator(checkpoint: Checkpoint, device: str) -> Generate:
+    """A sampler (prompt ids, count, seed) -> new ids, that loads the model when first called."""
+    loaded: list[Model] = []
+
+    def write(prompt: list[int], count: int, seed: int) -> list[int]:
+        if not loaded:
+            loaded.append(load_model(checkpoint, device=device))
+        sampling = Sampling(temperature=1.0, top_p=0.95, max_tokens=count, seed=seed)
+        return list(generate(loaded[0], prompt, sampling))
+
+    return write
 
 
 class _Job:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import pytest
 from rich.console import Console
 
-from optim.cli import prune_prosparse as training
-from optim.cli import ui
+from optim.cli import prune_prosparse, ui
 
 
 @dataclass
@@ -30,7 +29,7 @@ def test_a_pipe_gets_a_line_every_ten_steps_and_the_last(
     console = Console(file=io.StringIO(), width=120)
     monkeypatch.setattr(ui, "notes", console)
     monkeypatch.setattr(console, "quiet", False)
-    with training.watch("prosparse") as (report, progress):
+    with prune_prosparse.watch("prosparse") as (report, progress):
         for step in range(12):
             report(Point(step, stage=step // 6, relu_share=min(1.0, (step + 1) / 6)), 12)
         for block in range(12):
@@ -47,7 +46,7 @@ def test_a_pipe_gets_a_line_every_ten_steps_and_the_last(
 def test_a_terminal_gets_the_blocks_as_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(file=io.StringIO(), width=120, force_terminal=True)
     monkeypatch.setattr(ui, "notes", console)
-    with training.watch("prosparse") as (report, _progress):
+    with prune_prosparse.watch("prosparse") as (report, _progress):
         report(Point(0), 4)
         report(Point(1), 4)
     shown = console.file.getvalue()  # type: ignore[attr-defined]

@@ -51,7 +51,7 @@ def bound(one_thread: None) -> float:
 
 
 def test_every_artifact_has_its_logits() -> None:
-    assert NAMES and NAMES == sorted(KNOWN)
+    assert NAMES and sorted(KNOWN) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
