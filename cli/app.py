@@ -4,11 +4,12 @@ Nothing heavy is imported here, so that `optim --help` answers at once.
 """
 
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from optim.cli import flags
+from optim.cli.recipe_flags import with_keys
 
 app = typer.Typer(
     name="optim",
@@ -46,15 +47,10 @@ def _options(
     rich_help_panel="Compress",
     epilog="Example: optim quantize demo -m awq --bits 4 --group-size 64 -o smollm2-awq",
 )
+@with_keys("quantize")
 def quantize(
     model: flags.RecipeModel = None,
-    method: flags.Method = None,
-    bits: flags.Bits = None,
-    group_size: flags.GroupSize = None,
-    sym: flags.Sym = None,
-    ignore: flags.Ignore = None,
-    lm_head_bits: flags.LmHeadBits = None,
-    output: flags.Output = None,
+    output: flags.QuantizeOutput = None,
     recipe: flags.Recipe = None,
     sets: flags.Sets = None,
     print_recipe: flags.PrintRecipe = False,
@@ -65,45 +61,13 @@ def quantize(
     trust_remote_code: flags.TrustCode = False,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
-    calibration: flags.Dataset = None,
-    num_samples: flags.NumSamples = None,
-    seq_len: flags.SeqLen = None,
-    seed: flags.Seed = None,
-    n_grid: flags.NGrid = None,
-    duo: flags.Duo = None,
-    clip: flags.Clip = None,
-    compensate: flags.Compensate = None,
-    damping: flags.Damping = None,
-    act_bits: flags.ActBits = None,
-    down_bits: flags.DownBits = None,
-    rotate: flags.Rotate = None,
-    prefix: flags.Prefix = None,
+    **keys: Any,
 ) -> None:
     """Store weights in 2, 3, 4 or 8 bits, guided by text or not; mergequant: activations too."""
     from optim.cli import quantize as command
     from optim.cli.compress import How
 
-    keys = {"model": model, "output": output} | {
-        "calibration.dataset": calibration,
-        "calibration.num_samples": num_samples,
-        "calibration.seq_len": seq_len,
-        "calibration.seed": seed,
-        "quantize.method": method if method or recipe else "awq",
-        "quantize.bits": bits,
-        "quantize.group_size": command.word(group_size),
-        "quantize.sym": sym,
-        "quantize.ignore": ignore,
-        "quantize.lm_head_bits": lm_head_bits,
-        "quantize.n_grid": n_grid,
-        "quantize.duo": command.word(duo),
-        "quantize.clip": clip,
-        "quantize.compensate": compensate,
-        "quantize.damping": damping,
-        "quantize.act_bits": act_bits,
-        "quantize.down_bits": down_bits,
-        "quantize.rotate": rotate,
-        "quantize.prefix": prefix,
-    }
+    keys |= {"model": model, "output": output}
     how = How(device, threads, trust_remote_code, force, json, quiet, print_recipe, dry_run)
     command.quantize(recipe, keys, sets or [], how)
 
@@ -112,12 +76,9 @@ def quantize(
     rich_help_panel="Compress",
     epilog="Example: optim prune demo --sparsity 0.25 -o smollm2-sparse",
 )
+@with_keys("prune")
 def prune(
     model: flags.RecipeModel = None,
-    method: flags.PruneMethod = None,
-    sparsity: flags.Sparsity = None,
-    only: flags.Only = None,
-    keep: flags.Keep = None,
     output: flags.PruneOutput = None,
     recipe: flags.Recipe = None,
     sets: flags.Sets = None,
@@ -129,56 +90,21 @@ def prune(
     trust_remote_code: flags.TrustCode = False,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
-    calibration: flags.Dataset = None,
-    num_samples: flags.NumSamples = None,
-    seq_len: flags.SeqLen = None,
-    seed: flags.Seed = None,
-    allocation: flags.Allocation = None,
-    score: flags.Score = None,
-    prior: flags.Prior = None,
-    budget: flags.Budget = None,
-    guide: flags.Guide = None,
-    clusters: flags.Clusters = None,
-    refresh: flags.Refresh = None,
-    max_kl: flags.MaxKl = None,
-    steps: flags.Steps = None,
+    **keys: Any,
 ) -> None:
     """Leave out what hardly matters as the model runs: small inputs, idle neurons, zeros."""
     from optim.cli import prune as command
     from optim.cli.compress import How
 
-    keys = {
-        "model": model,
-        "output": output,
-        "calibration.dataset": calibration,
-        "calibration.num_samples": num_samples,
-        "calibration.seq_len": seq_len,
-        "calibration.seed": seed,
-        "prune.sparsity": sparsity,
-        "prune.only": only,
-        "prune.allocation": allocation,
-        "prune.keep": keep,
-        "prune.score": score,
-        "prune.prior": prior,
-        "prune.budget": budget,
-        "prune.guide": guide,
-        "prune.clusters": clusters,
-        "prune.refresh": refresh,
-        "prune.max_kl": max_kl,
-        "prune.steps": steps,
-    }
-    if method:
-        keys["prune.method"] = method
+    keys |= {"model": model, "output": output}
     how = How(device, threads, trust_remote_code, force, json, quiet, print_recipe, dry_run)
     command.prune(recipe, keys, sets or [], how)
 
 
 @app.command(rich_help_panel="Compress", epilog="Example: optim pack demo -o smollm2-df11")
+@with_keys("pack")
 def pack(
     model: flags.RecipeModel = None,
-    layout: flags.Layout = None,
-    cast: flags.Cast = None,
-    target: flags.PackTargets = None,
     output: flags.PackOutput = None,
     recipe: flags.Recipe = None,
     print_recipe: flags.PrintRecipe = False,
@@ -188,18 +114,13 @@ def pack(
     trust_remote_code: flags.TrustCode = False,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
+    **keys: Any,
 ) -> None:
     """Store bf16 weights in 11 or 12 bits without any loss, and prove it."""
     from optim.cli import pack as command
     from optim.cli.compress import How
 
-    keys = {
-        "model": model,
-        "output": output,
-        "pack.layout": layout if layout or recipe else "df11",
-        "pack.cast": cast,
-        "pack.targets": target,
-    }
+    keys |= {"model": model, "output": output}
     how = How("cpu", threads, trust_remote_code, force, json, quiet, print_recipe, dry_run)
     command.pack(recipe, keys, how)
 

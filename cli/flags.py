@@ -4,8 +4,6 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-CALIBRATION, METHOD = "Calibration", "Method"
-
 # What every command shares.
 Model = Annotated[
     str, Argument(metavar="MODEL", help="A folder, a .gguf file, a hub id, or `demo`.")
@@ -24,87 +22,13 @@ TrustCode = Annotated[
     bool, Option("--trust-remote-code", help="Run Python code that comes with the model.")
 ]
 
-# quantize: each is a key of the recipe.
+# quantize, prune, pack: what is no key of a section (those are made from the schema).
 RecipeModel = Annotated[
     str | None,
     Argument(metavar="MODEL", help="A folder, a .gguf file, a hub id, `demo`; or the recipe's."),
 ]
-Method = Annotated[
-    str | None,
-    Option(
-        "-m", "--method", help="awq, gptq, rtn or mergequant. Default: awq.", show_default=False
-    ),
-]
-Output = Annotated[
+QuantizeOutput = Annotated[
     str | None, Option("-o", "--output", help="Folder to write. Default: ./MODEL-METHOD-FORMAT.")
-]
-Bits = Annotated[int | None, Option("-b", "--bits", help="2, 3, 4 or 8. Default: 4.")]
-GroupSize = Annotated[
-    str | None,
-    Option("-g", "--group-size", help="Inputs that share a scale: auto, -1 (a row), 16 to 256."),
-]
-Sym = Annotated[bool | None, Option("--sym/--asym", help="Without or with zero points.")]
-LmHeadBits = Annotated[int | None, Option("--lm-head-bits", help="8 quantizes the head too.")]
-Ignore = Annotated[
-    list[str] | None, Option("--ignore", help="Linear that stays as it is: name or re:PATTERN.")
-]
-Dataset = Annotated[
-    str | None,
-    Option(
-        "--calibration",
-        help="builtin:NAME, self, a file or folder, or a hub id.",
-        rich_help_panel=CALIBRATION,
-    ),
-]
-NumSamples = Annotated[
-    int | None, Option("--num-samples", help="Windows. Default: 64.", rich_help_panel=CALIBRATION)
-]
-SeqLen = Annotated[
-    int | None,
-    Option("--seq-len", help="Tokens a window. Default: 512.", rich_help_panel=CALIBRATION),
-]
-Seed = Annotated[
-    int | None, Option("--seed", help="Chooses the windows.", rich_help_panel=CALIBRATION)
-]
-NGrid = Annotated[
-    int | None, Option("--n-grid", help="awq: scales tried a group.", rich_help_panel=METHOD)
-]
-Duo = Annotated[
-    str | None,
-    Option("--duo", help="awq: scales see weights too: both, true, false.", rich_help_panel=METHOD),
-]
-Clip = Annotated[
-    bool | None,
-    Option("--clip/--no-clip", help="awq: search for the best range.", rich_help_panel=METHOD),
-]
-Compensate = Annotated[
-    bool | None,
-    Option(
-        "--compensate/--no-compensate", help="awq: GPTQ's error feedback.", rich_help_panel=METHOD
-    ),
-]
-Damping = Annotated[
-    float | None, Option("--damping", help="awq, gptq, mergequant: 0 to 1.", rich_help_panel=METHOD)
-]
-ActBits = Annotated[
-    int | None,
-    Option("--act-bits", help="mergequant: activations, 4 or 8.", rich_help_panel=METHOD),
-]
-DownBits = Annotated[
-    int | None,
-    Option("--down-bits", help="mergequant: down_proj's, 4 or 8.", rich_help_panel=METHOD),
-]
-Rotate = Annotated[
-    bool | None,
-    Option("--rotate/--no-rotate", help="mergequant: turn the stream.", rich_help_panel=METHOD),
-]
-Prefix = Annotated[
-    bool | None,
-    Option(
-        "--prefix/--no-prefix",
-        help="mergequant: begin every text with its outlier tokens.",
-        rich_help_panel=METHOD,
-    ),
 ]
 Recipe = Annotated[
     str | None, Option("--recipe", help="A file or a built-in name; flags go over it.")
@@ -116,79 +40,15 @@ PrintRecipe = Annotated[bool, Option("--print-recipe", help="Print the whole rec
 DryRun = Annotated[bool, Option("--dry-run", help="Check everything, print the plan and stop.")]
 Force = Annotated[bool, Option("--force", help="Replace an existing output folder.")]
 
-# prune: each is a key of the recipe.
-PruneMethod = Annotated[
-    str | None,
-    Option(
-        "-m",
-        "--method",
-        help="threshold, coreinfer, relu-exact or prosparse. Default: threshold.",
-        show_default=False,
-    ),
-]
 PruneOutput = Annotated[
     str | None, Option("-o", "--output", help="Folder to write. Default: ./MODEL-METHOD.")
 ]
-Sparsity = Annotated[
-    float | None, Option("--sparsity", help="threshold: share of inputs skipped. Default: 0.25.")
-]
-Only = Annotated[
-    str | None,
-    Option("--only", help="threshold: all, ffn, down (nearly lossless) or gate (CATS)."),
-]
-Allocation = Annotated[
-    str | None,
-    Option("--allocation", help="threshold: greedy or uniform.", rich_help_panel=METHOD),
-]
-Keep = Annotated[
-    float | None, Option("--keep", help="coreinfer: share of neurons kept. Default: 0.6.")
-]
-Score = Annotated[
-    str | None,
-    Option("--score", help="coreinfer: energy, griffin or paper.", rich_help_panel=METHOD),
-]
-Prior = Annotated[
-    bool | None,
-    Option("--prior/--no-prior", help="coreinfer: calibration has a say.", rich_help_panel=METHOD),
-]
-Budget = Annotated[
-    str | None,
-    Option("--budget", help="coreinfer: measured or uniform.", rich_help_panel=METHOD),
-]
-Guide = Annotated[
-    str | None,
-    Option("--guide", help="coreinfer: auto, stability, similarity.", rich_help_panel=METHOD),
-]
-Clusters = Annotated[
-    int | None,
-    Option("--clusters", help="coreinfer: kinds of calibration text.", rich_help_panel=METHOD),
-]
-Refresh = Annotated[
-    int | None,
-    Option("--refresh", help="coreinfer: choose again every N tokens.", rich_help_panel=METHOD),
-]
-MaxKl = Annotated[
-    float | None,
-    Option("--max-kl", help="coreinfer: dense beyond this KL.", rich_help_panel=METHOD),
-]
 
-# pack, unpack.
-Layout = Annotated[
-    str | None,
-    Option("--layout", help="df11, the smallest; or bf12, made to be run. Default: df11."),
-]
-Cast = Annotated[
-    bool | None, Option("--cast", help="Round fp16 and fp32 weights to bf16 first: not lossless.")
-]
-PackTargets = Annotated[
-    list[str] | None, Option("--target", help="Only these modules: name or re:PATTERN.")
-]
 PackOutput = Annotated[
     str | None, Option("-o", "--output", help="Folder to write. Default: ./MODEL-LAYOUT.")
 ]
 Packed = Annotated[str, Argument(metavar="MODEL", help="A packed folder, or a hub id of one.")]
 UnpackOutput = Annotated[str | None, Option("-o", "--output", help="Folder to write.")]
-Steps = Annotated[int | None, Option("--steps", help="prosparse: steps.", rich_help_panel=METHOD)]
 
 # run: sampling.
 SAMPLING = "Sampling"

@@ -10,6 +10,8 @@ from optim.recipes.errors import USAGE, OptimError
 
 def pack(file_or_name: str | None, keys: dict[str, Any], how: How) -> None:
     """Build the recipe of the command line, and print it, plan it or do it."""
+    if keys.get("pack.layout") is None and not file_or_name:
+        keys = keys | {"pack.layout": "df11"}
     recipe = recipe_of("pack", file_or_name, keys, [], how)
     if recipe is None:
         return

@@ -8,15 +8,10 @@ from optim.cli.compress import How, carry_out, only_planned, recipe_of
 from optim.cli.quantize_and_pack import quantize_and_pack
 
 
-def word(text: str | None) -> Any:
-    """A flag that takes a word or a number, as YAML reads it."""
-    from optim.recipes.yaml_source import parse_value
-
-    return None if text is None else parse_value(text, "the flag")
-
-
 def quantize(file_or_name: str | None, keys: dict[str, Any], sets: Sequence[str], how: How) -> None:
     """Build the recipe of the command line, and print it, plan it or do it."""
+    if keys.get("quantize.method") is None and not file_or_name:
+        keys = keys | {"quantize.method": "awq"}
     recipe = recipe_of("quantize", file_or_name, keys, sets, how)
     if recipe is None:
         return

@@ -8,13 +8,13 @@ import yaml
 from pydantic import ValidationError
 
 from optim.recipes.errors import USAGE, OptimError
+from optim.recipes.keys import flag_of
 from optim.recipes.problems import Path, Place, RecipeError, did_you_mean, explain
 from optim.recipes.schema import VERSION, Recipe
 from optim.recipes.yaml_source import decode, parse_mapping, parse_value
 
 _AFTER_ALL_LINES = 10**9
-# Flags whose name is not the last part of their key.
-_FLAGS = {"model": "MODEL", "calibration.dataset": "--calibration"}
+_TYPED = {"model": "MODEL", "output": "--output"}  # the keys that stand in no section
 
 
 def builtin() -> dict[str, str]:
@@ -53,8 +53,7 @@ def build_recipe(
     name, data, places = _start(file_or_name)
     for key, value in (flags or {}).items():
         if value is not None:
-            label = _FLAGS.get(key) or "--" + key.rpartition(".")[2].replace("_", "-")
-            _put(data, places, key, value, label)
+            _put(data, places, key, value, _TYPED.get(key) or flag_of(key))
     for text in sets or []:
         key, equals, value = text.partition("=")
         if not equals or not key:

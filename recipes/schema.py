@@ -2,10 +2,12 @@
 
 A recipe has one section a command and no code. Adding a method is a class here and its row in
 `METHODS` and `Quantize`, or in `PRUNINGS` and `Prune`; adding a section is a class and a field of
-`Recipe`.
+`Recipe`. Adding a key is a field here: its flag, its line of `--help` and its row in docs/recipe.md
+are made from the field's name, type, description and default (keys.py).
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -21,6 +23,19 @@ GroupSize = Literal["auto", -1, 16, 32, 64, 128, 256]
 Patterns = Annotated[tuple[Pattern, ...], Field(strict=False)]
 
 
+@dataclass(frozen=True, slots=True)
+class Spelled:
+    """How a key is typed on the command line; without one it is `--` and the key's name.
+
+    With no names at all the key has no flag of its own: `--set SECTION.KEY=VALUE` gives it.
+    """
+
+    names: tuple[str, ...]
+
+
+SET_ONLY = Spelled(())
+
+
 class Section(BaseModel):
     """What every part of a recipe is: frozen, with no key it does not know."""
 
@@ -30,12 +45,20 @@ class Section(BaseModel):
 class Calibration(Section):
     """The text that is run through the model: `builtin:NAME`, `self`, a path or a hub id."""
 
-    dataset: str = Field(default="builtin:mixed", min_length=1)
-    split: str | None = None
-    text_column: str = "text"
-    num_samples: int = Field(default=64, ge=1, le=1_000_000)
-    seq_len: int = Field(default=512, ge=16, le=1_000_000)
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    dataset: Annotated[str, Spelled(("--calibration",))] = Field(
+        default="builtin:mixed",
+        min_length=1,
+        description="text to run through the model: builtin:NAME, self, a file or folder, a hub id",
+    )
+    split: Annotated[str | None, SET_ONLY] = Field(
+        default=None, description="split of a data set, where it has several"
+    )
+    text_column: Annotated[str, SET_ONLY] = Field(
+        default="text", description="column of a data set that holds the text"
+    )
+    num_samples: int = Field(default=64, ge=1, le=1_000_000, description="windows of text")
+    seq_len: int = Field(default=512, ge=16, le=1_000_000, description="tokens of a window")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed that chooses the windows")
 
     @property
     def summary(self) -> str:
@@ -58,17 +81,34 @@ class Override(Section):
         return self
 
 
+DAMPING = "error feedback adds this share of the mean diagonal"
+
+
 class Rounding(Section):
     """What every weight-only method has: the grid, and which linears get it."""
 
     method: str
-    bits: Bits = 4
-    group_size: GroupSize = "auto"
-    sym: bool = False
-    targets: Patterns = Field(default=("Linear",), min_length=1)
-    ignore: Patterns = ("lm_head",)
-    lm_head_bits: Literal[8] | None = None
-    overrides: Annotated[tuple[Override, ...], Field(strict=False)] = ()
+    bits: Annotated[Bits, Spelled(("-b", "--bits"))] = Field(
+        default=4, description="bits of a weight"
+    )
+    group_size: Annotated[GroupSize, Spelled(("-g", "--group-size"))] = Field(
+        default="auto", description="inputs that share a scale; -1 is a whole row"
+    )
+    sym: Annotated[bool, Spelled(("--sym/--asym",))] = Field(
+        default=False, description="without or with zero points"
+    )
+    targets: Annotated[Patterns, SET_ONLY] = Field(
+        default=("Linear",), min_length=1, description="linears to quantize: names or re:PATTERN"
+    )
+    ignore: Patterns = Field(
+        default=("lm_head",), description="linears that stay as they are: names or re:PATTERN"
+    )
+    lm_head_bits: Literal[8] | None = Field(
+        default=None, description="bits of the head, which stays as it is otherwise"
+    )
+    overrides: Annotated[tuple[Override, ...], Field(strict=False), SET_ONLY] = Field(
+        default=(), description="bits, group_size or sym of the linears that their targets name"
+    )
 
 
 class Rtn(Rounding):
@@ -81,18 +121,21 @@ class Gptq(Rounding):
     """Error feedback over the columns (Frantar et al. 2022)."""
 
     method: Literal["gptq"]
-    damping: float = Field(default=0.1, gt=0, lt=1)
+    damping: float = Field(default=0.1, gt=0, lt=1, description=DAMPING)
 
 
 class Awq(Rounding):
     """Activation-aware scales and clipping (Lin et al. 2023), then GPTQ's error feedback."""
 
     method: Literal["awq"]
-    n_grid: int = Field(default=20, ge=1, le=1000)
-    duo: Literal["both", True, False] = "both"
-    clip: bool = True
-    compensate: bool = True
-    damping: float = Field(default=0.1, gt=0, lt=1)
+    n_grid: int = Field(default=20, ge=1, le=1000, description="scales tried for each group")
+    duo: Literal["both", True, False] = Field(
+        default="both",
+        description="scales that look at the weights too: true, false, or both are tried",
+    )
+    clip: bool = Field(default=True, description="search for the best range of each group")
+    compensate: bool = Field(default=True, description="round with GPTQ's error feedback")
+    damping: float = Field(default=0.1, gt=0, lt=1, description=DAMPING)
 
 
 class MergeQuant(Rounding):
@@ -105,11 +148,13 @@ class MergeQuant(Rounding):
     bits: Literal[4] = 4
     group_size: Literal[-1] = -1
     sym: Literal[True] = True
-    act_bits: Literal[4, 8] = 4
-    down_bits: Literal[4, 8] = 8
-    rotate: bool = True
-    prefix: bool = True
-    damping: float = Field(default=0.01, gt=0, lt=1)
+    act_bits: Literal[4, 8] = Field(default=4, description="bits of the activations")
+    down_bits: Literal[4, 8] = Field(default=8, description="bits of what down_proj reads")
+    rotate: bool = Field(
+        default=True, description="turn the hidden states, so that no channel is far louder"
+    )
+    prefix: bool = Field(default=True, description="begin every text with the outlier tokens")
+    damping: float = Field(default=0.01, gt=0, lt=1, description=DAMPING)
 
     @field_validator("lm_head_bits")
     @classmethod
@@ -138,25 +183,43 @@ class Threshold(Section):
     """Skip the inputs of linears that are small (Liu et al. 2024, TEAL), token by token."""
 
     method: Literal["threshold"]
-    sparsity: float = Field(default=0.25, ge=0, lt=1)
-    only: Literal["all", "ffn", "down", "gate"] = "all"
-    allocation: Literal["greedy", "uniform"] = "greedy"
+    sparsity: float = Field(default=0.25, ge=0, lt=1, description="share of the inputs skipped")
+    only: Literal["all", "ffn", "down", "gate"] = Field(
+        default="all", description="which linears: all, ffn, down (nearly lossless) or gate (CATS)"
+    )
+    allocation: Literal["greedy", "uniform"] = Field(
+        default="greedy", description="how a block's budget is shared out"
+    )
 
 
 class CoreInfer(Section):
     """A fixed set of neurons a prompt, chosen at the end of prefill (Wang et al. 2024)."""
 
     method: Literal["coreinfer"]
-    keep: float = Field(default=0.6, gt=0, le=1)
-    score: Literal["energy", "griffin", "paper"] = "energy"
-    prior: bool = True
-    bias: bool = True
-    budget: Literal["measured", "uniform"] = "measured"
-    guide: Literal["auto", "stability", "similarity"] = "auto"
-    clusters: int = Field(default=0, ge=0, le=1000)
-    alpha: float = Field(default=0.4, gt=0, le=1)
-    refresh: int = Field(default=0, ge=0, le=1_000_000)
-    max_kl: float | None = Field(default=None, gt=0)
+    keep: float = Field(default=0.6, gt=0, le=1, description="share of the neurons kept")
+    score: Literal["energy", "griffin", "paper"] = Field(
+        default="energy", description="what makes a neuron count"
+    )
+    prior: bool = Field(default=True, description="calibration has a say in the choice")
+    bias: Annotated[bool, SET_ONLY] = Field(
+        default=True, description="neurons left out give their mean"
+    )
+    budget: Literal["measured", "uniform"] = Field(
+        default="measured", description="how many neurons each block keeps"
+    )
+    guide: Literal["auto", "stability", "similarity"] = Field(
+        default="auto", description="what chooses: the prompt and calibration, or calibration alone"
+    )
+    clusters: int = Field(default=0, ge=0, le=1000, description="kinds of calibration text")
+    alpha: Annotated[float, SET_ONLY] = Field(
+        default=0.4, gt=0, le=1, description="share of a prompt's tokens that a score counts"
+    )
+    refresh: int = Field(
+        default=0, ge=0, le=1_000_000, description="choose again every so many tokens; 0: never"
+    )
+    max_kl: float | None = Field(
+        default=None, gt=0, description="a prompt whose logits diverge more than this runs dense"
+    )
 
 
 class ReluExact(Section):
@@ -177,26 +240,52 @@ class ProSparse(Section):
     """
 
     method: Literal["prosparse"]
-    train: Literal["ffn", "lora", "full"] = "ffn"
-    rank: int = Field(default=32, ge=1, le=65536)
-    steps: int = Field(default=170, ge=1, le=100_000_000)
-    batch: int = Field(default=2, ge=1, le=1_000_000)
-    micro_batch: int = Field(default=1, ge=1, le=1_000_000)
-    lr: float = Field(default=1.5e-3, gt=0, le=1)
-    warmup: float = Field(default=0.15, ge=0, le=1)
-    substitution: float = Field(default=0.5, gt=0, le=1)
-    l1: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(strict=False)] = (
-        0.02,
-        0.05,
-        0.05,
+    train: Annotated[Literal["ffn", "lora", "full"], SET_ONLY] = Field(
+        default="ffn", description="which weights move"
     )
-    threshold: float = Field(default=0.0, ge=0)
-    kl: float = Field(default=1.0, ge=0)
-    square_head: float = Field(default=1.0, ge=0)
-    labels: float = Field(default=0.0, ge=0)
-    refit: int = Field(default=0, ge=0)
-    recompute: bool = False
-    save_every: int = Field(default=25, ge=1)
+    rank: Annotated[int, SET_ONLY] = Field(
+        default=32, ge=1, le=65536, description="rank of the updates of train lora"
+    )
+    steps: int = Field(default=170, ge=1, le=100_000_000, description="steps of training")
+    batch: Annotated[int, SET_ONLY] = Field(
+        default=2, ge=1, le=1_000_000, description="windows of a step"
+    )
+    micro_batch: Annotated[int, SET_ONLY] = Field(
+        default=1, ge=1, le=1_000_000, description="windows in memory at a time"
+    )
+    lr: Annotated[float, SET_ONLY] = Field(
+        default=1.5e-3, gt=0, le=1, description="highest learning rate"
+    )
+    warmup: Annotated[float, SET_ONLY] = Field(
+        default=0.15, ge=0, le=1, description="share of the steps in which the rate rises"
+    )
+    substitution: Annotated[float, SET_ONLY] = Field(
+        default=0.5, gt=0, le=1, description="share of the steps that swap the activation"
+    )
+    l1: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(strict=False), SET_ONLY] = Field(
+        default=(0.02, 0.05, 0.05), description="peaks of lambda, one a stage"
+    )
+    threshold: Annotated[float, SET_ONLY] = Field(
+        default=0.0, ge=0, description="what ReLU's threshold is raised to at the end"
+    )
+    kl: Annotated[float, SET_ONLY] = Field(
+        default=1.0, ge=0, description="weight of the divergence from the teacher's logits"
+    )
+    square_head: Annotated[float, SET_ONLY] = Field(
+        default=1.0, ge=0, description="weight of the error of each block's output"
+    )
+    labels: Annotated[float, SET_ONLY] = Field(
+        default=0.0, ge=0, description="weight of the loss on the text itself"
+    )
+    refit: Annotated[int, SET_ONLY] = Field(
+        default=0, ge=0, description="windows on which each down_proj is refitted afterwards"
+    )
+    recompute: Annotated[bool, SET_ONLY] = Field(
+        default=False, description="compute activations twice, to hold fewer in memory"
+    )
+    save_every: Annotated[int, SET_ONLY] = Field(
+        default=25, ge=1, description="steps between two saved states"
+    )
 
     @model_validator(mode="after")
     def _can_be_trained(self) -> "ProSparse":
@@ -221,9 +310,15 @@ Prune = Annotated[Threshold | CoreInfer | ReluExact | ProSparse, Field(discrimin
 class Pack(Section):
     """The same bits in fewer bytes: DFloat11's codes, or fixed-rate planes."""
 
-    layout: Literal["df11", "bf12"] = "df11"
-    cast: bool = False
-    targets: Patterns = Field(default=("Linear",), min_length=1)
+    layout: Literal["df11", "bf12"] = Field(
+        default="df11", description="df11 is the smallest; bf12 is made to be run"
+    )
+    cast: Annotated[bool, Spelled(("--cast",))] = Field(
+        default=False, description="round fp16 and fp32 weights to bf16 first: not lossless"
+    )
+    targets: Annotated[Patterns, Spelled(("--target",))] = Field(
+        default=("Linear",), min_length=1, description="modules to pack: names or re:PATTERN"
+    )
 
 
 # The sections whose keys depend on their method.
