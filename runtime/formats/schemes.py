@@ -6,19 +6,16 @@ A module's scheme is that of the first target which matches it: its exact name, 
 wins over all. What this runtime cannot compute exactly is refused with the reason.
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from optim.recipes.errors import USAGE, OptimError
+from optim.recipes.patterns import check_pattern, matches
 
 FORMAT = "pack-quantized"
 LAYOUT_VERSION = "0.19.0"  # the compressed-tensors release whose dense bit layout is written
-MAX_PATTERN = 256
-MAX_REPEATS = 6
-NESTED_REPEAT = re.compile(r"\([^()]*[+*}][^()]*\)[+*{]")
 
 SchemeOf = Callable[[str], "Scheme | None"]
 
@@ -67,16 +64,15 @@ def parse_config(config: Mapping[str, Any]) -> SchemeOf:
             raise _refused(f"{name} is not a mapping")
         scheme = _read_group(str(name), group)
         schemes.update({target: scheme for target in _targets(group.get("targets"), str(name))})
-    patterns = [(_compile(t), schemes[t]) for t in sorted(schemes) if t.startswith("re:")]
+    patterns = [target for target in sorted(schemes) if target.startswith("re:")]
     ignored = _targets(config.get("ignore") or [], "ignore")
-    ignore_patterns = [_compile(t) for t in ignored if t.startswith("re:")]
 
     def scheme_of(name: str) -> Scheme | None:
-        if "Linear" in ignored or name in ignored or any(p.match(name) for p in ignore_patterns):
+        if any(matches(target, name) for target in ignored):
             return None
         if name in schemes:
             return schemes[name]
-        by_pattern = (scheme for pattern, scheme in patterns if pattern.match(name))
+        by_pattern = (schemes[pattern] for pattern in patterns if matches(pattern, name))
         return next(by_pattern, schemes.get("Linear"))
 
     return scheme_of
@@ -182,25 +178,16 @@ def _write_group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
 def _targets(value: Any, where: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise _refused(f"{where} has no list of target names")
-    return value
+    try:
+        return [check_pattern(item) for item in value]
+    except ValueError as error:
+        raise _refused(f"{where}: {error}") from None
 
 
 def _integer(value: Any, what: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise _refused(f"{what} is {value!r}")
     return value
-
-
-def _compile(target: str) -> re.Pattern[str]:
-    """A `re:` target; patterns that are too long or may take exponential time are refused."""
-    pattern = target.removeprefix("re:")
-    repeats = sum(pattern.count(c) for c in "*+{")
-    if len(pattern) > MAX_PATTERN or repeats > MAX_REPEATS or NESTED_REPEAT.search(pattern):
-        raise _refused(f"the pattern {pattern[:60]!r} is too long or too costly")
-    try:
-        return re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise _refused(f"the pattern {pattern[:60]!r} does not compile: {error}") from None
 
 
 def _refused(reason: str) -> OptimError:

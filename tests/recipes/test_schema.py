@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 from optim.recipes.build import build_recipe
 from optim.recipes.errors import OptimError
-from optim.recipes.patterns import check_pattern, matches
+from optim.recipes.patterns import MAX_NAME, check_pattern, matches
 from optim.recipes.schema import METHODS, PRUNINGS, SECTIONS, Awq, Recipe, json_schema
 
 
@@ -91,6 +91,8 @@ def test_patterns_match_as_in_compressed_tensors() -> None:
         ("re:" + "a?" * 30 + "a" * 30, "take forever"),
         ("re:(a{1,9})+?", "take forever"),
         ("re:" + ".*x" * 7, "take forever"),
+        ("re:" + ".*x" * 4, "take forever"),
+        ("re:.{0,99}x.{0,99}x.+x.*x", "take forever"),
     ],
 )
 def test_unusable_patterns_are_refused(pattern: str, reason: str) -> None:
@@ -98,9 +100,20 @@ def test_unusable_patterns_are_refused(pattern: str, reason: str) -> None:
         check_pattern(pattern)
 
 
-@pytest.mark.parametrize("pattern", [r"re:layers\.(0|1)\.", r"re:.*\.(\d+)\.[*+]?\(.*?(q|k)_"])
+@pytest.mark.parametrize(
+    "pattern", [r"re:layers\.(0|1)\.", r"re:.*\.(\d+)\.[*+]?\(.*?(q|k)_", "re:.*x.*x.*x.*"]
+)
 def test_usual_patterns_are_allowed(pattern: str) -> None:
     assert check_pattern(pattern) == pattern
+
+
+def test_the_costliest_pattern_is_cheap() -> None:
+    """Three spans over the longest name that is looked at: some three million ways, not 4000^6."""
+    name = "a" * MAX_NAME
+    assert not matches(check_pattern("re:.*a.*a.*ab"), name)
+    with pytest.raises(OptimError, match="at most") as caught:
+        matches("re:.*", name + "a")
+    assert caught.value.code == 2
 
 
 def test_the_json_schema_names_every_method() -> None:
