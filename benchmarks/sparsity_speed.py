@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.runtime.core_ffn import columns_of, rows_of
 from optim.runtime.formats.packed import pack
 from optim.runtime.formats.packed_linear import PackedLinear
 from optim.runtime.formats.schemes import Scheme
@@ -28,8 +27,9 @@ from optim.runtime.kernels import cpu_sparse
 from optim.runtime.kernels.cpu_columns import NOTHING
 from optim.runtime.layers import ACTIVATIONS, MLP
 from optim.runtime.linear import DenseLinear
+from optim.runtime.linear_base import MaskedLinear
 from optim.runtime.model import load_model
-from optim.runtime.sparse import MaskedLinear, SparseLinear, sparse_packed
+from optim.runtime.sparse import SparseLinear
 
 Call = Callable[[Tensor], Any]
 SPREAD = 128 * 2**20  # bytes over which copies of a feed-forward are laid out
@@ -90,7 +90,7 @@ class Shapes:
 def sparse(linear: Any, threshold: float) -> SparseLinear | None:
     """The same linear held input by input; None where the runtime reads it whole."""
     if isinstance(linear, PackedLinear):
-        return sparse_packed(linear, threshold)
+        return linear.by_input(threshold)
     return SparseLinear(cpu_sparse.linear(linear.weight, None), threshold)
 
 
@@ -118,7 +118,7 @@ def feed_forward(shapes: Shapes, x: Tensor, rounds: int) -> None:
         kept = picked.sort().values
         rows = torch.cat((kept, kept + neurons))
         variants[f"compact {keep}"] = [
-            MLP(rows_of(mlp.up, rows), columns_of(down or mlp.down, kept), act, True)
+            MLP(mlp.up.with_outputs(rows), (down or mlp.down).with_inputs(kept), act, True)
             for mlp, down in zip(dense, gathered, strict=True)
         ]
     show(f"feed-forward {hidden} x {neurons} {shapes.kind}", timed(variants, x, rounds))

@@ -132,8 +132,8 @@ def _load(source: str, options: RunOptions) -> tuple[Sampling, Policy, Model]:
 
     meter = Meter()
     from optim.runtime.cache import Policy
+    from optim.runtime.linear_source import Form
     from optim.runtime.model import load_model
-    from optim.runtime.plane_linear import Form
     from optim.runtime.sampling import Sampling
 
     sampling, policy = Sampling(**options.sampling), Policy(options.kv_bits, options.kv_policy)

@@ -44,6 +44,10 @@ class CoreDecoder:
     def dtype(self) -> torch.dtype:
         return self.inner.dtype
 
+    @property
+    def skipped_bytes(self) -> float:
+        return self.inner.skipped_bytes
+
     def new_cache(
         self, batch: int, limit: int, device: torch.device, padding: Tensor | None, policy: Policy
     ) -> LayeredCache:

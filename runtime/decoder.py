@@ -7,7 +7,7 @@
 with norms before, after or around, in sequence or in parallel, as the family says.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,9 +20,9 @@ from optim.runtime.cache import Layer, LayeredCache, Policy, StaticCache, static
 from optim.runtime.cache_packed import packed_layers
 from optim.runtime.cache_stream import Turn, stream_cache
 from optim.runtime.kernels import cpu_blocks, cpu_step
-from optim.runtime.layers import HeadNorm, Norm
+from optim.runtime.layers import FeedForward, HeadNorm, Norm
+from optim.runtime.linear_base import Linear, Table
 from optim.runtime.placed import Place
-from optim.runtime.plane_linear import PlaneLinear
 from optim.runtime.rope import Rope, rotate
 from optim.runtime.shape import Shape
 
@@ -48,8 +48,8 @@ class Step:
 class Attention:
     """Self-attention with a fused `qkv` linear; `rope` None leaves positions out."""
 
-    qkv: nn.Module
-    out: nn.Module
+    qkv: Linear
+    out: Linear
     heads: int
     kv_heads: int
     head_dim: int
@@ -105,7 +105,7 @@ class Block:
     """One decoder block; a norm that the family lacks is None."""
 
     attention: Attention
-    mlp: Callable[[Tensor], Tensor]
+    mlp: FeedForward
     before_attention: Norm | None
     after_attention: Norm | None
     before_mlp: Norm | None
@@ -113,6 +113,24 @@ class Block:
     parallel: bool
     residual_scale: float
     norm_after_add: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights that a decoded token reads, if it leaves nothing out."""
+        return self.attention.qkv.nbytes + self.attention.out.nbytes + self.mlp.nbytes
+
+    @property
+    def skipped_bytes(self) -> float:
+        """Of those, how many were left out on average over the tokens decoded so far."""
+        attention = self.attention
+        read = attention.qkv.skipped_bytes + attention.out.skipped_bytes
+        return read + self.mlp.skipped_bytes
+
+    @property
+    def recordable(self) -> bool:
+        """Whether a recorded step may hold it."""
+        attention = self.attention
+        return attention.qkv.recordable and attention.out.recordable and self.mlp.recordable
 
     def __call__(self, h: Tensor, cache: Layer, step: Step) -> Tensor:
         """`h` `[B, T, hidden]` -> the same shape."""
@@ -139,14 +157,14 @@ class Decoder:
     """The whole model; tensors are made by build.py."""
 
     shape: Shape
-    embed: Tensor | PlaneLinear
+    embed: Table
     positions: Tensor | None
     project_in: nn.Module | None
     ropes: dict[str, Rope]
-    blocks: list[Block]
+    blocks: Sequence[Block]
     norm: Norm | None
     project_out: nn.Module | None
-    head: nn.Module
+    head: Linear
     dtype: torch.dtype
     cache_dtype: torch.dtype
     one_call: cpu_blocks.Blocks | None
@@ -161,6 +179,11 @@ class Decoder:
     @property
     def max_context(self) -> int:
         return self.shape.max_context - self.prefix_length
+
+    @property
+    def skipped_bytes(self) -> float:
+        """Bytes of weights that a token did not read, on average over those decoded so far."""
+        return sum(self.blocks[i].skipped_bytes for i in range(len(self.blocks)))
 
     def new_cache(
         self,

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.build import Loader
 from optim.runtime.cache import Policy
 from optim.runtime.checkpoint import Checkpoint
+from optim.runtime.linear_source import Source
+from optim.runtime.loader import Loader
 
 
 class ForeignCache:
@@ -48,6 +49,7 @@ class Foreign:
     model: Any
     max_context: int
     dtype: torch.dtype
+    skipped_bytes: float = 0.0
 
     def new_cache(
         self,
@@ -101,40 +103,42 @@ def build_foreign(
     config = checkpoint.hf_config()
     with torch.device("meta"):
         model = factory.from_config(config, dtype=dtype).eval()
-    loader = Loader(checkpoint, device, dtype)
+    loader, weight_bytes = Loader(checkpoint, device, dtype), 0
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and not _tied(name, config):
-            model.set_submodule(name, loader.linear(name))
+            linear = loader.linear(name)
+            model.set_submodule(name, linear)
+            weight_bytes += linear.nbytes
     fill(model, loader)
     context = getattr(config, "max_position_embeddings", None) or 2048
-    return Foreign(model, int(context), dtype), loader.weight_bytes
+    return Foreign(model, int(context), dtype), weight_bytes
 
 
 def _tied(name: str, config: Any) -> bool:
     return name == "lm_head" and bool(getattr(config, "tie_word_embeddings", False))
 
 
-def fill(model: Any, loader: Loader) -> None:
+def fill(model: Any, source: Source) -> None:
     """Give every parameter and buffer that is still on the meta device its values.
 
     Raises OptimError (2) if the checkpoint lacks one.
     """
     for module in model.modules():
-        _fresh_buffers(model, module, loader.device)
+        _fresh_buffers(model, module, source.device)
     missing = []
     for name, weight in list(model.named_parameters()):
         if not weight.is_meta:
             continue
-        if not loader.has(name):
+        if not source.has(name):
             missing.append(name)
             continue
         owner, _, leaf = name.rpartition(".")
-        value = nn.Parameter(loader.tensor(name, loader.dtype), requires_grad=False)
+        value = nn.Parameter(source.tensor(name, source.dtype), requires_grad=False)
         setattr(model.get_submodule(owner), leaf, value)
     model.tie_weights()
     if any(weight.is_meta for weight in model.parameters()):
         raise OptimError(
-            f"{loader.checkpoint.source} lacks {missing[0]} and {len(missing) - 1} more",
+            f"{source.checkpoint.source} lacks {missing[0]} and {len(missing) - 1} more",
             "this family's tensors are not named as transformers names them",
             USAGE,
         )

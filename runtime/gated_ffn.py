@@ -6,28 +6,35 @@ The gate is computed whole. Of the neurons with |act(gate)| <= threshold, rows o
 `down` are not read; with ReLU and threshold 0 that loses nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from optim.runtime.kernels import cpu_sparse
 from optim.runtime.linear import DenseLinear
-from optim.runtime.sparse import FEW, dense
+from optim.runtime.linear_base import FEW, Linear
+from optim.runtime.sparse import dense
 
 
 @dataclass(slots=True)
 class GatedFeedForward:
     """`gate` `[neurons, hidden]` dense; `up` and `down` in the layouts that can be skipped."""
 
-    gate: nn.Module
+    gate: Linear
     up: cpu_sparse.Rows
     down: cpu_sparse.Columns
     act: Callable[[Tensor], Tensor]
     threshold: float
     used: int = 0
     calls: int = 0
+    running: None = None
+    recordable: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.gate.nbytes + self.up.weight.nbytes + self.down.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         """x `[B, T, hidden]`; sparse where T is 1 and B is at most FEW."""
@@ -45,7 +52,6 @@ class GatedFeedForward:
 
     @property
     def skipped_bytes(self) -> float:
-        """Bytes of weights not read for a token, on average over the tokens decoded so far."""
         if not self.calls:
             return 0.0
         share = 1 - self.used / (self.calls * self.down.inputs)
@@ -56,10 +62,17 @@ class GatedFeedForward:
 class MaskedGate:
     """The same where no kernel reads `up` row by row: its rows are computed, then not used."""
 
-    up: nn.Module
-    down: nn.Module
+    up: Linear
+    down: Linear
     act: Callable[[Tensor], Tensor]
     threshold: float
+    running: None = None
+    skipped_bytes: float = 0.0
+    recordable: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.up.nbytes + self.down.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         """x `[B, T, hidden]`; `up` is gate and up side by side."""
@@ -70,3 +83,22 @@ class MaskedGate:
             gate = torch.where(gate.abs() <= self.threshold, 0, gate)
         y: Tensor = self.down(gate * up)
         return y
+
+
+def gated_feed_forward(
+    load: Callable[..., Linear],
+    names: Sequence[str],
+    down_name: str,
+    act: Callable[[Tensor], Tensor],
+    threshold: float,
+) -> GatedFeedForward | MaskedGate:
+    """A feed-forward that leaves out what its gate makes small.
+
+    `load(*names, below=None)` gives linears; `names` are those of gate and up.
+    """
+    down = load(down_name, below=0.0)
+    if down.c_columns is not None:
+        up = load(names[1])
+        if up.c_rows is not None:
+            return GatedFeedForward(load(names[0]), up.c_rows, down.c_columns, act, threshold)
+    return MaskedGate(load(*names), down, act, threshold)

@@ -15,9 +15,7 @@ from torch import Tensor
 
 from optim.runtime.cache import LayeredCache, Policy
 from optim.runtime.decoder import Decoder
-from optim.runtime.layers import MLP
 from optim.runtime.placed import Place, buffers, prepared
-from optim.runtime.sparse import MaskedLinear, SparseLinear
 
 WARM = 4  # steps before one is worth recording
 
@@ -48,6 +46,10 @@ class GraphDecoder:
     @property
     def dtype(self) -> torch.dtype:
         return self.inner.dtype
+
+    @property
+    def skipped_bytes(self) -> float:
+        return self.inner.skipped_bytes
 
     @property
     def state(self) -> str:
@@ -125,13 +127,5 @@ def recordable(decoder: Decoder) -> bool:
     depend on the length, no weights that are left out."""
     if not isinstance(decoder.blocks, list):  # offloaded: they come and go
         return False
-    plain = all(isinstance(block.mlp, MLP) for block in decoder.blocks)
-    return (
-        plain and not any(rope.scaled for rope in decoder.ropes.values()) and not _sparse(decoder)
-    )
-
-
-def _sparse(decoder: Decoder) -> bool:
-    pairs = [(block.attention, block.mlp) for block in decoder.blocks]
-    linears = [m for a, f in pairs if isinstance(f, MLP) for m in (a.qkv, a.out, f.up, f.down)]
-    return any(isinstance(linear, SparseLinear | MaskedLinear) for linear in linears)
+    scaled = any(rope.scaled for rope in decoder.ropes.values())
+    return not scaled and all(block.recordable for block in decoder.blocks)

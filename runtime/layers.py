@@ -3,14 +3,16 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.formats.w4a4 import StepNorm
 from optim.runtime.kernels import cpu_step
+from optim.runtime.linear_base import Linear
+from optim.runtime.static_linear import StepNorm
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -119,14 +121,56 @@ class HeadNorm:
         return rms_norm(flat, weight, self.eps).view(x.shape)
 
 
+class FeedForward(Protocol):
+    """What a block has beside attention: x `[B, T, hidden]` -> the same shape."""
+
+    @property
+    def running(self) -> "MLP | None":
+        """The plain feed-forward that a call computes; None: it is of another kind."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights that a decoded token reads, if it leaves nothing out."""
+        ...
+
+    @property
+    def skipped_bytes(self) -> float:
+        """Of those, how many were left out on average over the tokens decoded so far."""
+        ...
+
+    @property
+    def recordable(self) -> bool:
+        """Whether a recorded step may hold it: the host decides and counts nothing in a call."""
+        ...
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
 @dataclass(slots=True)
 class MLP:
     """down(act(gate(x)) * up(x)), gate and up in one linear; down(act(up(x))) where not `gated`."""
 
-    up: nn.Module
-    down: nn.Module
+    up: Linear
+    down: Linear
     act: Callable[[Tensor], Tensor]
     gated: bool
+
+    @property
+    def running(self) -> "MLP":
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        return self.up.nbytes + self.down.nbytes
+
+    @property
+    def skipped_bytes(self) -> float:
+        return self.up.skipped_bytes + self.down.skipped_bytes
+
+    @property
+    def recordable(self) -> bool:
+        return self.up.recordable and self.down.recordable
 
     def __call__(self, x: Tensor) -> Tensor:
         y: Tensor = self.down(self.inner(x))
@@ -153,10 +197,18 @@ class Mixture:
     `normalize`: the kept weights are made to sum to one.
     """
 
-    router: nn.Module
+    router: Linear
     experts: list[MLP]
     top: int
     normalize: bool
+    running: None = None
+    skipped_bytes: float = 0.0
+    recordable: bool = False  # the host picks the experts
+
+    @property
+    def nbytes(self) -> int:
+        held = sum(expert.nbytes for expert in self.experts)
+        return self.router.nbytes + held * self.top // len(self.experts)
 
     def __call__(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])

@@ -1,4 +1,4 @@
-"""Linears that are not packed, and how several become one.
+"""Linears that are not packed.
 
 A CPU without bf16 units multiplies bf16 at a tenth of its fp32 rate. Weights stored in bf16 stay so
 there, half the memory and half the bytes a token: a C kernel reads them for a few tokens, and for
@@ -10,15 +10,19 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from optim.runtime.kernels import cpu_bf16
+from optim.runtime.kernels import cpu_bf16, cpu_sparse
+from optim.runtime.linear_base import Linear, Table, added, masked
+from optim.runtime.linear_source import Source
+from optim.runtime.machine import use_huge_pages
+from optim.runtime.sparse import sparse_dense
 
 SLICE = 1 << 20  # weights widened at a time: 4 MB in fp32
 FEW = 16  # rows up to which reading bf16 again for every few tokens is faster than widening
 
 
-class Rows(Protocol):
+class Matrix(Protocol):
     """A matrix `[out, in]`, some rows at a time."""
 
     @property
@@ -26,7 +30,7 @@ class Rows(Protocol):
     def __getitem__(self, rows: slice, /) -> Tensor: ...
 
 
-class DenseLinear(nn.Module):
+class DenseLinear(Linear):
     """y = x W^T + b; `x` `[..., in]` in the compute dtype, `weight` `[out, in]` in that or bf16."""
 
     weight: Tensor
@@ -36,6 +40,43 @@ class DenseLinear(nn.Module):
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
+        self.out_features, self.in_features = weight.shape
+
+    @classmethod
+    def claims(cls, source: Source, names: Sequence[str]) -> bool:
+        """Plain weights; and whatever is left, of which it says what is missing."""
+        packed = any(source.has(f"{name}.weight_packed") for name in names)
+        return len(names) == 1 or (not packed and source.alike(names, "bias"))
+
+    @classmethod
+    def load(cls, source: Source, names: Sequence[str], below: float | None = None) -> Linear:
+        """See Kind. Held input by input where a kernel leaves inputs out, else row by row."""
+        weights = [stored_weight(source, f"{name}.weight") for name in names]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        del weights
+        bias = source.bias(names, source.dtype)
+        if below is not None and (sparse := sparse_dense(weight, bias, below)) is not None:
+            return sparse
+        use_huge_pages(weight)
+        return masked(cls(weight, bias), below)
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+    @property
+    def table(self) -> Table:
+        return self.weight
+
+    @property
+    def c_rows(self) -> cpu_sparse.Rows | None:
+        return cpu_sparse.Rows(self.weight, self.bias) if cpu_sparse.reads(self.weight) else None
+
+    def with_outputs(self, rows: Tensor) -> Linear:
+        return DenseLinear(self.weight[rows], None if self.bias is None else self.bias[rows])
+
+    def with_inputs(self, columns: Tensor, shift: Tensor | None = None) -> Linear:
+        return DenseLinear(self.weight[:, columns].contiguous(), added(self.bias, shift))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.dtype == x.dtype:
@@ -51,7 +92,7 @@ def _few(x: Tensor, weight: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def many(x: Tensor, weight: Rows) -> Tensor:
+def many(x: Tensor, weight: Matrix) -> Tensor:
     """x W^T for many tokens, `weight` bf16 widened to the dtype of `x` a slice at a time."""
     outputs, inputs = weight.shape
     step = max(1, SLICE // inputs)
@@ -62,18 +103,13 @@ def many(x: Tensor, weight: Rows) -> Tensor:
     return y
 
 
+def stored_weight(source: Source, name: str) -> Tensor:
+    """A dense matrix in the dtype that suits this machine."""
+    stored = source.checkpoint.read(name)
+    return stored.to(source.device, held_dtype(stored.dtype, source.dtype)).contiguous()
+
+
 def held_dtype(stored: torch.dtype, compute: torch.dtype) -> torch.dtype:
     """The dtype in which a dense weight stored as `stored` is kept."""
     keep = compute == torch.float32 and stored == torch.bfloat16 and cpu_bf16.usable()
     return stored if keep else compute
-
-
-class Joined(nn.Module):
-    """Linears of different formats that read one input: outputs side by side."""
-
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(parts)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([part(x) for part in self.parts], -1)

@@ -18,8 +18,8 @@ import torch
 
 from optim.recipes.errors import OptimError
 from optim.runtime.cache import Policy
+from optim.runtime.linear_source import Form
 from optim.runtime.machine import peak_bytes, pick_device
-from optim.runtime.plane_linear import Form
 
 WORKER = "import sys; from optim.runtime.measure import worker; worker(sys.stdin, sys.stdout)"
 MARK = "optim-measure:"  # libraries may print to stdout too

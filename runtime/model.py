@@ -14,11 +14,13 @@ from optim.runtime.build import build
 from optim.runtime.cache import Cache, Policy
 from optim.runtime.checkpoint import Checkpoint, open_checkpoint
 from optim.runtime.decoder import Decoder
-from optim.runtime.formats.w4a4 import fast_product, read_config
+from optim.runtime.formats.w4a4 import read_config
 from optim.runtime.graph import GraphDecoder, cuda_graph, recordable
+from optim.runtime.linear_source import Form
 from optim.runtime.machine import compute_dtype, pick_device, release_code, release_memory
-from optim.runtime.plane_linear import Form, prospect
+from optim.runtime.plane_linear import prospect
 from optim.runtime.side import SIDE
+from optim.runtime.static_linear import fast_product
 
 if TYPE_CHECKING:
     from optim.runtime.text import Tokenizer
@@ -31,6 +33,8 @@ class Runner(Protocol):
     def max_context(self) -> int: ...
     @property
     def dtype(self) -> torch.dtype: ...
+    @property
+    def skipped_bytes(self) -> float: ...
     def new_cache(
         self,
         batch: int,
@@ -93,9 +97,7 @@ class Model:
     @property
     def token_bytes(self) -> float:
         """Bytes of weights read for a token: `weight_bytes` less what was skipped so far."""
-        from optim.runtime.traffic import skipped_bytes
-
-        return self.weight_bytes - skipped_bytes(self.decoder)
+        return self.weight_bytes - self.decoder.skipped_bytes
 
     def context(self, asked: int | None) -> int:
         """`asked`, or the model's own. Raises OptimError (2) if that is more than it has."""

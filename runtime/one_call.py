@@ -6,20 +6,15 @@ block.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from optim.runtime.core_ffn import CoreFeedForward, Kernel
-from optim.runtime.formats.packed_linear import PackedLinear
-from optim.runtime.kernels import cpu_blocks, cpu_columns, cpu_w4a8
+from optim.runtime.decoder import Block
+from optim.runtime.kernels import cpu_blocks
 from optim.runtime.kernels.native import NoKernel
-from optim.runtime.layers import MLP, Norm, RMSNorm
-from optim.runtime.sparse import MaskedLinear, SparseLinear
-
-if TYPE_CHECKING:
-    from optim.runtime.decoder import Block
-    from optim.runtime.shape import Shape
+from optim.runtime.layers import Norm, RMSNorm
+from optim.runtime.linear_base import Linear
+from optim.runtime.shape import Shape
 
 ACTIVATIONS = {"silu": False, "swish": False, "gelu_pytorch_tanh": True, "gelu_new": True}
 
@@ -28,7 +23,7 @@ class _Other(Exception):
     """This decoder has a part that the C code lacks."""
 
 
-def one_call(blocks: Sequence["Block"], shape: "Shape") -> cpu_blocks.Blocks | None:
+def one_call(blocks: Sequence[Block], shape: Shape) -> cpu_blocks.Blocks | None:
     """`blocks` as the C code runs them; None if it cannot."""
     try:
         _need(shape.activation in ACTIVATIONS and not shape.parallel and not shape.norm_after_add)
@@ -55,12 +50,11 @@ def _need(fact: bool) -> None:
         raise _Other
 
 
-def _weights(block: "Block") -> cpu_blocks.BlockWeights:
-    attention, mlp = block.attention, block.mlp
-    mlp = mlp.running if isinstance(mlp, CoreFeedForward) else mlp
+def _weights(block: Block) -> cpu_blocks.BlockWeights:
+    attention, mlp = block.attention, block.mlp.running
     _need(attention.one_token is not None and not attention.interleaved)
     _need(attention.norm is None or not attention.norm.full)
-    if not isinstance(mlp, MLP) or not mlp.gated:
+    if mlp is None or not mlp.gated:
         raise _Other
     return cpu_blocks.BlockWeights(
         before_attention=_always(block.before_attention),
@@ -69,24 +63,20 @@ def _weights(block: "Block") -> cpu_blocks.BlockWeights:
         after_mlp=_rms(block.after_mlp),
         query_norm=attention.norm.query if attention.norm else None,
         key_norm=attention.norm.key if attention.norm else None,
-        qkv=_packed(attention.qkv),
-        out=_packed(attention.out),
-        up=_packed(mlp.up),
-        down=_packed(mlp.down),
+        qkv=_reader(attention.qkv),
+        out=_reader(attention.out),
+        up=_reader(mlp.up),
+        down=_reader(mlp.down),
         rope=attention.rope,
         window=attention.rule.window,
     )
 
 
-def _packed(linear: nn.Module) -> cpu_blocks.Reader:
-    if isinstance(linear, SparseLinear) and isinstance(linear.columns, cpu_columns.Columns):
-        return cpu_blocks.Reader(linear.columns, linear.threshold)
-    threshold = linear.threshold if isinstance(linear, MaskedLinear) else cpu_columns.NOTHING
-    linear = linear.inner if isinstance(linear, MaskedLinear) else linear
-    weight = linear.kernel if isinstance(linear, PackedLinear | Kernel) else None
-    if not isinstance(weight, cpu_w4a8.Weight):
+def _reader(linear: Linear) -> cpu_blocks.Reader:
+    reader = linear.c_reader
+    if reader is None:
         raise _Other
-    return cpu_blocks.Reader(weight, threshold)
+    return reader
 
 
 def _rms(norm: Norm | None) -> Tensor | None:
@@ -102,5 +92,5 @@ def _always(norm: Norm | None) -> Tensor:
     return weight
 
 
-def _eps(block: "Block") -> float:
+def _eps(block: Block) -> float:
     return block.before_mlp.eps if block.before_mlp else 0.0

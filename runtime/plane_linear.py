@@ -5,20 +5,18 @@ sum runs in the same order, and for many tokens the same slices are widened. On 
 kernel adds in another order; `exact` expands the weight and uses the plain product.
 """
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from optim.runtime.formats.bf12 import Planes, planes_of
 from optim.runtime.kernels import cpu_bf12
-from optim.runtime.linear import FEW, many
-
-Form = Literal["planes", "exact", "bf16"]
-"""How a packed model's weights are held: as planes; as planes, multiplied exactly as bf16 would be;
-or decoded at load, as if they had never been packed."""
-
+from optim.runtime.linear import FEW, DenseLinear, many
+from optim.runtime.linear_base import Linear, Table
+from optim.runtime.linear_source import Source
 
 GAINS: dict[str, float | None] = {"cpu": 1.19, "cuda": None}
 """Kind of device: how much faster planes decode a whole model than bf16 (docs/lossless.md, one
@@ -26,7 +24,7 @@ thread with AVX2), None where it was never measured."""
 WORTH = 1.05  # below, planes save memory and nothing else
 
 
-class PlaneLinear(nn.Module):
+class PlaneLinear(Linear):
     """y = x W^T + b, `x` `[..., in]`; also a table of rows: `linear[ids]` is bf16 `[..., in]`."""
 
     bias: Tensor | None
@@ -36,6 +34,7 @@ class PlaneLinear(nn.Module):
         super().__init__()
         self.register_buffer("bias", bias)
         self.exact = exact
+        self.out_features, self.in_features = weight.shape
         self.planes: Planes | Any
         if weight.device.type == "cpu":
             self.planes = planes_of(weight)
@@ -44,10 +43,33 @@ class PlaneLinear(nn.Module):
 
             self.planes = Weight(weight)
 
+    @classmethod
+    def claims(cls, source: Source, names: Sequence[str]) -> bool:
+        """bf16 weights of a model packed without loss, where a kernel reads planes."""
+        checkpoint = source.checkpoint
+        if checkpoint.layout is None or source.form == "bf16" or not runs_here(source.device):
+            return False
+        infos = [checkpoint.tensors.get(f"{name}.weight") for name in names]
+        plain = all(info is not None and info.dtype == torch.bfloat16 for info in infos)
+        return plain and source.alike(names, "bias")
+
+    @classmethod
+    def load(cls, source: Source, names: Sequence[str], below: float | None = None) -> Linear:
+        """See Kind. Planes cannot be skipped: with `below` the weight is held as it was."""
+        if below is not None:
+            return DenseLinear.load(source, names, below)
+        weights = [source.tensor(f"{name}.weight") for name in names]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        del weights
+        return cls(weight, source.bias(names, source.dtype), exact=source.form == "exact")
+
     @property
     def nbytes(self) -> int:
-        """Bytes held for the weight, and read for one token."""
         return int(self.planes.nbytes)
+
+    @property
+    def table(self) -> Table:
+        return self
 
     @property
     def weight(self) -> Tensor:

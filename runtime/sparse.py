@@ -6,33 +6,35 @@ where an input's weights are too short a run of memory to be left out with profi
 set to zero and the dense linear runs: the same result, at the dense speed.
 """
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from optim.runtime.formats.packed import unpack
-from optim.runtime.formats.packed_linear import PackedLinear
 from optim.runtime.formats.schemes import Scheme
 from optim.runtime.kernels import cpu_columns, cpu_sparse
+from optim.runtime.kernels.cpu_blocks import Reader
+from optim.runtime.kernels.gathered import gather_columns
+from optim.runtime.linear_base import FEW, Linear, added
 
 if TYPE_CHECKING:
     from optim.runtime.kernels.triton_gather import Gather
 
     Columns = cpu_sparse.Columns | cpu_columns.Columns | Gather
 
-FEW = 4  # sequences decoded at once that each skip their own inputs; more run densely
 SLICE = 1 << 20  # weights widened at a time
 SHORT = 1536  # bytes of an input's 4-bit weights below which reading all was as fast as skipping
 
 
-class SparseLinear(nn.Module):
+class SparseLinear(Linear):
     """y = W x + b, where decoding leaves out x_k with |x_k| <= `threshold`; float32 on a CPU."""
 
     def __init__(self, columns: "Columns", threshold: float) -> None:
         super().__init__()
         self.columns, self.threshold = columns, threshold
+        self.in_features, self.out_features = columns.inputs, columns.outputs
 
     def forward(self, x: Tensor) -> Tensor:
         """x `[B, T, in]` -> `[B, T, out]`; sparse where T is 1 and B is at most FEW."""
@@ -42,28 +44,37 @@ class SparseLinear(nn.Module):
         return rows[0].view(1, 1, -1) if len(rows) == 1 else torch.stack(rows).unsqueeze(1)
 
     @property
+    def nbytes(self) -> int:
+        return self.columns.nbytes
+
+    @property
     def skipped_bytes(self) -> float:
-        """Bytes of weights not read for a token, on average over the tokens decoded so far."""
         columns = self.columns
         if not columns.calls:
             return 0.0
         return columns.nbytes * (1 - float(columns.used) / (columns.calls * columns.inputs))
 
+    @property
+    def recordable(self) -> bool:
+        return False
 
-class MaskedLinear(nn.Module):
-    """`inner`, with the same inputs set to zero as SparseLinear leaves out."""
+    @property
+    def c_reader(self) -> Reader | None:
+        held = self.columns
+        return Reader(held, self.threshold) if isinstance(held, cpu_columns.Columns) else None
 
-    threshold: float
+    @property
+    def c_columns(self) -> cpu_sparse.Columns | None:
+        return self.columns if isinstance(self.columns, cpu_sparse.Columns) else None
 
-    def __init__(self, inner: nn.Module, threshold: float) -> None:
-        super().__init__()
-        self.inner, self.threshold = inner, threshold
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1] == 1 and x.shape[0] <= FEW:
-            x = torch.where(x.abs() <= self.threshold, 0, x)
-        y: Tensor = self.inner(x)
-        return y
+    def with_inputs(self, columns: Tensor, shift: Tensor | None = None) -> Linear:
+        held, bias = self.columns, added(self.columns.bias, shift)
+        if isinstance(held, cpu_columns.Columns):
+            return SparseLinear(gather_columns(held, columns, bias), cpu_columns.NOTHING)
+        if isinstance(held, cpu_sparse.Columns):
+            some = cpu_sparse.Columns(held.outputs, held.weight[columns], bias)
+            return SparseLinear(some, cpu_columns.NOTHING)
+        return super().with_inputs(columns, shift)
 
 
 def dense(columns: "Columns", x: Tensor) -> Tensor:
@@ -87,26 +98,37 @@ def sparse_dense(weight: Tensor, bias: Tensor | None, threshold: float) -> Spars
 
         tensors = triton_gather.dense_layout(weight, bias)
         return SparseLinear(triton_gather.Gather(weight.shape[0], tensors, 0), threshold)
-    fits = weight.device.type == "cpu" and weight.dtype in cpu_sparse.KINDS
-    if not fits or not cpu_sparse.usable():
+    if not cpu_sparse.reads(weight):
         return None
     return SparseLinear(cpu_sparse.linear(weight, bias), threshold)
 
 
-def sparse_packed(linear: PackedLinear, threshold: float) -> SparseLinear | None:
-    """A packed linear that is not prepared yet as SparseLinear; None where that does not pay."""
-    scale = linear.weight_scale
-    if scale is None or scale.dtype != torch.bfloat16 or not _readable(linear.scheme, scale.device):
+Opened = tuple[Tensor, Tensor, Tensor | None]
+"""Integers, scales and zero points, as `unpack` gives them."""
+
+
+def sparse_packed(
+    unpack: Callable[[], Opened],
+    scale: Tensor | None,
+    scheme: Scheme,
+    bias: Tensor | None,
+    threshold: float,
+) -> SparseLinear | None:
+    """A packed weight, unpacked if it is worth it, as SparseLinear; None where that does not pay.
+
+    `scale` is the stored one.
+    """
+    if scale is None or scale.dtype != torch.bfloat16 or not _readable(scheme, scale.device):
         return None  # scales of another type would have to be rounded
-    q, scale, zero = unpack(linear.stored(), linear.scheme, linear.name)
+    q, scale, zero = unpack()
     short = scale.device.type == "cpu" and q.shape[0] // 2 < SHORT
     if short and threshold != cpu_columns.NOTHING:
         return None
-    parts = q, scale, zero, linear.scheme, linear.bias
+    parts = q, scale, zero, scheme, bias
     if scale.device.type == "cuda":
         from optim.runtime.kernels import triton_gather
 
-        tensors, group = triton_gather.int4_layout(*parts), linear.scheme.group_size
+        tensors, group = triton_gather.int4_layout(*parts), scheme.group_size
         return SparseLinear(triton_gather.Gather(q.shape[0], tensors, group), threshold)
     lines = cpu_columns.NARROW if threshold == cpu_columns.NOTHING else cpu_columns.LINES
     return SparseLinear(cpu_columns.packed(*parts, lines), threshold)

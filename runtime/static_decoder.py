@@ -13,7 +13,7 @@ from optim.runtime.decoder import Decoder
 from optim.runtime.formats.w4a4 import stream_rotation
 from optim.runtime.hadamard import Mixing
 from optim.runtime.layers import RMSNorm
-from optim.runtime.static import StaticReader
+from optim.runtime.static_linear import StaticReader
 
 
 class TurnIn(nn.Module):
@@ -43,7 +43,7 @@ def complete(decoder: Decoder, reader: StaticReader) -> None:
     """Give a decoder whose blocks `reader` made its turns and its prefix."""
     static = reader.static
     if static.rotated:
-        rotation = stream_rotation(decoder.shape.hidden).to(reader.device, decoder.dtype)
+        rotation = stream_rotation(decoder.shape.hidden).to(reader.source.device, decoder.dtype)
         norm = decoder.norm
         assert isinstance(norm, RMSNorm)
         decoder.project_in = TurnIn(rotation)
@@ -56,11 +56,11 @@ def complete(decoder: Decoder, reader: StaticReader) -> None:
 def prefix_of(decoder: Decoder, reader: StaticReader) -> list[tuple[Tensor, Tensor]]:
     """Keys and values `[1, P, kv_heads, D]` of the prefix, in the compute dtype, for each block."""
     tokens = reader.static.prefix
-    layers = decoder.empty_layers(1, reader.device, decoder.dtype)
+    layers = decoder.empty_layers(1, reader.source.device, decoder.dtype)
     reader.exact.positions = len(tokens)
     try:
         cache = StaticCache(layers, len(tokens))
-        decoder(torch.tensor([tokens], device=reader.device), cache, False)
+        decoder(torch.tensor([tokens], device=reader.source.device), cache, False)
     finally:
         reader.exact.positions = 0
     found = []

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from optim.prune.prosparse.relu import Swapped, feed_forwards, swap
 from optim.recipes.schema import ProSparse
-from optim.runtime.build import Loader
 from optim.runtime.checkpoint import Checkpoint
 from optim.runtime.foreign import fill
+from optim.runtime.linear_source import Source
 from optim.runtime.walk import find_blocks
 
 LORA_SCALE = 2.0  # alpha / r
@@ -104,7 +104,7 @@ def _load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> A
     factory: Any = AutoModelForCausalLM
     with torch.device("meta"):
         model = factory.from_config(checkpoint.hf_config(), dtype=dtype).eval()
-    fill(model, Loader(checkpoint, device, dtype))
+    fill(model, Source(checkpoint, device, dtype))
     return model
 
 

@@ -32,12 +32,11 @@ from optim.runtime.formats.w4a4 import (
     Exact,
     Site,
     StaticSite,
-    StepLinear,
-    StepNorm,
     TokenSite,
     pack_nibbles,
 )
 from optim.runtime.hadamard import Mixing, mixing
+from optim.runtime.static_linear import StepLinear, StepNorm
 from optim.runtime.walk import HiddenStates, Walk, linear_at
 
 SAMPLE_TOKENS = 4096  # the steps are chosen on so many

@@ -25,8 +25,9 @@ from optim.quant.mergequant.rotation import Places, fold_norm, places, turn
 from optim.quant.mergequant.sites import Form, SiteRounder, not_finite
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.architectures import FAMILIES
-from optim.runtime.formats.w4a4 import Exact, StepLinear
+from optim.runtime.formats.w4a4 import Exact
 from optim.runtime.hadamard import Mixing
+from optim.runtime.static_linear import StepLinear
 from optim.runtime.walk import HiddenStates, Walk
 
 __all__ = ["Form", "MergeSolver"]

@@ -18,10 +18,9 @@ from optim.runtime.formats.w4a4 import (
     Site,
     Static,
     StaticSite,
-    StepLinear,
-    StepNorm,
     stream_rotation,
 )
+from optim.runtime.static_linear import StepLinear, StepNorm
 from optim.runtime.walk import StoredLinear, Walk
 
 PREFIX = "prefix.json"

@@ -11,14 +11,21 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.formats.packed import SUFFIXES, pack, unpack
-from optim.runtime.formats.schemes import Scheme
+from optim.runtime.formats.schemes import Scheme, SchemeOf
+from optim.runtime.kernels import cpu_int4, cpu_w4a8, plain
+from optim.runtime.kernels.cpu_blocks import Reader
+from optim.runtime.kernels.gathered import gather_rows
+from optim.runtime.linear_base import Linear, masked
+from optim.runtime.linear_source import Source
+from optim.runtime.plain import schemes_of
+from optim.runtime.sparse import SparseLinear, sparse_packed
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(Linear):
     """y = x W^T + b with W packed `[out, in]`; x `[..., in]` of any float dtype, y of the same."""
 
     weight_packed: Tensor | None
@@ -41,13 +48,42 @@ class PackedLinear(nn.Module):
             self.register_buffer(key, tensors.get(key))
         self.register_buffer("bias", bias)
         self.kernel: Any = None
+        shape = tensors.get("weight_shape")
+        if shape is not None and shape.shape == (2,):  # else `prepare` says what is wrong
+            self.out_features, self.in_features = (int(n) for n in shape)
+
+    @classmethod
+    def claims(cls, source: Source, names: Sequence[str]) -> bool:
+        """Packed alike, and all with a bias or none."""
+        scheme_of = source.once(_schemes)
+        schemes = {scheme_of(name) if _is_packed(source, name) else None for name in names}
+        return None not in schemes and len(schemes) == 1 and source.alike(names, "bias")
+
+    @classmethod
+    def load(cls, source: Source, names: Sequence[str], below: float | None = None) -> Linear:
+        """See Kind."""
+        scheme = source.once(_schemes)(names[0])
+        assert scheme is not None
+        parts = [cls(_stored(source, n), scheme, source.bias([n]), n) for n in names]
+        linear = parts[0] if len(parts) == 1 else fuse(parts)
+        if below is not None and (sparse := linear.by_input(below)) is not None:
+            return sparse
+        return masked(linear.prepare(), below)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held for weight and bias, and read for one token."""
         if self.kernel is not None:
             return int(self.kernel.nbytes)
         return sum(buffer.nbytes for buffer in self.buffers())
+
+    @property
+    def c_reader(self) -> Reader | None:
+        return Reader(self.kernel) if isinstance(self.kernel, cpu_w4a8.Weight) else None
+
+    def with_outputs(self, rows: Tensor) -> Linear:
+        if isinstance(self.kernel, cpu_w4a8.Weight):
+            return RepackedLinear(gather_rows(self.kernel, rows))
+        return super().with_outputs(rows)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel is None:
@@ -60,7 +96,7 @@ class PackedLinear(nn.Module):
 
         Raises OptimError naming the tensor if the stored form is corrupt.
         """
-        q, scale, zero = unpack(self.stored(), self.scheme, self.name)
+        q, scale, zero = self.opened()
         for key in SUFFIXES:
             setattr(self, key, None)
         chosen = kernel or choose(self.scheme, q.device)
@@ -71,6 +107,46 @@ class PackedLinear(nn.Module):
     def stored(self) -> dict[str, Tensor]:
         """The stored tensors. Only before `prepare`."""
         return {name: tensor for name, tensor in self.named_buffers() if name in SUFFIXES}
+
+    def by_input(self, threshold: float) -> SparseLinear | None:
+        """The same held input by input; None where that does not pay. Only before `prepare`."""
+        return sparse_packed(self.opened, self.weight_scale, self.scheme, self.bias, threshold)
+
+    def opened(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Integers, scales and zero points; see packed.unpack. Only before `prepare`."""
+        return unpack(self.stored(), self.scheme, self.name)
+
+
+class RepackedLinear(Linear):
+    """A linear that is a kernel's weight alone."""
+
+    def __init__(self, kernel: cpu_w4a8.Weight) -> None:
+        super().__init__()
+        self.kernel, self.in_features, self.out_features = kernel, kernel.inputs, kernel.outputs
+
+    @property
+    def nbytes(self) -> int:
+        return self.kernel.nbytes
+
+    @property
+    def c_reader(self) -> Reader:
+        return Reader(self.kernel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernel(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+
+
+def _schemes(source: Source) -> SchemeOf:
+    return schemes_of(source.checkpoint)
+
+
+def _is_packed(source: Source, name: str) -> bool:
+    return source.has(f"{name}.weight_packed")
+
+
+def _stored(source: Source, name: str) -> dict[str, Tensor]:
+    """The stored tensors of a linear that are there."""
+    return {s: source.tensor(f"{name}.{s}") for s in SUFFIXES if source.has(f"{name}.{s}")}
 
 
 def fuse(parts: Sequence[PackedLinear]) -> PackedLinear:
@@ -88,7 +164,7 @@ def fuse(parts: Sequence[PackedLinear]) -> PackedLinear:
     bias = torch.cat(biases) if biases else None
     if (whole := _side_by_side([part.stored() for part in parts], parts[0].scheme)) is not None:
         return PackedLinear(whole, parts[0].scheme, bias, name)
-    opened = [unpack(part.stored(), part.scheme, part.name) for part in parts]
+    opened = [part.opened() for part in parts]
     if len({q.shape[1] for q, _, _ in opened}) != 1:
         raise OptimError("linears with different inputs cannot be joined", None, USAGE)
     q, scale = torch.cat([q for q, _, _ in opened]), torch.cat([s for _, s, _ in opened])
@@ -121,8 +197,6 @@ def choose(scheme: Scheme, device: torch.device) -> ModuleType:
 @cache
 def _kernels(device: str) -> list[ModuleType]:
     """The kernels that work here, best first; `plain` always does."""
-    from optim.runtime.kernels import cpu_int4, cpu_w4a8, plain
-
     candidates = [cpu_w4a8, cpu_int4] if device == "cpu" else []
     if device == "cuda" and find_spec("triton"):
         from optim.runtime.kernels import triton_w4a16

@@ -22,10 +22,8 @@ Byte b of a row has column b in its low and column b + ceil(K/2) in its high nib
 activations, each contiguous, meet the two halves of a run of bytes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -184,116 +182,6 @@ class TokenSite(nn.Module):
 
 
 Site = StaticSite | TokenSite
-
-
-class StepNorm(nn.Module):
-    """RMSNorm that emits codes: the step is in its weight. x `[..., n]` -> codes `[..., K]`.
-
-    Floats, or on a GPU int8 from one kernel.
-    """
-
-    def __init__(self, site: StaticSite, eps: float) -> None:
-        super().__init__()
-        self.site, self.eps = site, eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        fused, site = fast_norm(x.device.type), self.site
-        if fused is not None and not site.exact.positions:
-            flat = x.reshape(-1, x.shape[-1])
-            made = fused(flat, site.gain, site.offset, site.index, self.eps, site.bits)[0]
-            return made.view(*x.shape[:-1], made.shape[1])
-        x = x.float()
-        codes: Tensor = site(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))[0]
-        return codes
-
-
-class StepLinear(nn.Module):
-    """y `[..., out]` from codes `[..., K]` of a norm, or through its own `site` from x."""
-
-    packed: Tensor
-    scale: Tensor
-    bias: Tensor | None
-
-    def __init__(
-        self,
-        packed: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        bits: int,
-        site: Site | None,
-        exact: Exact | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        """`packed`, `scale`, `bias` as stored; `bits` are those of the codes; y is `dtype`."""
-        super().__init__()
-        self.register_buffer("packed", packed)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", bias)
-        self.bits, self.site, self.dtype = bits, site, dtype
-        self.exact = exact or Exact()
-        self.out_features, self.in_features = packed.shape[0], 2 * packed.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that one token reads."""
-        held = (self.packed, self.scale, self.bias)
-        return sum(tensor.nbytes for tensor in held if tensor is not None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        codes, step = (x, None) if self.site is None else self.site(x)
-        codes = F.pad(codes, (0, self.in_features - codes.shape[-1]))  # an odd K is packed with a 0
-        free = self.exact.positions if codes.dim() == 3 else 0
-        if free:
-            parts = plain_product(codes[:, :free], self.packed, self.bits), codes[:, free:]
-            y = torch.cat((parts[0], product(parts[1], self.packed, self.bits)), 1)
-        else:
-            y = product(codes, self.packed, self.bits)
-        y = y * self.scale
-        if step is not None:
-            y = y * step
-        if self.bias is not None:
-            y = y + self.bias
-        return y.to(self.dtype)
-
-
-def product(codes: Tensor, packed: Tensor, bits: int) -> Tensor:
-    """Whole codes `[..., K]` as floats, nibbles `[N, K/2]` -> sums float32 `[..., N]`.
-
-    Through the kernel that works here; all of them give the same integers.
-    """
-    kernel = fast_product(codes.device.type)
-    if kernel is None:
-        return plain_product(codes, packed, bits)
-    flat = codes.reshape(-1, codes.shape[-1]).to(torch.int8)
-    return kernel(flat, packed).view(*codes.shape[:-1], packed.shape[0])
-
-
-@cache
-def fast_norm(device: str) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """The kernel of a norm that emits codes on this kind of device; None: use torch."""
-    if device != "cuda" or fast_product(device) is None:
-        return None
-    from optim.runtime.kernels import triton_w4a8
-
-    return triton_w4a8.norm_codes
-
-
-@cache
-def fast_product(device: str) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """A product of int8 codes `[M, K]` and nibbles on this kind of device; None: use torch's."""
-    from optim.runtime.kernels import cpu_static
-
-    if device == "cpu":
-        return cpu_static.product if cpu_static.usable() else None
-    if device != "cuda" or not find_spec("triton"):
-        return None
-    from optim.runtime.kernels import triton_w4a8
-
-    try:
-        triton_w4a8.check()
-    except Exception:  # whatever it is, torch's product is taken; `optim doctor` says why
-        return None
-    return lambda codes, packed: triton_w4a8.whole(codes, packed).float()
 
 
 def plain_product(codes: Tensor, packed: Tensor, bits: int) -> Tensor:

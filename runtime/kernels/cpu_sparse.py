@@ -121,6 +121,11 @@ def load() -> ctypes.CDLL:
     return lib
 
 
+def reads(weight: Tensor) -> bool:
+    """Whether the kernel can be used for a dense weight."""
+    return weight.device.type == "cpu" and weight.dtype in KINDS and usable()
+
+
 def usable() -> bool:
     """Whether the kernel can be built here and agrees with torch."""
     return works(check)

@@ -1,8 +1,8 @@
 """Makes artifacts/: small artifacts of every kind, and the logits that the maker's version gives.
 
 Run once, by hand. What lies there was made before `runtime/` was divided into floors; the test
-`tests/runtime/test_old_artifacts.py` holds that artifacts of that time load and compute as they did.
-Add a kind here when a format is added (name it on the command line: what is there is left alone).
+`tests/runtime/test_old_artifacts.py` holds that artifacts of that time load and compute as they
+did. Add a kind here when a format is added; what is there already is left alone.
 
     python tests/data/make_artifacts.py NAME...
 """

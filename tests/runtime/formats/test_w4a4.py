@@ -11,8 +11,6 @@ from optim.runtime.formats.w4a4 import (
     Exact,
     Static,
     StaticSite,
-    StepLinear,
-    StepNorm,
     TokenSite,
     accumulate,
     check_linear,
@@ -22,6 +20,7 @@ from optim.runtime.formats.w4a4 import (
     read_config,
     unpack_nibbles,
 )
+from optim.runtime.static_linear import StepLinear, StepNorm
 
 
 def _random(*shape: int, seed: int = 0) -> Tensor:

@@ -5,17 +5,16 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from optim.runtime.formats import w4a4  # noqa: E402
+from optim.runtime import static_linear  # noqa: E402
 from optim.runtime.formats.w4a4 import (  # noqa: E402
     Exact,
     StaticSite,
-    StepLinear,
-    StepNorm,
     accumulate,
     pack_nibbles,
 )
 from optim.runtime.hadamard import mixing  # noqa: E402
 from optim.runtime.kernels import triton_w4a8  # noqa: E402
+from optim.runtime.static_linear import StepLinear, StepNorm  # noqa: E402
 
 G = torch.Generator
 
@@ -67,9 +66,11 @@ def test_modules_take_what_the_kernels_give(monkeypatch: pytest.MonkeyPatch) -> 
     linear = StepLinear(pack_nibbles(u), torch.rand(24, generator=generator), None, 4, None)
     x = torch.randn(2, 3, 64, generator=generator)
     wanted = linear(norm(x))
-    monkeypatch.setattr(w4a4, "fast_norm", lambda device: triton_w4a8.norm_codes)
+    monkeypatch.setattr(static_linear, "fast_norm", lambda device: triton_w4a8.norm_codes)
     whole = triton_w4a8.whole
-    monkeypatch.setattr(w4a4, "fast_product", lambda device: lambda c, p: whole(c, p).float())
+    monkeypatch.setattr(
+        static_linear, "fast_product", lambda device: lambda c, p: whole(c, p).float()
+    )
     assert norm(x).dtype == torch.int8
     assert torch.allclose(linear(norm(x)), wanted, atol=1e-5)
 
