@@ -153,7 +153,18 @@ def rates(tokens: int, seconds: list[float]) -> dict[str, float]:
 
 def run_memory(source: str) -> int:
     """Peak resident bytes of `optim run` with one answer."""
-    command = ["optim", "run", source, PROMPT, "--max-tokens", "32", "--threads", "1"]
+    command = [
+        "optim",
+        "run",
+        source,
+        PROMPT,
+        "--temperature",
+        "0",
+        "--max-tokens",
+        "32",
+        "--threads",
+        "1",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, _, usage = os.wait4(process.pid, 0)
     return usage.ru_maxrss * 1024

@@ -37,7 +37,7 @@ def _version(wanted: bool) -> None:
 def _options(
     _show: Annotated[
         bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+        typer.Option("-V", "--version", callback=_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
     pass
@@ -153,6 +153,7 @@ def run(
     system: flags.System = "",
     raw: flags.Raw = False,
     chat: flags.Chat = False,
+    quiet: flags.Quiet = False,
     stats: flags.Stats = False,
     batch: flags.BatchFile = None,
     batch_size: flags.BatchSize = 8,
@@ -189,7 +190,7 @@ def run(
     }
     given = {key: value for key, value in sampling.items() if value is not None}
     options = command.RunOptions(
-        *(system, raw, chat, stats, json, context, kv_bits, kv_policy, threads, device),
+        *(system, raw, quiet, chat, stats, json, context, kv_bits, kv_policy, threads, device),
         *(exact, offload, given),
     )
     if batch is None:

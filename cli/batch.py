@@ -134,7 +134,7 @@ def _request(line: Line, model: Model, how: How) -> Request:
     if line.stop is not None:
         changes["stop"] = tuple(line.stop)
     request = Request(_ids(line, model, how), replace(how.sampling, **changes))
-    check(request, how.context)
+    check(request, model, how.context)
     return request
 
 

@@ -72,19 +72,44 @@ KvPolicy = Annotated[
     str, Option("--kv-policy", help="full; or stream: first and latest tokens, without an end.")
 ]
 Temperature = Annotated[
-    float | None, Option("--temperature", help="0 is greedy.", rich_help_panel=SAMPLING)
+    float | None,
+    Option(
+        "--temperature",
+        help="0 is greedy. Default: the model's own, else 0.7.",
+        rich_help_panel=SAMPLING,
+    ),
 ]
-TopK = Annotated[int | None, Option("--top-k", help="0 is off.", rich_help_panel=SAMPLING)]
-TopP = Annotated[float | None, Option("--top-p", help="1 is off.", rich_help_panel=SAMPLING)]
-MinP = Annotated[float | None, Option("--min-p", help="0 is off.", rich_help_panel=SAMPLING)]
+TopK = Annotated[
+    int | None,
+    Option("--top-k", help="0 is off. Default: the model's, else 40.", rich_help_panel=SAMPLING),
+]
+TopP = Annotated[
+    float | None,
+    Option("--top-p", help="1 is off. Default: the model's, else 0.95.", rich_help_panel=SAMPLING),
+]
+MinP = Annotated[
+    float | None,
+    Option("--min-p", help="0 is off. Default: the model's, else 0.05.", rich_help_panel=SAMPLING),
+]
 RepetitionPenalty = Annotated[
-    float | None, Option("--repetition-penalty", help="1 is off.", rich_help_panel=SAMPLING)
+    float | None,
+    Option(
+        "--repetition-penalty",
+        help="1 is off. Default: the model's, else 1.",
+        rich_help_panel=SAMPLING,
+    ),
 ]
 SampleSeed = Annotated[
     int | None, Option("--seed", help="Same seed, same reply.", rich_help_panel=SAMPLING)
 ]
 MaxTokens = Annotated[
-    int | None, Option("--max-tokens", min=1, help="Longest reply.", rich_help_panel=SAMPLING)
+    int | None,
+    Option(
+        "--max-tokens",
+        min=1,
+        help="Longest reply. Default: what fits the context.",
+        rich_help_panel=SAMPLING,
+    ),
 ]
 Stop = Annotated[
     list[str] | None, Option("--stop", help="Text that ends a reply.", rich_help_panel=SAMPLING)

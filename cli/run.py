@@ -10,8 +10,7 @@ from __future__ import annotations
 import io
 import select
 import sys
-from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +36,7 @@ class RunOptions:
 
     system: str = ""
     raw: bool = False
+    quiet: bool = False
     chat: bool = False
     stats: bool = False
     as_json: bool = False
@@ -55,6 +55,7 @@ def run(source: str, prompt: str | None, options: RunOptions) -> int:
 
     Raises OptimError: code 2 for an empty prompt, one that is not UTF-8 or longer than the context.
     """
+    ui.notes.quiet = options.quiet
     talking = options.chat or (prompt is None and _at_terminal())
     text = "" if talking else _question(prompt)
     if talking and (options.as_json or options.raw):
@@ -84,6 +85,7 @@ def run_file(
     """
     from optim.cli.batch import How, read_lines, run_batch
 
+    ui.notes.quiet = options.quiet
     if prompt is not None or options.chat or options.as_json:
         fix = "optim run MODEL --batch FILE.jsonl [-o ROWS.jsonl]"
         raise OptimError("--batch goes without a prompt, --chat and --json", fix, USAGE)
@@ -128,28 +130,52 @@ def _utf8(text: str, name: str) -> str:
 
 def _load(source: str, options: RunOptions) -> tuple[Sampling, Policy, Model]:
     """What is typed is checked before the weights are read."""
+    ui.status("loading ...")
+    try:
+        return _loaded(source, options)
+    finally:
+        ui.status()
+
+
+def _loaded(source: str, options: RunOptions) -> tuple[Sampling, Policy, Model]:
     from optim.runtime.busy import Meter
 
     meter = Meter()
     from optim.runtime.cache import Policy
+    from optim.runtime.checkpoint import open_checkpoint
     from optim.runtime.linear_source import Form
     from optim.runtime.model import load_model
     from optim.runtime.sampling import Sampling
 
-    sampling, policy = Sampling(**options.sampling), Policy(options.kv_bits, options.kv_policy)
+    Sampling(**options.sampling)
+    policy = Policy(options.kv_bits, options.kv_policy)
     form: Form = "exact" if options.exact else "planes"
+    checkpoint = open_checkpoint(source)
+    sampling = _sampling(checkpoint.folder, options.sampling)
+    ui.status(f"loading {checkpoint.name} ...")
     model = load_model(
-        source,
+        checkpoint,
         device=options.device,
         threads=options.threads,
         form=form,
         offload=options.offload,
     )
+    ui.status()
     if model.advice is not None:
         ui.note(model.advice)
     if options.threads is None and model.device.type == "cpu":
         _share(meter.free_cores())
     return sampling, policy, model
+
+
+def _sampling(folder: Path, asked: dict[str, Any]) -> Sampling:
+    """What was asked, over what the model's makers advise."""
+    from optim.runtime.sampling import DRAWN, Sampling, default_sampling
+
+    sampling = Sampling(**{**default_sampling(folder), **asked})
+    if idle := [key for key in DRAWN if key in asked and sampling.temperature == 0 != asked[key]]:
+        ui.note(f"temperature 0 takes the likeliest token: {', '.join(idle)} has no effect")
+    return sampling
 
 
 def _share(free: int | None) -> None:
@@ -159,7 +185,10 @@ def _share(free: int | None) -> None:
     cores = torch.get_num_threads()
     if free is not None and free < cores:
         torch.set_num_threads(free)
-        ui.note(f"other programs are at work: {free} of {cores} threads (--threads {cores}: all)")
+        ui.note(
+            f"Other programs keep {cores - free} of {cores} cores busy, so this runs on {free}"
+            f" thread{'s' * (free > 1)}; --threads {cores} takes them all."
+        )
 
 
 def _open(source: str, options: RunOptions) -> Session:
@@ -180,31 +209,40 @@ def _once(session: Session, text: str, options: RunOptions) -> int:
     if not raw and not options.system and not session.model.tokenizer.has_chat_template:
         ui.note("no chat template: the text is continued as it is")
         raw = True
-    pieces = session.complete(text) if raw else session.reply(text)
+    start = partial(session.complete if raw else session.reply, text)
     if options.as_json:
-        return _once_json(session, pieces)
-    stopped = chats.stream(pieces, sys.stdout)
+        return _once_json(session, start)
+    stopped = chats.stream(session, start, sys.stdout)
     ui.say("")
     if options.stats or stopped:
         ui.note(chats.describe(session.stats, stopped))
+    _say_cut(session, stopped)
     return INTERRUPTED if stopped else 0
 
 
-def _once_json(session: Session, pieces: Generator[str, None, None]) -> int:
+def _say_cut(session: Session, stopped: bool) -> None:
+    if not stopped and (why := chats.cut(session)) is not None:
+        ui.note(why)
+
+
+def _once_json(session: Session, start: chats.Start) -> int:
     text = io.StringIO()
-    stopped = chats.stream(pieces, text)
+    stopped = chats.stream(session, start, text)
     stats = session.stats
     answer = {
         "text": text.getvalue(),
         "tokens": stats.new_tokens,
         "tokens_per_second": round(stats.decode_rate, 2),
         "stop_reason": "interrupted" if stopped else stats.stop_reason,
+        "repeats": stats.repeats,
         "prompt_tokens": stats.prompt_tokens,
         "prefill_seconds": round(stats.prefill_seconds, 4),
         "decode_seconds": round(stats.decode_seconds, 4),
         "model": session.model.checkpoint.source,
+        "sampling": asdict(session.sampling),
     }
     ui.emit(answer)
+    _say_cut(session, stopped)
     return INTERRUPTED if stopped else 0
 
 
@@ -216,8 +254,10 @@ def _talk(session: Session, options: RunOptions) -> int:
         fix = 'let it continue a text: optim run MODEL "TEXT"'
         raise OptimError("a model without a chat template cannot talk", fix, USAGE)
     chat = chats.Chat(session, show_stats=options.stats)
-    title = [session.model.checkpoint.name, *list(session.info().values())[:2]]
+    facts, drawn = session.info(), session.sampling.summary
+    title = [session.model.checkpoint.name, facts["weights"], facts["device"], drawn]
     ui.note(" · ".join([*title, "/help, Ctrl-C stops a reply, Ctrl-D leaves"]))
+    ui.notes.quiet = False  # what a slash command shows was asked for
     at_terminal = _at_terminal()
     complete = partial(endings, chat)
     talk(chat, editor(complete) if at_terminal else plain(sys.stdin.buffer))

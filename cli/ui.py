@@ -54,6 +54,24 @@ def note(text: str, style: str = "") -> None:
     notes.print(Text(plain(text), style=style))
 
 
+class Status:
+    """A passing line on standard error, at a terminal only: the next one takes its place."""
+
+    def __init__(self) -> None:
+        self._shown = False
+
+    def __call__(self, text: str = "") -> None:
+        """Show `text`; without one, wipe what is shown."""
+        seen = notes.is_terminal and not notes.quiet and not notes.is_dumb_terminal
+        if self._shown or (text and seen):
+            notes.file.write(f"\r\x1b[K{plain(text)}")
+            notes.file.flush()
+        self._shown = bool(text and seen)
+
+
+status = Status()
+
+
 def done(text: str, following: str | None = None) -> None:
     """Say that the work is done, and what to type next."""
     note(f"✓ {text}", style="green")

@@ -42,7 +42,7 @@ class _Row:
         self.start = len(request.ids)
         # As alone: the last token needs no place in the cache.
         self.room = context - self.start + 1
-        self.most = request.sampling.max_tokens
+        self.most = request.sampling.max_tokens or self.room
         self.sample = Sampler(request.sampling, model.device)
         self.ends = model.tokenizer.eos_ids
         self.letters, self.stops = model.tokenizer.stream(), StopText(request.sampling.stop)
@@ -69,15 +69,15 @@ class _Row:
         self.pieces.append(self.stops.push(self.letters.push(token)))
         if self.stops.found:
             self.reason = "stop"
-        elif self.count == self.most:
-            self.reason = "length"
         elif self.count == self.room:
             self.reason = "context"
+        elif self.count == self.most:
+            self.reason = "length"
         return token
 
     def answer(self) -> Answer:
         if not self.stops.found:
-            self.pieces.append(self.stops.push(self.letters.flush()))
+            self.pieces.append(self.stops.push(self.letters.flush(cut=self.reason != "stop")))
             self.pieces.append(self.stops.flush())
         return Answer("".join(self.pieces), self.count, self.reason)
 
@@ -90,7 +90,7 @@ def answer_group(
     Raises OptimError (2) for a prompt that is empty or does not fit.
     """
     for request in requests:
-        check(request, context)
+        check(request, model, context)
     rows = [_Row(model, request, context) for request in requests]
     longest = max(row.start for row in rows)
     padding = [longest - row.start for row in rows]
@@ -106,13 +106,13 @@ def answer_group(
         ids = torch.tensor(tokens)[:, None]
 
 
-def check(request: Request, context: int) -> None:
+def check(request: Request, model: Model, context: int) -> None:
     """Raise OptimError (2) for a prompt that is empty or longer than `context`."""
     if not request.ids:
         raise OptimError("the prompt is empty", "give it some text", USAGE)
     if len(request.ids) > context:
         what = f"the prompt is {len(request.ids)} tokens, the context {context}"
-        raise OptimError(what, "shorten it, or give a larger --context", USAGE)
+        raise OptimError(what, model.more_room(context), USAGE)
 
 
 def answer_all(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.cache import CHUNK, Layer, restored, states
+from optim.runtime.cache import CHUNK, Layer, Reading, restored, states
 
 SINKS = 4
 SMALLEST = 16  # positions a cache must have
@@ -42,6 +42,7 @@ class StreamCache:
     limit: int = 1 << 62
     padding: Tensor | None = None
     sinks: list[Tensor] = field(default_factory=list)  # their keys, before anything was forgotten
+    reading: Reading | None = None
 
     @property
     def step(self) -> int:

@@ -237,6 +237,8 @@ class Decoder:
         end = min(cache.length + ids.shape[1], cache.span) + self.prefix_length
         logits = []
         for chunk in torch.split(ids, min(CHUNK, cache.step), 1):
+            if cache.reading is not None:
+                cache.reading(cache.length)
             h = self._hidden(chunk, cache, end)
             if all_logits:
                 logits.append(self._logits(h))

@@ -1,6 +1,6 @@
 """Generation: prompt in, tokens out; and a conversation that keeps its cache between turns."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,17 @@ from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.cache import Cache, Policy
 from optim.runtime.cache_file import Stored, load_cache, save_cache
 from optim.runtime.model import Model
+from optim.runtime.repeats import repeats
 from optim.runtime.sampling import Sampler, Sampling
+from optim.runtime.sizes import stored
 from optim.runtime.stops import StopText
 
 __all__ = ["Sampling", "Session", "Stats", "generate"]
 
 Message = dict[str, str]
+Reading = Callable[[int, int], None]
+"""Told, while a prompt is read, how many of its tokens are done and how many there are."""
+LOOK = 32  # tokens between two looks for a loop
 
 
 def generate(
@@ -26,19 +31,26 @@ def generate(
     sampling: Sampling,
     cache: Cache | None = None,
     stop_ids: AbstractSet[int] | None = None,
+    reading: Reading | None = None,
 ) -> Generator[int, None, str]:
     """Yield the tokens that follow `ids`; the return value says why it ended.
 
     `cache` may hold the first of `ids` already. `stop_ids` (default: the model's end tokens) end
-    the text and are not part of it: "stop". The others are "length" and "context".
+    the text and are not part of it: "stop". The others are "length" and "context". `reading` is
+    called before each chunk of the prompt, and may raise to stop there.
     Raises OptimError (2) if `ids` do not fit the context.
     """
     cache = cache or model.new_cache()
     stop_ids = model.tokenizer.eos_ids if stop_ids is None else stop_ids
     sample = Sampler(sampling, model.device)
     history = list(ids)
+    if reading is not None:
+        cache.reading = lambda done: reading(done, len(ids))
     while True:
-        logits = model.forward(torch.tensor([history[cache.length :]]), cache)
+        try:
+            logits = model.forward(torch.tensor([history[cache.length :]]), cache)
+        finally:
+            cache.reading = None
         token = sample(logits[0], history)
         if token in stop_ids:
             return "stop"
@@ -60,6 +72,8 @@ class Stats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     stop_reason: str = ""
+    repeats: bool = False
+    """The reply goes round in circles."""
 
     @property
     def decode_rate(self) -> float:
@@ -99,31 +113,45 @@ class Session:
         self._cache = self._empty_cache()
         self._tokens: list[int] = []  # what the cache holds, and perhaps one more
 
-    def reply(self, text: str) -> Generator[str, None, None]:
+    def reply(self, text: str, reading: Reading | None = None) -> Generator[str, None, None]:
         """Say `text`; yields the reply in pieces. Both become part of `messages`.
 
-        Raises OptimError (2), and changes nothing, if the conversation no longer fits.
+        Raises OptimError (2), and changes nothing, if the conversation no longer fits. Nor does it
+        change `messages` to be interrupted before the first token, by `reading` or otherwise.
         """
-        asked = [*self.messages, {"role": "user", "content": text}]
+        before = self.messages
+        asked = [*before, {"role": "user", "content": text}]
         system = [{"role": "system", "content": self.system}] if self.system else []
         ids = self._fitting(self.model.tokenizer.chat([*system, *asked]))
         self.messages = asked
         said: list[str] = []
         try:
-            for piece in self._stream(ids):
+            for piece in self._stream(ids, reading):
                 said.append(piece)
                 yield piece
         finally:
-            self.messages = [*asked, {"role": "assistant", "content": "".join(said)}]
+            heard = self.stats.new_tokens or self.stats.stop_reason != "interrupted"
+            reply = {"role": "assistant", "content": "".join(said)}
+            self.messages = [*asked, reply] if heard else before
 
-    def complete(self, text: str) -> Generator[str, None, None]:
+    def complete(self, text: str, reading: Reading | None = None) -> Generator[str, None, None]:
         """Continue `text` as it is, without a chat template; yields pieces."""
-        return self._stream(self._fitting(self.model.tokenizer.encode(text, special=True)))
+        ids = self._fitting(self.model.tokenizer.encode(text, special=True))
+        return self._stream(ids, reading)
+
+    @property
+    def limit(self) -> int:
+        """So many tokens the conversation may have."""
+        return self._cache.limit
 
     def info(self) -> dict[str, str]:
         """Facts to show about the model and the conversation."""
         model, cache = self.model, self._cache
+        tensors = stored(model.checkpoint)
+        params, nbytes = sum(t.params for t in tensors), sum(t.nbytes for t in tensors)
         return {
+            "model": model.checkpoint.source,
+            "parameters": f"{params:,} of {8 * nbytes / max(params, 1):.2f} bits",
             "weights": f"{model.weight_bytes / 1e6:.0f} MB a token",
             "device": model.place,
             "context": cache.summary,
@@ -159,25 +187,28 @@ class Session:
         if not ids:
             raise OptimError("the prompt is empty", "give it some text", USAGE)
         if len(ids) > limit:
-            fix = "shorten it, /clear the conversation, or give a larger --context"
+            fix = self.model.more_room(limit) + (
+                ", or /clear the conversation" * bool(self.messages)
+            )
             what = f"the prompt is {len(ids)} tokens, the context {limit}"
             raise OptimError(what, fix, USAGE)
         return ids
 
-    def _stream(self, ids: list[int]) -> Generator[str, None, None]:
+    def _stream(self, ids: list[int], reading: Reading | None) -> Generator[str, None, None]:
         """Generate after `ids`; whole characters, up to a stop text."""
         cached = self._reuse(ids)
         self.stats = Stats(prompt_tokens=len(ids), cached_tokens=cached, stop_reason="interrupted")
         self._tokens = list(ids)
         text, stops = self.model.tokenizer.stream(), StopText(self.sampling.stop)
-        tokens = generate(self.model, ids, self.sampling, self._cache)
+        tokens = generate(self.model, ids, self.sampling, self._cache, reading=reading)
         while (token := self._next(tokens)) is not None:
             if piece := stops.push(text.push(token)):
                 yield piece
             if stops.found:
                 self.stats.stop_reason = "stop"
                 return
-        if piece := stops.push(text.flush()) + stops.flush():
+        left = text.flush(cut=self.stats.stop_reason != "stop")
+        if piece := stops.push(left) + stops.flush():
             yield piece
 
     def _reuse(self, ids: list[int]) -> int:
@@ -203,4 +234,7 @@ class Session:
             self.stats.prefill_seconds = seconds
         self.stats.new_tokens += 1
         self._tokens.append(token)
+        stats = self.stats
+        if not stats.repeats and stats.new_tokens % LOOK == 0:
+            stats.repeats = repeats(self._tokens[stats.prompt_tokens :])
         return token

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.cache import Policy
+from optim.runtime.cache import Policy, Reading
 from optim.runtime.checkpoint import Checkpoint
 from optim.runtime.linear_source import Source
 from optim.runtime.loader import Loader
@@ -25,6 +25,7 @@ class ForeignCache:
 
         self.past: Any = DynamicCache()
         self.limit, self.padding, self.length = limit, padding, 0
+        self.reading: Reading | None = None  # a prompt is read in one piece
 
     def truncate(self, length: int) -> None:
         """Forget everything from position `length` on."""

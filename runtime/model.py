@@ -109,6 +109,11 @@ class Model:
             )
         return asked or self.max_context
 
+    def more_room(self, context: int) -> str:
+        """What to do about a text that does not fit a `context`."""
+        larger = f", or give a larger --context ({self.max_context} at most)"
+        return f"shorten it{larger if context < self.max_context else ''}"
+
     def new_cache(
         self,
         batch: int = 1,
@@ -137,7 +142,7 @@ class Model:
         if cache.length + ids.shape[1] > cache.limit:
             raise OptimError(
                 f"{cache.length + ids.shape[1]} tokens do not fit a context of {cache.limit}",
-                "shorten the prompt, or give a larger --context",
+                self.more_room(cache.limit),
                 USAGE,
             )
         return self.decoder(ids.to(self.device), cache, all_logits)

@@ -128,9 +128,10 @@ class Stream:
         self._ids.append(token)
         return self._take(final=False)
 
-    def flush(self) -> str:
-        """What is left at the end: an unfinished character as U+FFFD."""
-        return self._take(final=True)
+    def flush(self, cut: bool = False) -> str:
+        """What is left at the end: an unfinished character as U+FFFD, none if the text is `cut`."""
+        left = self._take(final=True)
+        return left.rstrip(LOST) if cut else left
 
     def _take(self, final: bool) -> str:
         before = self._tokenizer.decode(self._ids[: self._done])

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
@@ -19,7 +20,15 @@ from typing import TYPE_CHECKING, TextIO
 from optim.cli import ui
 
 if TYPE_CHECKING:
-    from optim.runtime.engine import Session, Stats
+    from optim.runtime.engine import Reading, Session, Stats
+
+    Start = Callable[[Reading], Generator[str, None, None]]
+
+NEW_LINE = "\n"
+LOOP = (
+    "the reply repeats itself: Ctrl-C stops it; a temperature above 0, or a repetition penalty"
+    " of 1.1, breaks such loops"
+)
 
 
 @dataclass(slots=True)
@@ -50,21 +59,36 @@ def stoppable() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def stream(pieces: Generator[str, None, None], out: TextIO) -> bool:
-    """Write the pieces of a reply as they come; returns whether Ctrl-C stopped it."""
-    at_terminal = out.isatty()
+def stream(session: Session, start: Start, out: TextIO) -> bool:
+    """Write the pieces of a reply as they come; returns whether Ctrl-C stopped it.
+
+    It stops after the token at hand, or between two chunks of a prompt that is still read.
+    """
+    at_terminal, told = out.isatty(), False
     with stoppable() as stopped:
+        pieces = start(partial(_reading, stopped))
         try:
             for piece in pieces:
+                ui.status()
                 out.write(ui.plain(piece) if at_terminal else piece)
                 out.flush()
                 if stopped():
                     break
+                if session.stats.repeats and not told:
+                    ui.note(f"{NEW_LINE * at_terminal}{LOOP}")
+                    told = True
         except KeyboardInterrupt:
             return True
         finally:
+            ui.status()
             pieces.close()
     return stopped()
+
+
+def _reading(stopped: Callable[[], bool], done: int, total: int) -> None:
+    if stopped():
+        raise KeyboardInterrupt
+    ui.status(f"reading {done}/{total}")
 
 
 def describe(stats: Stats, stopped: bool) -> str:
@@ -78,10 +102,27 @@ def describe(stats: Stats, stopped: bool) -> str:
     return f"[{' · '.join([*parts, end] if end else parts)}]"
 
 
+def cut(session: Session) -> str | None:
+    """Why the last reply is not whole, and what to do; None if it is."""
+    stats = session.stats
+    if stats.stop_reason == "length":
+        return f"the answer was cut after {stats.new_tokens} tokens: --max-tokens allows no more"
+    if stats.stop_reason == "context":
+        limit = session.limit
+        return f"the answer was cut, the context of {limit} tokens is full: " + (
+            session.model.more_room(limit).replace("it", "the prompt", 1)
+        )
+    return None
+
+
 def answer(chat: Chat, text: str) -> None:
     """Ask `text` and stream the reply."""
-    stopped = stream(chat.session.reply(text), sys.stdout)
+    session = chat.session
+    asked = len(session.messages)
+    stopped = stream(session, partial(session.reply, text), sys.stdout)
     ui.say("")
-    stats = chat.session.stats
-    if stopped or chat.show_stats or stats.stop_reason in ("length", "context"):
+    stats = session.stats
+    if stopped and len(session.messages) == asked:
+        ui.note("stopped before the question was read; it is not part of the conversation")
+    elif stopped or chat.show_stats or stats.stop_reason in ("length", "context"):
         ui.note(describe(stats, stopped))

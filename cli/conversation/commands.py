@@ -112,6 +112,8 @@ def _retry(chat: Chat, _rest: str) -> None:
     question = _take_back(chat)
     if chat.session.sampling.temperature == 0:
         ui.note("temperature 0 gives the same reply; /set temperature 0.7 varies it")
+    elif chat.session.sampling.seed is not None:
+        ui.note("the same seed gives the same reply; /set seed none varies it")
     answer(chat, question)
 
 
@@ -171,9 +173,15 @@ def _sampling(kind: type[Sampling], parameters: dict[str, Any], path: Path) -> S
 
 
 def _info(chat: Chat, _rest: str) -> None:
-    for name, value in chat.session.info().items():
+    session = chat.session
+    facts = {
+        **session.info(),
+        "sampling": session.sampling.summary,
+        "system": session.system or "(none)",
+        "messages": len(session.messages),
+    }
+    for name, value in facts.items():
         ui.note(f"{name:<10} {value}")
-    ui.note(f"{'messages':<10} {len(chat.session.messages)}")
 
 
 def _quit(chat: Chat, _rest: str) -> None:

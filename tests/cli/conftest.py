@@ -52,17 +52,23 @@ def make_letters(tmp_path_factory: pytest.TempPathFactory) -> MakeLetters:
     return make
 
 
+GREEDY = ("--temperature", "0")
+
+
 class Run:
     """`optim run ARGUMENTS` in this process, on one thread; the exit code and both outputs."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
         self.monkeypatch, self.capsys = monkeypatch, capsys
 
-    def __call__(self, *arguments: str, piped: bytes = b"") -> tuple[int, str, str]:
+    def __call__(
+        self, *arguments: str, piped: bytes = b"", greedy: bool = True
+    ) -> tuple[int, str, str]:
+        flags = ("--threads", "1", *(GREEDY if greedy else ()))
         reading, writing = os.pipe()
         os.write(writing, piped)
         os.close(writing)
-        self.monkeypatch.setattr(sys, "argv", ["optim", "run", "--threads", "1", *arguments])
+        self.monkeypatch.setattr(sys, "argv", ["optim", "run", *flags, *arguments])
         with os.fdopen(reading, encoding="utf-8") as stdin:
             self.monkeypatch.setattr(sys, "stdin", stdin)
             code = main()

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Generator
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,20 +15,21 @@ import pytest
 import optim.cli.run as module
 from optim.cli.run import RunOptions, run
 from optim.recipes.errors import OptimError
-from optim.runtime.engine import Stats
+from optim.runtime.engine import Sampling, Stats
 
 
 class FakeSession:
     """Answers with the question itself, in two pieces; `complete` answers in capitals."""
 
     def __init__(self) -> None:
-        self.stats = Stats()
+        self.stats, self.sampling, self.limit = Stats(), Sampling(temperature=0.7), 64
+        self.messages: list[dict[str, str]] = []
         self.tokenizer = SimpleNamespace(has_chat_template=True)
         checkpoint = SimpleNamespace(name="tiny", source="./tiny")
         self.model = SimpleNamespace(checkpoint=checkpoint, tokenizer=self.tokenizer)
         self.interrupt = False
 
-    def reply(self, text: str) -> Generator[str, None, None]:
+    def reply(self, text: str, reading: Any = None) -> Generator[str, None, None]:
         self.stats = Stats(
             prompt_tokens=3,
             new_tokens=2,
@@ -41,7 +43,7 @@ class FakeSession:
         yield text
         yield "" if not self.interrupt else "never shown"
 
-    def complete(self, text: str) -> Generator[str, None, None]:
+    def complete(self, text: str, reading: Any = None) -> Generator[str, None, None]:
         yield from map(str.upper, self.reply(text))
 
     def info(self) -> dict[str, str]:
@@ -160,10 +162,12 @@ def test_json_is_one_object(
         "tokens": 2,
         "tokens_per_second": 2.0,
         "stop_reason": "eos",
+        "repeats": False,
         "prompt_tokens": 3,
         "prefill_seconds": 0.1,
         "decode_seconds": 0.5,
         "model": "./tiny",
+        "sampling": {**asdict(Sampling(temperature=0.7)), "stop": []},
     }
 
 
@@ -186,7 +190,10 @@ def test_chat_reads_a_pipe_line_by_line(
     assert run("tiny", None, RunOptions(chat=True)) == 0
     captured = capsys.readouterr()
     assert captured.out == "You said: one\n"
-    assert captured.err == "tiny · none · cpu · /help, Ctrl-C stops a reply, Ctrl-D leaves\n"
+    assert (
+        captured.err
+        == "tiny · none · cpu · temperature 0.7 · /help, Ctrl-C stops a reply, Ctrl-D leaves\n"
+    )
 
 
 @pytest.mark.parametrize(

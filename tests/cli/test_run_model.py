@@ -20,8 +20,9 @@ def model(make_letters: Callable[..., str]) -> str:
 def test_the_same_answer_by_text_by_json_and_by_pipe(optim: Run, model: str) -> None:
     code, text, err = optim(model, "hello", "--max-tokens", "12")
     assert (code, len(text)) == (0, 13)
-    assert err == ""
-    assert optim(model, "--max-tokens", "12", piped=b"hello\n") == (0, text, "")
+    assert err == "the answer was cut after 12 tokens: --max-tokens allows no more\n"
+    assert optim(model, "--max-tokens", "12", piped=b"hello\n") == (0, text, err)
+    assert optim(model, "--max-tokens", "12", "--quiet", "hello") == (0, text, "")
     code, out, _ = optim(model, "hello", "--max-tokens", "12", "--json")
     answer = json.loads(out)
     assert code == 0
@@ -47,7 +48,51 @@ def test_seed_and_stop(optim: Run, model: str) -> None:
 def test_too_long_a_prompt_is_refused(optim: Run, model: str) -> None:
     code, out, err = optim(model, "hello there", "--context", "10")
     assert (code, out) == (2, "")
-    assert err.startswith("error: the prompt is 16 tokens, the context 10\n  fix: ")
+    assert err == (
+        "error: the prompt is 16 tokens, the context 10\n"
+        "  fix: shorten it, or give a larger --context (32768 at most)\n"
+    )
+
+
+def test_no_fix_names_what_cannot_help(optim: Run, make_letters: Callable[..., str]) -> None:
+    small = make_letters(20, None)
+    _, _, err = optim(small, "hello " * 5)
+    assert err.endswith("the context 20\n  fix: shorten it\n")
+    _, _, err = optim(small, "--chat", piped=b"hi\n" + b"hello " * 5 + b"\n")
+    assert err.endswith("fix: shorten it, or /clear the conversation\n")
+
+
+def test_without_a_limit_an_answer_may_fill_the_context(
+    optim: Run, make_letters: Callable[..., str]
+) -> None:
+    code, out, err = optim(make_letters(40, None), "hello", "--raw", "--json")
+    answer = json.loads(out)
+    assert (code, answer["tokens"], answer["stop_reason"]) == (0, 36, "context")
+    assert err.endswith(
+        "the answer was cut, the context of 40 tokens is full: shorten the prompt\n"
+    )
+
+
+def test_the_makers_sampling_is_the_default(optim: Run, make_letters: Callable[..., str]) -> None:
+    model = make_letters(64, None)
+    path = Path(model) / "generation_config.json"
+    path.write_text('{"do_sample": true, "temperature": 1.5, "top_p": 0.9}')
+    drawn = ["--max-tokens", "20", "--seed", "3", "--json"]
+    out = json.loads(optim(model, "hi", *drawn, greedy=False)[1])
+    assert [out["sampling"][k] for k in ("temperature", "top_k", "top_p")] == [1.5, 50, 0.9]
+    assert json.loads(optim(model, "hi", *drawn, greedy=False)[1])["text"] == out["text"]
+    assert json.loads(optim(model, "hi", *drawn)[1])["text"] != out["text"]
+    _, _, err = optim(model, "--chat", piped=b"/set\n", greedy=False)
+    assert "temperature 1.5, top_k 50, top_p 0.9 · /help" in err
+    assert "temperature = 1.5" in err
+    path.write_text('{"temperature": "hot"}')
+    code, _, err = optim(model, "hi")
+    assert (code, err.splitlines()[0].split(": ", 2)[2]) == (2, "temperature cannot be 'hot'")
+
+
+def test_what_a_greedy_reply_does_not_use_is_said(optim: Run, model: str) -> None:
+    _, _, err = optim(model, "hi", "--top-p", "0.5", "--max-tokens", "1")
+    assert err.startswith("temperature 0 takes the likeliest token: top_p has no effect\n")
 
 
 @pytest.mark.parametrize("flag", ["--temperature=-1", "--top-p=0", "--max-tokens=0", "--stop="])
@@ -61,7 +106,18 @@ def test_ctrl_c_at_a_terminal_cuts_reply_and_cache(model: str, tmp_path: Path) -
     extra = {"XDG_STATE_HOME": str(tmp_path), "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"}
     child = pexpect.spawn(
         sys.executable,
-        ["-m", "optim.cli", "run", model, "--max-tokens", "30000", "--threads", "1"],
+        [
+            "-m",
+            "optim.cli",
+            "run",
+            model,
+            "--max-tokens",
+            "30000",
+            "--threads",
+            "1",
+            "--temperature",
+            "0",
+        ],
         env={**os.environ, **extra},
         cwd=tmp_path,
         encoding="utf-8",

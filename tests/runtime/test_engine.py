@@ -34,7 +34,7 @@ class Letters:
     def push(self, token: int) -> str:
         return chr(token + 32)
 
-    def flush(self) -> str:
+    def flush(self, cut: bool = False) -> str:
         return ""
 
 
@@ -148,6 +148,38 @@ def test_a_stopped_reply_is_kept_and_the_next_turn_is_right(
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_a_prompt_is_read_in_chunks_and_may_be_stopped_between_them(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optim.runtime.decoder.CHUNK", 8)
+    session, seen = Session(model, sampling=Sampling(max_tokens=4)), list[tuple[int, int]]()
+
+    def reading(done: int, total: int) -> None:
+        seen.append((done, total))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        next(session.reply("A" * 30, reading))
+    assert seen == [(0, 33), (8, 33), (16, 33)]
+    assert session.messages == []
+    again = "".join(session.reply("A" * 30))
+    assert session.stats.cached_tokens == 16
+    assert again == "".join(Session(model, sampling=Sampling(max_tokens=4)).reply("A" * 30))
+    assert len(seen) == 3  # nobody is told of another reply, nor of decode steps
+
+
+def test_a_reply_that_goes_round_in_circles_is_noticed(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(model, sampling=Sampling())
+    monkeypatch.setattr("optim.runtime.engine.Sampler", lambda *_: lambda *_: 9)
+    "".join(session.reply("HELLO"))
+    assert session.stats.repeats
+    monkeypatch.undo()
+    "".join(Session(model, sampling=Sampling(max_tokens=9)).reply("HELLO"))
 
 
 def test_taking_a_question_back_and_asking_again_gives_the_same(model: Model) -> None:

@@ -1,12 +1,25 @@
 """Sampling against transformers' logits processors, and against the distribution itself."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optim.recipes.errors import OptimError
-from optim.runtime.sampling import Sampler, Sampling, distribution, penalize
+from optim.runtime.repeats import repeats
+from optim.runtime.sampling import (
+    Sampler,
+    Sampling,
+    default_sampling,
+    distribution,
+    draw,
+    own_sampling,
+    penalize,
+)
 
 CPU = torch.device("cpu")
 
@@ -102,3 +115,71 @@ def test_nonsense_is_refused_by_name(bad: dict[str, float]) -> None:
     with pytest.raises(OptimError, match=next(iter(bad))) as caught:
         Sampling(**bad)  # type: ignore[arg-type]
     assert caught.value.code == 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    spread=st.sampled_from([0.01, 1.0, 4.0, 20.0]),
+    share=st.sampled_from([0.01, 0.5, 0.95, 0.999]),
+)
+def test_top_p_keeps_what_a_full_sort_keeps(seed: int, spread: float, share: float) -> None:
+    logits = _logits(seed, 3000) * spread
+    kept = distribution(logits, Sampling(temperature=1, top_p=share))[0] > 0
+    chances = torch.softmax(logits, -1).double()
+    falling, places = chances.sort(descending=True)
+    wanted = int((falling.cumsum(-1) - falling < share - 1e-6).sum())
+    assert kept[places[:wanted]].all()
+    assert not kept[places[int((falling.cumsum(-1) - falling < share + 1e-6).sum()) :]].any()
+
+
+def test_what_has_no_chance_is_never_drawn() -> None:
+    random = torch.Generator().manual_seed(0)
+    chances = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0])
+    assert {draw(chances, random) for _ in range(500)} == {1, 3}
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ({}, {}),
+        ({"do_sample": True}, {"temperature": 1.0, "top_k": 50}),
+        ({"temperature": 0.6, "top_p": 0.9}, {"temperature": 0.6, "top_p": 0.9, "top_k": 50}),
+        ({"do_sample": False, "temperature": 0.6}, {"temperature": 0.0}),
+        ({"repetition_penalty": 1.1, "top_k": None}, {"repetition_penalty": 1.1}),
+        ({"do_sample": True, "top_k": 20, "min_p": 0.1}, {"top_k": 20, "min_p": 0.1}),
+    ],
+)
+def test_a_generation_config_is_read_as_transformers_reads_it(
+    tmp_path: Path, said: dict[str, Any], wanted: dict[str, Any]
+) -> None:
+    assert default_sampling(tmp_path)["temperature"] == 0.7
+    (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    own = own_sampling(tmp_path)
+    assert {**own, **wanted} == own
+    assert ("temperature" in own) == ("temperature" in wanted or bool(said.get("do_sample")))
+    assert default_sampling(tmp_path)["temperature"] == own.get("temperature", 0.7)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"temperature": "1"}, {"top_k": 2.5}, {"top_p": 7}, {"temperature": True}, {"top_k": -1}],
+)
+def test_a_senseless_generation_config_is_named(tmp_path: Path, bad: dict[str, Any]) -> None:
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps(bad))
+    with pytest.raises(OptimError, match=next(iter(bad))) as caught:
+        own_sampling(tmp_path)
+    assert caught.value.code == 2
+    assert str(path) in caught.value.message
+
+
+def test_a_loop_is_one_phrase_four_times_and_long() -> None:
+    phrase = list(range(30))
+    assert not repeats(phrase * 3)
+    assert repeats(phrase * 4)
+    assert repeats([9, 9, *phrase * 5, 0, 1])
+    assert not repeats([*phrase * 5, 77])
+    assert not repeats([5] * 63)
+    assert repeats([5] * 64)
+    assert not repeats([])

@@ -65,6 +65,13 @@ def test_flush_gives_an_unfinished_character() -> None:
     assert set(stream.flush()) == {"�"}
 
 
+def test_a_cut_text_has_no_unfinished_character() -> None:
+    whole, half = TOKENIZER.encode("é"), TOKENIZER.encode("日")[:-1]
+    stream = TOKENIZER.stream()
+    said = [stream.push(token) for token in [*whole, *half]]
+    assert "".join(said) + stream.flush(cut=True) == "é"
+
+
 def test_demo_tokenizer(demo_tokenizer: Tokenizer) -> None:
     assert demo_tokenizer.vocab_size == 49152
     assert demo_tokenizer.bos_id == IM_START

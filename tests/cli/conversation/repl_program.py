@@ -15,6 +15,7 @@ class Sampling:
     """As small as a parameter set can be: the real one would import torch for each test."""
 
     temperature: float = 0.0
+    summary = "greedy"
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Stats:
     new_tokens: int = 0
     decode_rate: float = 20.0
     stop_reason: str = "stop"
+    repeats: bool = False
 
 
 class SlowSession:
@@ -36,7 +38,7 @@ class SlowSession:
         self.system, self.messages = "", list[dict[str, str]]()
         self.sampling, self.stats = Sampling(), Stats()
 
-    def reply(self, text: str) -> Generator[str, None, None]:
+    def reply(self, text: str, reading: object = None) -> Generator[str, None, None]:
         echo = text.removeprefix("echo ") if text.startswith("echo ") else ""
         self.messages = [*self.messages, {"role": "user", "content": text}]
         said: list[str] = []

@@ -34,7 +34,7 @@ class FakeSession:
     interrupt_after: int | None = None
     asked: list[str] = field(default_factory=list)
 
-    def reply(self, text: str) -> Generator[str, None, None]:
+    def reply(self, text: str, reading: Any = None) -> Generator[str, None, None]:
         self.asked.append(text)
         self.messages = [*self.messages, {"role": "user", "content": text}]
         said = ""
@@ -97,7 +97,8 @@ def test_ctrl_c_keeps_the_partial_reply_and_the_conversation_goes_on(converse: C
 
 def test_ctrl_c_twice_does_not_wait_for_the_next_token(converse: Converse) -> None:
     class Stuck(FakeSession):
-        def reply(self, text: str) -> Generator[str, None, None]:
+        def reply(self, text: str, reading: Any = None) -> Generator[str, None, None]:
+            self.messages = [{"role": "user", "content": text}]
             yield "a"
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
@@ -249,7 +250,9 @@ def test_a_terminal_gets_no_control_characters(monkeypatch: pytest.MonkeyPatch) 
 
 def test_info_and_quit(converse: Converse) -> None:
     _, err = converse(FakeSession([]), "/info", "/exit", "/help")
-    assert err == "model      tiny\ncontext    5 of 64\nmessages   0\n"
+    assert err == (
+        "model      tiny\ncontext    5 of 64\nsampling   greedy\nsystem     (none)\nmessages   0\n"
+    )
 
 
 def test_endings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ def terminal(tmp_path: Path) -> Iterator[pexpect.spawn[str]]:
         timeout=30,
         dimensions=(30, 100),
     )
-    child.expect("slow · none · cpu · /help, Ctrl-C stops a reply, Ctrl-D leaves")
+    child.expect("slow · none · cpu · greedy · /help, Ctrl-C stops a reply, Ctrl-D leaves")
     child.expect(">>>")
     yield child
     child.close(force=True)
