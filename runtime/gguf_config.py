@@ -4,6 +4,7 @@ transformers' own reader is not used for this: it drops rope scaling, soft caps 
 """
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +67,38 @@ TOKEN_IDS = {
     "eos_token_id": "eos_token_id",
     "padding_token_id": "pad_token_id",
 }
+ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+LAYER = re.compile(r"blk\.(\d{1,9})\.")
 
 
-def _common(arch: str, metadata: dict[str, Any]) -> dict[str, Any]:
-    """The keys whose value is the same in both worlds."""
-    found = {ours: metadata.get(f"{arch}.{key}") for key, ours in COMMON.items()}
-    found |= {ours: metadata.get(f"tokenizer.ggml.{key}") for key, ours in TOKEN_IDS.items()}
-    return {key: value for key, value in found.items() if value is not None}
+def _common(path: Path, arch: str, metadata: dict[str, Any]) -> dict[str, Any]:
+    """The keys whose value is the same in both worlds; all of them are numbers."""
+    keys = {f"{arch}.{key}": ours for key, ours in COMMON.items()}
+    keys |= {f"tokenizer.ggml.{key}": ours for key, ours in TOKEN_IDS.items()}
+    found = {ours: _number(path, metadata, key) for key, ours in keys.items()}
+    return {ours: value for ours, value in found.items() if value is not None}
+
+
+def _number(path: Path, metadata: dict[str, Any], key: str) -> Any:
+    """The number at `key`, None if there is none; OptimError (2) for anything else."""
+    value = metadata.get(key)
+    if isinstance(value, list) and value and value.count(value[0]) == len(value):
+        value = value[0]  # one for each layer, all alike
+    if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+        damaged(path, f"{key} is {value!r}, where a number is expected")
+    return value
+
+
+def _check_blocks(path: Path, blocks: int, table: dict[str, GgufTensor]) -> None:
+    """Refuse a number of blocks that the tensor table does not bear out."""
+    numbers = {int(match[1]) for name in table if (match := LAYER.match(name))}
+    there = max(numbers, default=-1) + 1
+    if len(numbers) != there or blocks != there:
+        damaged(path, f"it has the tensors of {len(numbers)} blocks, its block_count is {blocks}")
 
 
 def _model_type(path: Path, arch: Any, metadata: dict[str, Any]) -> str:
-    if arch not in MODEL_TYPES:
+    if not isinstance(arch, str) or arch not in MODEL_TYPES:
         raise OptimError(
             f"{path}: GGUF files of the architecture {arch!r} are not supported",
             f"use the Hugging Face folder of the model; known: {', '.join(MODEL_TYPES)}",
@@ -114,12 +136,13 @@ def _rope_scaling(
     path: Path, arch: str, metadata: dict[str, Any], tables: dict[str, torch.Tensor]
 ) -> dict[str, Any] | None:
     """`rope_scaling` from the metadata and the rope tensors of the file."""
-    original = metadata.get(f"{arch}.rope.scaling.original_context_length")
-    if "rope_factors_long.weight" in tables:
-        long, short = (tables[f"rope_factors_{kind}.weight"].tolist() for kind in ("long", "short"))
-        return {"rope_type": "longrope", "long_factor": long, "short_factor": short}
+    original = _number(path, metadata, f"{arch}.rope.scaling.original_context_length")
+    long, short = (tables.get(f"rope_factors_{kind}.weight") for kind in ("long", "short"))
+    if long is not None and short is not None:
+        factors = {"long_factor": long.tolist(), "short_factor": short.tolist()}
+        return {"rope_type": "longrope", **factors}
     if "rope_freqs.weight" in tables:
-        theta = float(metadata.get(f"{arch}.rope.freq_base", 10000.0))
+        theta = float(_number(path, metadata, f"{arch}.rope.freq_base") or 10000.0)
         scaling = llama3_scaling(tables["rope_freqs.weight"], theta)
         if scaling is None:
             fix = "use the Hugging Face folder of the model"
@@ -128,13 +151,16 @@ def _rope_scaling(
     kind = metadata.get(f"{arch}.rope.scaling.type", "none")
     if kind == "none":
         return None
-    scaling = {"rope_type": kind, "factor": metadata.get(f"{arch}.rope.scaling.factor", 1.0)}
+    factor = _number(path, metadata, f"{arch}.rope.scaling.factor") or 1.0
+    scaling = {"rope_type": kind, "factor": factor}
     return scaling | ({"original_max_position_embeddings": original} if original else {})
 
 
-def _own_keys(arch: str, config: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
+def _own_keys(
+    path: Path, arch: str, config: dict[str, Any], metadata: dict[str, Any]
+) -> dict[str, Any]:
     """What a single family adds."""
-    experts = metadata.get(f"{arch}.expert_count")
+    experts = _number(path, metadata, f"{arch}.expert_count")
     if config["model_type"] == "mixtral":
         return {"num_local_experts": experts}
     if config["model_type"] == "qwen3_moe":
@@ -145,7 +171,7 @@ def _own_keys(arch: str, config: dict[str, Any], metadata: dict[str, Any]) -> di
         per_head = config["hidden_size"] // config["num_attention_heads"]
         return {"query_pre_attn_scalar": per_head if largest else config.get("head_dim", 256)}
     if arch == "phi3":
-        original = metadata.get("phi3.rope.scaling.original_context_length")
+        original = _number(path, metadata, "phi3.rope.scaling.original_context_length")
         return {"original_max_position_embeddings": original} if original else {}
     return {}
 
@@ -159,24 +185,24 @@ def gguf_config(
     """
     arch = metadata.get("general.architecture")
     config: dict[str, Any] = {"model_type": _model_type(path, arch, metadata)}
-    config |= {"architectures": [CLASSES[config["model_type"]]]} | _common(str(arch), metadata)
     arch = str(arch)
+    config["architectures"] = [CLASSES[config["model_type"]]]
+    config |= _common(path, arch, metadata)
     integers = {key: config.get(key) for key in REQUIRED}
     if wrong := [key for key, value in integers.items() if type(value) is not int or value <= 0]:
         damaged(path, f"its metadata gives no usable {wrong[0]}")
+    _check_blocks(path, config["num_hidden_layers"], table)
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     if arch in ("llama", "granite", "smollm3"):
-        config.setdefault("head_dim", metadata.get(f"{arch}.rope.dimension_count"))
+        config.setdefault("head_dim", _number(path, metadata, f"{arch}.rope.dimension_count"))
         config["attention_bias"] = "blk.0.attn_q.bias" in table
     if "token_embd.weight" not in table:
         damaged(path, "it has no token_embd.weight")
     config["vocab_size"] = table["token_embd.weight"].shape[0]
     config["tie_word_embeddings"] = "output.weight" not in table
     ropes = {
-        name: read_rows(path, data, tensor, 0, 1)[0]
-        for name, tensor in table.items()
-        if name.startswith("rope_f")
+        name: read_rows(path, data, table[name], 0, 1)[0] for name in ROPE_TABLES if name in table
     }
     if scaling := _rope_scaling(path, arch, metadata, ropes):
         config["rope_scaling"] = scaling
-    return config | _own_keys(arch, config, metadata)
+    return config | _own_keys(path, arch, config, metadata)

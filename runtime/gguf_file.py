@@ -3,10 +3,14 @@
 Layout (spec: ggml-org/ggml docs/gguf.md): magic, version, counts, key/value pairs, tensor table,
 then aligned data. Read here and not with `gguf.GGUFReader`, which maps the file and makes an array
 per token string (3 s for a 49k vocabulary). The quantized types are left to the `gguf` package.
+
+A head may claim anything, so what is kept of it is bounded: long arrays (vocabulary, merges) are
+stepped over, not kept, and no count is believed before the bytes for it were seen.
 """
 
 import math
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,7 +37,19 @@ SCALARS = {
     12: "d",
 }
 FLOAT32, STRING, ARRAY = 6, 8, 9
+LENGTH = struct.Struct("<Q")
 BLOCK = 1 << 24  # elements de-quantized at once: bounds the float32 copy of a large embedding
+SHORT = 4096  # entries of an array that is kept: a value for each layer, a few names
+LONGEST = 1 << 22  # entries of any array: sixteen times the largest vocabulary of today
+TEXT = 1 << 24  # bytes of a string
+HEAD = 1 << 26  # what the whole head may cost, in bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LongArray:
+    """An array that was stepped over."""
+
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,46 +71,91 @@ class GgufTensor:
         """Rows of all leading dimensions together."""
         return math.prod(self.shape[:-1])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.rows * self.row_bytes
+
 
 class _Reader:
     """A bounds-checked cursor over the head of the file."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
-        self.file, self.size = file, size
+        self.file, self.size, self.left = file, size, HEAD
 
-    def take(self, count: int) -> bytes:
+    def spend(self, cost: int) -> None:
+        self.left -= cost
+        if self.left < 0:
+            raise ValueError(f"its head is larger than {HEAD >> 20} MB")
+
+    def _fits(self, count: int) -> None:
         if count > self.size - self.file.tell():
             raise ValueError("a length reaches beyond the end of the file")
+
+    def take(self, count: int) -> bytes:
+        self._fits(count)
         return self.file.read(count)
+
+    def step_over(self, count: int) -> None:
+        self._fits(count)
+        self.file.seek(count, 1)
 
     def number(self, code: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
 
     def text(self) -> str:
-        return self.take(self.number("Q")).decode("utf-8", errors="replace")
+        length = self.number("Q")
+        if length > TEXT:
+            raise ValueError(f"it has a string of {length} bytes")
+        self.spend(length + 64)
+        return self.take(length).decode("utf-8", errors="replace")
 
-    def value(self, kind: int, depth: int = 0) -> Any:
+    def value(self, kind: int) -> Any:
         if kind == STRING:
             return self.text()
         if kind in SCALARS:
+            self.spend(64)
             number = self.number(SCALARS[kind])
             return float(str(np.float32(number))) if kind == FLOAT32 else number  # 1e-05, as typed
-        if kind != ARRAY or depth > 4:
+        if kind != ARRAY:
             raise ValueError(f"unknown metadata type {kind}")
-        inner, count = self.number("I"), self.number("Q")
+        return self._array(self.number("I"), self.number("Q"))
+
+    def _array(self, inner: int, count: int) -> list[Any] | LongArray:
+        if inner not in SCALARS and inner != STRING:
+            raise ValueError(f"an array of metadata type {inner}")
+        if count > LONGEST:
+            raise ValueError(f"an array of {count} entries")
+        self.spend(16 * count)
+        if count <= SHORT:
+            return [self.value(inner) for _ in range(count)]
         if inner in SCALARS:
-            code = SCALARS[inner]
-            data = self.take(count * struct.calcsize("<" + code))
-            return list(struct.unpack(f"<{count}{code}", data))
-        if count > self.size:
-            raise ValueError("an array is longer than the file")
-        return [self.value(inner, depth + 1) for _ in range(count)]
+            self.step_over(count * struct.calcsize("<" + SCALARS[inner]))
+        else:
+            self._step_over_strings(count)
+        return LongArray(count)
+
+    def _step_over_strings(self, count: int) -> None:
+        """Only their lengths are looked at, a buffer at a time: a vocabulary has 10^5 of them."""
+        data, at, base = b"", 0, self.file.tell()
+        for _ in range(count):
+            if at + 8 > len(data):
+                base += at
+                self.file.seek(min(base, self.size))
+                data, at = self.file.read(1 << 16), 0
+                if len(data) < 8:
+                    raise ValueError("a length reaches beyond the end of the file")
+            at += 8 + LENGTH.unpack_from(data, at)[0]
+        self.file.seek(0)
+        self._fits(base + at)
+        self.file.seek(base + at)
 
     def tensor(self) -> tuple[str, GgufTensor]:
         name = self.text()
+        self.spend(256)
         dims = [self.number("Q") for _ in range(min(self.number("I"), 9))]
         kind = gguf.GGMLQuantizationType(self.number("I"))
-        if not 0 < len(dims) < 5 or dims[0] % gguf.GGML_QUANT_SIZES[kind][0]:
+        if not 0 < len(dims) < 5 or 0 in dims or dims[0] % gguf.GGML_QUANT_SIZES[kind][0]:
             raise ValueError(f"{name} has dimensions {dims}")
         return name, GgufTensor(tuple(reversed(dims)), kind, self.number("Q"))
 
@@ -106,14 +167,25 @@ def _parse(file: BinaryIO, size: int) -> tuple[dict[str, Any], dict[str, GgufTen
     tensors, pairs = reader.number("Q"), reader.number("Q")
     if tensors + pairs > size:
         raise ValueError("it counts more entries than it has bytes")
-    metadata = {reader.text(): reader.value(reader.number("I")) for _ in range(pairs)}
+    metadata = [(reader.text(), reader.value(reader.number("I"))) for _ in range(pairs)]
     table = [reader.tensor() for _ in range(tensors)]
-    if len(dict(table)) < len(table):
-        raise ValueError("a tensor is given twice")
-    alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment <= 0:
+    for kind, found in (("key", metadata), ("tensor", table)):
+        if twice := [name for name, times in Counter(n for n, _ in found).items() if times > 1]:
+            raise ValueError(f"the {kind} {twice[0]} is given twice")
+    alignment = dict(metadata).get("general.alignment", 32)
+    if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
         raise ValueError(f"its alignment is {alignment!r}")
-    return metadata, dict(table), -(-file.tell() // alignment) * alignment
+    _check_places(table, alignment)
+    return dict(metadata), dict(table), -(-file.tell() // alignment) * alignment
+
+
+def _check_places(table: list[tuple[str, GgufTensor]], alignment: int) -> None:
+    """Tensors follow each other without gaps, as the format wants it: none lies over another."""
+    place = 0
+    for name, tensor in table:
+        if tensor.begin != place:
+            raise ValueError(f"{name} begins at {tensor.begin}, where {place} is its place")
+        place += -(-tensor.nbytes // alignment) * alignment
 
 
 def _check_kinds(path: Path, table: dict[str, GgufTensor]) -> None:
@@ -143,7 +215,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor], int]
         fix = "join its parts with `llama-gguf-split --merge`"
         raise OptimError(f"{path} is one part of a split GGUF file", fix, USAGE)
     for name, tensor in table.items():
-        if data + tensor.begin + tensor.rows * tensor.row_bytes > size:
+        if data + tensor.begin + tensor.nbytes > size:
             damaged(path, f"{name} reaches beyond the end of the file: it is truncated")
     _check_kinds(path, table)
     return metadata, table, data

@@ -5,12 +5,7 @@ its rotary embedding, Gemma's norms are stored as 1 + w, experts are stacked. Te
 bfloat16 (float32 or float16 if the whole file is).
 """
 
-import hashlib
-import json
 import math
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +15,10 @@ from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.checkpoint import Checkpoint
-from optim.runtime.demo import cache_folder
-from optim.runtime.gguf_config import gguf_config
+from optim.runtime.gguf_config import ROPE_TABLES, gguf_config
 from optim.runtime.gguf_file import GgufTensor, read_header, read_rows
-from optim.runtime.tensor_files import Part, TensorInfo
+from optim.runtime.gguf_tokenizer import sidecar_folder
+from optim.runtime.tensor_files import Part, TensorInfo, damaged
 
 INTERLEAVED = {"llama", "granite", "smollm3"}  # q and k rows permuted by the converter
 TURNED = ("self_attn.q_proj", "self_attn.k_proj")
@@ -39,8 +34,6 @@ BLOCK = {
     "attn_output": "self_attn.o_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
-    "post_attention_norm": "post_attention_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
@@ -51,8 +44,17 @@ BLOCK = {
     "ffn_down_exps": "mlp.experts.down_proj",
 }
 # Where an architecture differs from BLOCK.
-GEMMA = {"ffn_norm": "pre_feedforward_layernorm"}
-OWN = {"gemma2": GEMMA, "gemma3": GEMMA, "phi3": {"ffn_up": "mlp.gate_up_proj"}}
+AFTER = {
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+GEMMA = AFTER | {"ffn_norm": "pre_feedforward_layernorm"}
+OWN = {
+    "gemma2": GEMMA,
+    "gemma3": GEMMA,
+    "olmo2": AFTER,
+    "phi3": {"ffn_up": "mlp.gate_up_proj"},
+}
 
 Header = tuple[dict[str, Any], dict[str, GgufTensor], int]
 
@@ -91,11 +93,13 @@ class GgufStore:
         self.infos: dict[str, TensorInfo] = {}
         self._table: dict[str, GgufTensor] = {}
         for name, tensor in table.items():
-            if name.startswith("rope_f"):
+            if name in ROPE_TABLES:
                 continue  # frequencies: part of the configuration
             if (ours := hf_name(name, arch)) is None:
                 fix = "use the Hugging Face folder of the model"
                 raise OptimError(f"{path}: {name} is unknown in {arch}", fix, USAGE)
+            if ours in self.infos:
+                damaged(path, f"{name} is a second {ours}")
             nbytes = math.prod(tensor.shape) * self.dtype.itemsize
             self.infos[ours] = TensorInfo(tensor.shape, self.dtype, nbytes)
             self._table[ours] = tensor
@@ -123,54 +127,6 @@ class GgufStore:
                 if part in name:
                     return heads
         return 0
-
-
-def _generation_config(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Begin and end tokens; a chat model's end of turn (`eot`) counts as an end too."""
-    ids = {key: metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "eot")}
-    ends = sorted({end for end in (ids["eos"], ids["eot"]) if isinstance(end, int)})
-    made: dict[str, Any] = {"eos_token_id": ends[0] if len(ends) == 1 else ends}
-    return made if ids["bos"] is None else {"bos_token_id": ids["bos"], **made}
-
-
-def _convert_tokenizer(path: Path, folder: Path) -> None:
-    """Write tokenizer.json and its companions for the vocabulary inside the GGUF file."""
-    from transformers import PreTrainedTokenizerFast  # AutoTokenizer would ask for the model type
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
-        tokenizer.save_pretrained(folder)
-    except Exception as error:  # transformers raises nearly anything on an unusual vocabulary
-        raise OptimError(
-            f"transformers cannot use the tokenizer inside {path}: {error}",
-            "put the model's own tokenizer.json and tokenizer_config.json beside the .gguf file",
-            USAGE,
-        ) from None
-
-
-def sidecar_folder(path: Path, metadata: dict[str, Any], data: int) -> Path:
-    """Folder with the tokenizer of a GGUF file: beside it if it is there, else made once and kept.
-
-    The conversion takes seconds; its result stays in the cache under the hash of the file's head.
-    """
-    if (path.parent / "tokenizer.json").is_file():
-        return path.parent
-    with path.open("rb") as file:
-        key = hashlib.sha256(file.read(data)).hexdigest()[:32]
-    folder = cache_folder() / "tokenizers" / key
-    if (folder / "tokenizer.json").is_file():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
-    _convert_tokenizer(path, made)
-    (made / "generation_config.json").write_text(json.dumps(_generation_config(metadata), indent=2))
-    try:
-        os.replace(made, folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(made)
-    return folder
 
 
 def open_gguf(path: Path, source: str, name: str) -> Checkpoint:
