@@ -71,7 +71,8 @@ def _show(source: str, asked: Asked, found: dict[str, Any]) -> None:
     if asked.against is not None:
         change = f"{found['delta_nll']:+.4f} ± {found['delta_nll_error']:.4f}"
         ui.say(f"nll a token {change} · same likeliest token {found['same_top']:.1%}")
-    ui.say(f"{found['windows']} windows of {asked.window} tokens from {asked.text}")
+    after = f", each after BOS ({', '.join(map(str, found['begin']))})" if found["begin"] else ""
+    ui.say(f"{found['windows']} windows of {asked.window} tokens from {asked.text}{after}")
     if found.get("skipped"):
         _show_skipped(found)
 

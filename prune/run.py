@@ -24,7 +24,7 @@ from optim.runtime.artifact import (
     tensor_sha256,
 )
 from optim.runtime.checkpoint import Checkpoint, open_checkpoint
-from optim.runtime.corpus import token_hash, windows_for
+from optim.runtime.corpus import described, token_hash, windows_for
 from optim.runtime.side import SIDE, write_side
 from optim.runtime.verify import MANIFEST, sha256
 
@@ -120,13 +120,12 @@ def _finish(made: Plan, workspace: Workspace, windows: Tensor, found: Solved) ->
 
 
 def _manifest(made: Plan, workspace: Workspace, windows: Tensor, found: Solved) -> dict[str, Any]:
-    samples, length = windows.shape
     records = workspace.done
     return {
         "format_version": FORMAT_VERSION,
         "source": {"name": made.checkpoint.name, "sha256": made.checkpoint.fingerprint()},
         "recipe": made.recipe.model_dump(mode="json", exclude={"output"}, exclude_none=True),
-        "calibration": {"samples": samples, "seq_len": length, "sha256": token_hash(windows)},
+        "calibration": described(windows, made.checkpoint.tokenizer()),
         "sparsity": {"sizes": made.sizes, "blocks": found.blocks},
         "notes": [*made.notes, *found.notes],
         "shards": {record["file"]: record["sha256"] for record in records},

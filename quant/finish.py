@@ -10,7 +10,7 @@ from optim.quant.plan import Plan
 from optim.recipes.build import to_yaml
 from optim.recipes.schema import MergeQuant
 from optim.runtime.artifact import FORMAT_VERSION, INDEX, Workspace, index_of
-from optim.runtime.corpus import token_hash
+from optim.runtime.corpus import described
 from optim.runtime.formats.packed import write_config
 from optim.runtime.verify import MANIFEST
 
@@ -71,10 +71,8 @@ def _manifest(made: Plan, workspace: Workspace, windows: Tensor | None) -> dict[
         for record in records
         if record.get("error") is not None
     ]
-    calibration = None
-    if windows is not None:
-        samples, length = windows.shape
-        calibration = {"samples": samples, "seq_len": length, "sha256": token_hash(windows)}
+    tokenizer = made.checkpoint.tokenizer()
+    calibration = None if windows is None else described(windows, tokenizer)
     return {
         "format_version": FORMAT_VERSION,
         "source": {"name": made.checkpoint.name, "sha256": made.checkpoint.fingerprint()},

@@ -17,7 +17,7 @@ from optim.quant.block_solver import BlockSolver, Solved
 from optim.quant.finish import finish
 from optim.quant.grid import nearest
 from optim.quant.mergequant.solver import MergeSolver
-from optim.quant.mergequant.stored import merge_solver, static_config, static_tensors, with_prefix
+from optim.quant.mergequant.stored import merge_solver, static_config, static_tensors
 from optim.quant.plan import Plan, plan
 from optim.quant.rounding import RoundedLinear
 from optim.recipes.errors import OptimError
@@ -145,10 +145,9 @@ class _Job:
             return BlockSolver(self.walk, recipe, self.made.schemes, self.dtype), None
         assert self.windows is not None
         self.progress(0, len(self.walk), "looking for outlier tokens")
-        solver, prefix = merge_solver(
+        solver, prefix, self.windows = merge_solver(
             recipe, self.made.checkpoint, self.walk, self.windows, self.workspace.folder
         )
-        self.windows = with_prefix(prefix, self.windows)
         return solver, static_config(recipe, self.made.schemes, prefix)
 
     def run(self) -> None:

@@ -110,9 +110,15 @@ class Checkpoint:
 
     def tokenizer(self) -> "Tokenizer":
         """The model's tokenizer and chat template."""
+        from optim.runtime.formats.w4a4 import read_config
         from optim.runtime.text import load_tokenizer
 
-        return load_tokenizer(self.folder, self.config, trust_remote_code=self.trust_remote_code)
+        trust = self.trust_remote_code
+        made = load_tokenizer(self.folder, self.config, trust_remote_code=trust)
+        static = read_config(self.quantization)
+        if static is not None and made.begin:
+            made.begun = static.prefix[: len(made.begin)] == made.begin
+        return made
 
     def hf_config(self) -> "PretrainedConfig":
         """transformers' configuration object of the text model.

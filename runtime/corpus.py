@@ -1,13 +1,17 @@
 """Text in, token windows out: for calibration and for evaluation.
 
 Calibration windows are packed: documents in seeded order, tokenized, joined, cut into equal
-windows, shuffled. Evaluation windows follow each other in the text, with nothing put between
-them or in front.
+windows, shuffled. Evaluation windows follow each other in the text, with nothing put between them.
+
+A model whose tokenizer begins every text with BOS has never read anything else, so each window
+begins with it, once. A calibration window counts it; an evaluation window comes without, and the
+walk puts it in front (quality.py), so that the tokens that are measured are the text's own.
 """
 
 import hashlib
 import random
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,14 +33,29 @@ def token_hash(ids: Tensor) -> str:
     return digest.hexdigest()
 
 
+def described(windows: Tensor, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The calibration section of a manifest: size, what each window begins with, and hash."""
+    samples, length = windows.shape
+    begin = list(tokenizer.begin)
+    begun = all(ids[: len(begin)] == begin for ids in windows[:, : len(begin)].tolist())
+    return {
+        "samples": samples,
+        "seq_len": length,
+        "begin": begin if begun else [],
+        "sha256": token_hash(windows),
+    }
+
+
 def document_ids(document: Document, tokenizer: Tokenizer, special: bool) -> list[int]:
-    """Token ids of one document; a chat goes through the template, if the model has one."""
+    """Token ids of one document, without BOS; a chat goes through the template, if there is one."""
     if isinstance(document, str):
-        return tokenizer.encode(document, special)
-    if tokenizer.has_chat_template:
-        return tokenizer.chat(document, generation_prompt=False)
-    turns = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in document)
-    return tokenizer.encode(turns + "\n", special)
+        ids = tokenizer.encode(document, special)
+    elif tokenizer.has_chat_template:
+        ids = tokenizer.chat(document, generation_prompt=False)
+    else:
+        turns = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in document)
+        ids = tokenizer.encode(turns + "\n", special)
+    return tokenizer.after_begin(ids)
 
 
 def _pack(documents: Iterable[list[int]], length: int, tokens: int) -> list[list[int]]:
@@ -121,26 +140,31 @@ def calibration_windows(
 ) -> Tensor:
     """Token ids int64 [num_samples, seq_len] for calibration, the same for the same seed.
 
-    `generate` samples from the model; only the spec `self` needs it. Raises OptimError (2) if the
-    text is missing, malformed or too short.
+    Each window begins with the tokenizer's BOS, if it puts one before texts. `generate` samples
+    from the model; only the spec `self` needs it. Raises OptimError (2) if the text is missing,
+    malformed or too short.
     """
     rng = random.Random(seed)
+    begin = list(tokenizer.begin)
+    whole, seq_len = seq_len, seq_len - len(begin)
+    if seq_len < 1:
+        raise _too_short(spec, 0, num_samples, whole)
     if spec == "self":
         if generate is None:
             raise OptimError("calibration `self` needs a model that generates", code=USAGE)
-        texts = self_texts(
-            tokenizer, generate, tokens=num_samples * seq_len, length=seq_len, seed=seed
-        )
-        windows = _pack(texts, seq_len, num_samples * seq_len)
+        wanted = num_samples * seq_len
+        found = self_texts(tokenizer, generate, tokens=wanted, length=seq_len, seed=seed)
+        texts = (tokenizer.after_begin(ids) for ids in found)
+        windows = _pack(texts, seq_len, wanted)
     elif spec == "builtin:mixed":
         windows = _mixed(tokenizer, num_samples, seq_len, rng)
     else:
         options = {"text_column": text_column} | ({"split": split} if split else {})
         windows = _plain(spec, tokenizer, seq_len, SPARE * num_samples * seq_len, rng, **options)
     if len(windows) < num_samples:
-        raise _too_short(spec, len(windows), num_samples, seq_len)
+        raise _too_short(spec, len(windows), num_samples, whole)
     rng.shuffle(windows)
-    return torch.tensor(windows[:num_samples], dtype=torch.int64)
+    return torch.tensor([begin + window for window in windows[:num_samples]], dtype=torch.int64)
 
 
 def _in_order(found: Iterator[Document], tokenizer: Tokenizer) -> Iterator[list[int]]:

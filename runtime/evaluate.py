@@ -6,6 +6,10 @@ head is in memory, and the weights are what the artifact stores, whatever kernel
     nll(t) = -log p(x_t | x_<t)        perplexity = exp(mean nll)
     KL(t)  = Σ_v p_base(v) log(p_base(v) / p(v))
 
+Where the tokenizer begins every text with BOS, it is read before each window: such a model computes
+nonsense without. It is not measured, nor is the window's first token, so that the same tokens count
+for every model. Static integers whose prefix holds the BOS already are not given a second one.
+
 A sparse model (side.py) is dense while it reads a prompt. Its windows are therefore prompts of half
 a window, computed densely, and what follows, computed sparsely; only that is measured, of the base
 as well.
@@ -50,6 +54,7 @@ class Evaluation:
     windows: int
     window: int
     text_sha256: str
+    begin: tuple[int, ...] = ()  # tokens before each window that are read and not measured
     prompt: int = 0  # tokens of each window that are read densely and not measured
     skipped: list[dict[str, Any]] | None = None  # of each block, see sparsity.py
     read: float | None = None  # share of the blocks' weights that a token reads
@@ -93,7 +98,8 @@ def evaluate(
             USAGE,
         )
     windows = evaluation_windows(text, tokenizer, window=window, max_windows=max_windows)
-    return evaluate_windows([checkpoint], base, windows, device, progress)[0]
+    begin = tokenizer.begin
+    return evaluate_windows([checkpoint], base, windows, device, progress, begin=begin)[0]
 
 
 def evaluate_windows(
@@ -103,14 +109,17 @@ def evaluate_windows(
     device: str = "auto",
     progress: Progress = lambda at, total, text: None,
     sides: Sequence[Side | None] | None = None,
+    begin: Sequence[int] = (),
 ) -> list[Evaluation]:
     """`evaluate` of several models against one base, on token windows int64 `[n, length]`.
 
-    `sides` are used in place of the models' own side files.
+    `begin` is read before each window. `sides` are used in place of the models' own side files.
     """
     place = pick_device(device)
     sides = [read_side(model) for model in checkpoints] if sides is None else sides
     prompt = windows.shape[1] // 2 if any(sides) else 0
+    first = len(begin) + prompt
+    ids = torch.cat((torch.tensor(begin, dtype=torch.int64).expand(len(windows), -1), windows), 1)
     sparse_walks: list[SparseWalk | None] = []
     models = [*checkpoints, *([base] if base else [])]
     steps = sum(_block_count(m) for m in models)
@@ -125,19 +134,20 @@ def evaluate_windows(
             def step(i: int, done: int = done, name: str = model.name) -> None:
                 progress(done + i, steps, name)
 
-            sparse = None if side is None else SparseWalk(walk, side, prompt)
+            sparse = None if side is None else SparseWalk(walk, side, first)
             path = Path(folder) / str(k)
             if static is None:
-                walked.append((walk, _hidden(walk, windows, path, step, sparse)))
+                walked.append((walk, _hidden(walk, ids, path, step, sparse)))
             else:
-                walked.append((walk, static.hidden(windows, path, step)))
+                walked.append((walk, static.hidden(ids, path, step, len(begin))))
             sparse_walks.append(sparse)
             done += len(walk)
         reference = walked.pop() if base else None
         rows = torch.stack(
-            [_measure(walked, reference, windows, i, prompt) for i in range(len(windows))]
+            [_measure(walked, reference, ids[i : i + 1], i, first) for i in range(len(ids))]
         )
     found = [_summary(rows[:, k], windows, prompt, base is not None) for k in range(len(sides))]
+    found = [replace(each, begin=tuple(begin)) for each in found]
     return [_with_skips(*pair) for pair in zip(found, sparse_walks, strict=False)]
 
 
@@ -174,20 +184,19 @@ def _hidden(
 def _measure(
     walked: list[tuple[Walk, HiddenStates]],
     reference: tuple[Walk, HiddenStates] | None,
-    windows: Tensor,
+    ids: Tensor,
     i: int,
-    prompt: int,
+    first: int,
 ) -> Tensor:
-    """Window i's means from token `prompt` on: nll, base nll, KL, share of equal likeliest tokens.
+    """Means over window i, `ids` [1, t], after its token `first`.
 
-    float64 `[models, 4]`.
+    nll, base nll, KL, share of equal likeliest tokens: float64 `[models, 4]`.
     """
-    ids = windows[i : i + 1]
     sums = torch.zeros(len(walked), 4, dtype=torch.float64)
     vocab = int(walked[0][0].model.config.get_text_config().vocab_size)
     last = ids.shape[1] - 1
     step = max(1, LOGIT_BYTES // (8 * vocab))
-    for start in range(prompt, last, step):
+    for start in range(first, last, step):
         part = slice(start, min(start + step, last))
         target = ids[0, part.start + 1 : part.stop + 1, None]
         base = None if reference is None else _log_probs(reference, ids, i, part)
@@ -198,7 +207,7 @@ def _measure(
                 sums[k, 1] -= base.gather(1, target).double().sum()
                 sums[k, 2] += (base.exp() * (base - logs)).sum(-1).double().sum()
                 sums[k, 3] += (base.argmax(-1) == logs.argmax(-1)).double().sum()
-    return sums / (last - prompt)
+    return sums / (last - first)
 
 
 def _log_probs(model: tuple[Walk, HiddenStates], ids: Tensor, i: int, part: slice) -> Tensor:

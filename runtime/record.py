@@ -39,6 +39,7 @@ def _table(evaluation: dict[str, Any]) -> str:
     rows = [f"| {n} | {evaluation[n]:.6g} |" for n in names if evaluation.get(n) is not None]
     lines = ["| measure | value |", "|---|---:|", *rows]
     windows = f"{evaluation['windows']} windows of {evaluation['window']} tokens"
+    windows += ", each after BOS" if evaluation.get("begin") else ""
     return "\n".join([*lines, "", f"On {evaluation['text']}, {windows} (`optim eval`).", ""])
 
 

@@ -28,11 +28,19 @@ class StaticWalk:
     static: Static
     rotation: Mixing | None
 
-    def hidden(self, windows: Tensor, path: Path, step: Callable[[int], None]) -> HiddenStates:
-        """The last block's output for every window int64 `[n, length]`, as the head wants it."""
+    def hidden(
+        self, windows: Tensor, path: Path, step: Callable[[int], None], begin: int = 0
+    ) -> HiddenStates:
+        """The last block's output for every window int64 `[n, length]`, as the head wants it.
+
+        The first `begin` tokens of a window are left out where the prefix begins with them; in
+        their place is then the output of the prefix's last tokens.
+        """
         prefix, walk = self.static.prefix, self.walk
-        first = torch.tensor(prefix, dtype=torch.int64).expand(len(windows), -1)
-        states = walk.embed(torch.cat((first, windows), 1), path.with_name(path.name + ".prefix"))
+        held = begin if begin and prefix[:begin] == tuple(windows[0, :begin].tolist()) else 0
+        put = torch.tensor(prefix, dtype=torch.int64).expand(len(windows), -1)
+        ids = torch.cat((put, windows[:, held:]), 1)
+        states = walk.embed(ids, path.with_name(path.name + ".prefix"))
         walk.release()
         if self.rotation is not None:
             for rows in walk.slices(states):
@@ -42,11 +50,10 @@ class StaticWalk:
             for rows in walk.slices(states):
                 states[rows] = walk.run(i, block, states[rows])
             step(i + 1)
-        return self._without_prefix(states, path)
+        return self._without(len(prefix) - held, states, path)
 
-    def _without_prefix(self, states: HiddenStates, path: Path) -> HiddenStates:
+    def _without(self, first: int, states: HiddenStates, path: Path) -> HiddenStates:
         count, length, width = states.shape
-        first = len(self.static.prefix)
         out = HiddenStates(path, (count, length - first, width), states.dtype)
         for rows in self.walk.slices(states):
             part = states[rows][:, first:]

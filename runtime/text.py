@@ -10,6 +10,7 @@ as the letters it is made of, so it cannot end a turn or open one.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,19 @@ class Tokenizer:
     """Special tokens by role, as templates name them: `bos_token`, `eos_token`, ..."""
     bos_id: int | None
     eos_ids: set[int]
+    begin: tuple[int, ...] = field(init=False)
+    """What the tokenizer puts in front of every text: BOS, or nothing."""
+    begun: bool = False
+    """Whether the model has those already, as an artifact's prefix: then none is put in front."""
     _control: re.Pattern[str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         added = self.backend.get_added_tokens_decoder().values()
         control = sorted((t.content for t in added if t.special), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, control)) or r"(?!)")
+        some = self.backend.encode("a", add_special_tokens=True)
+        put = takewhile(lambda pair: pair[1], zip(some.ids, some.special_tokens_mask, strict=True))
+        self.begin = tuple(token for token, _ in put)
 
     @property
     def vocab_size(self) -> int:
@@ -60,7 +68,13 @@ class Tokenizer:
 
         Control tokens typed in the text stay text.
         """
-        return self._ids(text, special, control=False)
+        ids = self._ids(text, special, control=False)
+        return self.after_begin(ids) if special and self.begun else ids
+
+    def after_begin(self, ids: list[int]) -> list[int]:
+        """`ids` without what `begin` put in front of them."""
+        count = len(self.begin)
+        return ids[count:] if tuple(ids[:count]) == self.begin else ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
@@ -87,10 +101,12 @@ class Tokenizer:
 
         Raises OptimError (2) as `render` does.
         """
-        if not any(self._control.search(str(m.get("content", ""))) for m in messages):
+        if any(self._control.search(str(m.get("content", ""))) for m in messages):
+            ids = self._guarded_chat(messages, generation_prompt, variables)
+        else:
             text = self.render(messages, generation_prompt, **variables)
-            return self._ids(text, special=False, control=True)
-        return self._guarded_chat(messages, generation_prompt, variables)
+            ids = self._ids(text, special=False, control=True)
+        return self.after_begin(ids) if self.begun else ids
 
     def _guarded_chat(
         self, messages: Sequence[Message], generation_prompt: bool, variables: dict[str, Any]

@@ -19,7 +19,7 @@ from optim.prune.prosparse.train import Point
 from optim.recipes.build import to_yaml
 from optim.runtime.artifact import FORMAT_VERSION, INDEX, Workspace, index_of, shards_of
 from optim.runtime.checkpoint import Checkpoint
-from optim.runtime.corpus import token_hash
+from optim.runtime.corpus import described
 from optim.runtime.verify import MANIFEST
 
 
@@ -33,12 +33,11 @@ def write(
 ) -> None:
     """The checkpoint and the small files beside it; publishes."""
     records = _write_weights(made.checkpoint, workspace, student)
-    samples, length = windows.shape
     manifest = {
         "format_version": FORMAT_VERSION,
         "source": {"name": made.checkpoint.name, "sha256": made.checkpoint.fingerprint()},
         "recipe": made.recipe.model_dump(mode="json", exclude={"output"}, exclude_none=True),
-        "calibration": {"samples": samples, "seq_len": length, "sha256": token_hash(windows)},
+        "calibration": described(windows, made.checkpoint.tokenizer()),
         "held_back": held_back,
         "notes": list(made.notes),
         "shards": {record["file"]: record["sha256"] for record in records},

@@ -8,6 +8,7 @@ if its largest |down_proj input| is beyond FAR times the median of all positions
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,14 +23,17 @@ MOST = 4  # tokens of a prefix
 WINDOWS = 4  # of the calibration text that are looked at
 
 
-def find_prefix(checkpoint: Checkpoint, windows: Tensor, path: Path) -> list[int]:
+def find_prefix(
+    checkpoint: Checkpoint, windows: Tensor, path: Path, begin: Sequence[int] = ()
+) -> list[int]:
     """The shortest prefix found that leaves fewest outliers in `windows` int64 `[n, length]`.
 
-    Hidden states are kept in the file `path`. Starts with the model's begin token, if it has one.
+    Hidden states are kept in the file `path`. Starts with what the tokenizer puts in front of every
+    text (`begin`), else with the model's begin token, if it has one.
     """
     windows = windows[:WINDOWS]
     start = checkpoint.text_config.get("bos_token_id")
-    prefix = [start] if isinstance(start, int) else []
+    prefix = list(begin) or ([start] if isinstance(start, int) else [])
     best, left = prefix, outliers(checkpoint, windows, prefix, path)
     while left and len(prefix) < MOST:
         prefix = [*prefix, Counter(left).most_common(1)[0][0]]

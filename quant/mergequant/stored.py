@@ -28,10 +28,19 @@ PREFIX = "prefix.json"
 
 def merge_solver(
     recipe: MergeQuant, checkpoint: Checkpoint, walk: Walk, windows: Tensor, folder: Path
-) -> tuple[MergeSolver, list[int]]:
-    """The solver of a recipe, and its prefix: found once, then kept in `folder`."""
+) -> tuple[MergeSolver, list[int], Tensor]:
+    """The solver of a recipe, its prefix (found once, then kept in `folder`), and what it reads.
+
+    That is the windows with the prefix before each: it takes the place of the BOS they begin with.
+    """
     mixture = any(".experts." in name for name in checkpoint.tensors)
-    prefix = _prefix(checkpoint, windows, folder) if recipe.prefix and not mixture else []
+    prefix: list[int] = []
+    if recipe.prefix and not mixture:
+        begin = list(checkpoint.tokenizer().begin)
+        begun = bool(begin) and windows[:, : len(begin)].eq(torch.tensor(begin)).all()
+        text = windows[:, len(begin) :] if begun else windows
+        prefix = _prefix(checkpoint, text, folder, begin if begun else [])
+        windows = _with_prefix(prefix, text)
     width = int(checkpoint.text_config["hidden_size"])
     tokens = windows.numel()
     widest = max(info.shape[-1] for name, info in checkpoint.tensors.items() if ".layers." in name)
@@ -43,7 +52,7 @@ def merge_solver(
         **_ends(recipe),
     )
     rotation = stream_rotation(width) if recipe.rotate else None
-    return MergeSolver(walk, form, rotation, len(prefix)), prefix
+    return MergeSolver(walk, form, rotation, len(prefix)), prefix, windows
 
 
 def _ends(recipe: MergeQuant) -> dict[str, Any]:
@@ -58,16 +67,16 @@ def _kinds(recipe: MergeQuant) -> dict[str, str]:
     return {"out": "token", "down": "token"}
 
 
-def _prefix(checkpoint: Checkpoint, windows: Tensor, folder: Path) -> list[int]:
+def _prefix(checkpoint: Checkpoint, windows: Tensor, folder: Path, begin: list[int]) -> list[int]:
     path = folder / PREFIX
     if not path.is_file():
-        found = find_prefix(checkpoint, windows, folder / "prefix-states")
+        found = find_prefix(checkpoint, windows, folder / "prefix-states", begin)
         path.write_text(json.dumps(found))
     tokens: list[int] = json.loads(path.read_text())
     return tokens
 
 
-def with_prefix(prefix: list[int], windows: Tensor) -> Tensor:
+def _with_prefix(prefix: list[int], windows: Tensor) -> Tensor:
     """Each window with the prefix before it."""
     first = torch.tensor(prefix, dtype=torch.int64).expand(len(windows), -1)
     return torch.cat((first, windows), 1)
