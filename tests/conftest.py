@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,27 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
             _save_model(family, dtype, made[key])
             _save_tokenizer(made[key])
         return made[key]
+
+    return make
+
+
+@pytest.fixture
+def make_begun(make_model: MakeModel, tmp_path: Path) -> MakeModel:
+    """`make_model` with a tokenizer that puts `<s>` (1) before every text, as its template does."""
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    def make(family: str, dtype: torch.dtype = torch.bfloat16) -> Path:
+        folder = tmp_path / "begun"
+        shutil.copytree(make_model(family, dtype), folder)
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        tokenizer.save(str(folder / "tokenizer.json"))
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        template = "{{ bos_token }}{% for m in messages %}{{ m.content }}\n{% endfor %}"
+        settings |= {"bos_token": "<s>", "chat_template": template}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        return folder
 
     return make
 

@@ -28,12 +28,13 @@ def measure_as_stored(job: Job, checkpoint: Checkpoint) -> dict[str, Any]:
     sums = torch.zeros(2, dtype=torch.float64)
     zeros = torch.zeros(len(job.student.ffns))
     bf16 = torch.autocast("cuda", torch.bfloat16, enabled=job.device.type == "cuda")
+    begin = torch.tensor(tokenizer.begin, dtype=torch.int64)
     for row in windows:
-        ids = row[None].to(job.device)
+        ids = torch.cat((begin, row))[None].to(job.device)
         with bf16, watched(job.student.blocks, job.student.ffns) as seen:
-            sums[0] += _nll(job.student.model, ids)
+            sums[0] += _nll(job.student.model, ids, len(begin))
         with bf16:
-            sums[1] += _nll(job.teacher, ids)
+            sums[1] += _nll(job.teacher, ids, len(begin))
         zeros += torch.stack(seen.zeros).cpu() / len(windows)
     mine, base = (sums / len(windows)).exp().tolist()
     return {
@@ -48,6 +49,7 @@ def measure_as_stored(job: Job, checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _nll(model: Any, ids: Tensor) -> float:
-    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-    return float(F.cross_entropy(logits, ids[0, 1:]))
+def _nll(model: Any, ids: Tensor, first: int) -> float:
+    """Mean nll of `ids` `[1, t]` after the token `first`."""
+    logits = model(input_ids=ids, use_cache=False).logits[0, first:-1].float()
+    return float(F.cross_entropy(logits, ids[0, first + 1 :]))
