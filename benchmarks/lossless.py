@@ -28,15 +28,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optim.export.lossless.dfloat11 import Counts, Encoder, words
 from optim.export.lossless.pack import pack
 from optim.export.lossless.plan import plan
 from optim.recipes.schema import Pack
 from optim.runtime.checkpoint import open_checkpoint
-from optim.runtime.formats.bf12 import PIECES, planes_of
-from optim.runtime.formats.dfloat11 import SUFFIXES, Unit
+from optim.runtime.formats.bf12 import PIECES
+from optim.runtime.formats.dfloat11 import SUFFIXES
 from optim.runtime.kernels import cpu_bf12, cpu_bf16
+from optim.runtime.kernels.bf12 import planes_of, words
 from optim.runtime.lossless import PIECE
+from optim.runtime.storage.lossless.dfloat11 import Unit
+from optim.runtime.storage.lossless.dfloat11_encoder import Counts, Encoder
 from optim.runtime.tensor_files import Part, TensorInfo
 
 SAMPLE = 200_000  # weights that the reference encoder gets: it takes seconds for a million

@@ -223,12 +223,12 @@ def _open_folder(folder: Path, source: str, name: str, trust: bool) -> Checkpoin
 
 def _open_store(folder: Path, config: dict[str, Any]) -> tuple[Store, dict[str, Any]]:
     """The weights of a folder, and its configuration without what says how they are packed."""
-    from optim.runtime.lossless import KEYS, layout_of, open_lossless
+    from optim.runtime.lossless import open_lossless
+    from optim.runtime.storage.lossless.layouts import layout_of, without_layout
 
     if layout_of(config) is None:
         return open_files(folder), config
-    store = open_lossless(folder, config)
-    return store, {key: value for key, value in config.items() if key not in KEYS}
+    return open_lossless(folder, config), without_layout(config)
 
 
 def open_checkpoint(

@@ -1,42 +1,29 @@
 """A folder packed without loss, read as the plain model it was: decoded when asked for.
 
-DFloat11 units (`….luts` and the others) and bf12 matrices (`….weight.bf12_low` and the others)
-stand for bf16 tensors; what else the files hold is as it was. `config.json` names the linears of
-each unit by a regular expression; the shapes are in our manifest, or follow from the configuration.
+Units of a layout (storage/lossless/layouts.py) stand for bf16 tensors; what else the files hold is
+as it was. The shapes are in our manifest, or follow from the configuration.
 """
 
 import hashlib
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optim.recipes.errors import USAGE, OptimError
-from optim.recipes.patterns import check_pattern
-from optim.runtime.formats import bf12, dfloat11
 from optim.runtime.kernels.cpu_df11 import Array
 from optim.runtime.names import text_config
+from optim.runtime.storage.lossless.layout import Coded, Layout, ShapeOf, damaged
+from optim.runtime.storage.lossless.layouts import LAYOUTS, layout_of
 from optim.runtime.tensor_files import Part, SafetensorsFiles, Store, TensorInfo
 from optim.runtime.verify import read_manifest
 
-DF11_KEY, BF12_KEY = "dfloat11_config", "bf12_config"
-KEYS = {DF11_KEY: "df11", BF12_KEY: "bf12"}
-MOST_PATTERNS = 4096
 PIECE = 1 << 22  # weights of a tensor in memory at a time
 SHAPES, HASHES = "shapes", "original_sha256"  # of our manifest: tensor -> the fact
-
-Packed = dfloat11.Unit | bf12.Matrix
-
-
-def layout_of(config: Mapping[str, Any]) -> str | None:
-    """`df11` or `bf12` where config.json says that weights are packed so, else None."""
-    return next((layout for key, layout in KEYS.items() if isinstance(config.get(key), dict)), None)
 
 
 class LosslessStore:
@@ -54,54 +41,42 @@ class LosslessStore:
         self.layout = layout_of(config)
         self.infos: dict[str, TensorInfo] = {}
         self.units: dict[str, tuple[str, ...]] = {}
-        """Unit -> the tensors it stands for, in order; a bf12 matrix is a unit of one."""
-        self._open: dict[str, Packed] = {}
+        """Unit -> the tensors it stands for, in order."""
+        self._open: dict[str, Coded] = {}
         self._where: dict[str, tuple[str, int]] = {}
         shapes, self._hashes = (_mapping(manifest, key) for key in (SHAPES, HASHES))
-        for unit, tensors in _units(self._stored.infos, config, shapes):
-            self._enter(unit, tensors, config, shapes)
-        packed = {key for unit in self.units for key, _ in self._pieces(unit).values()}
+        packed: set[str] = set()
+        if self.layout is not None:
+            layout = LAYOUTS[self.layout]
+            shape_of = partial(_shape, shapes=shapes, config=config)
+            for unit, tensors in layout.units(self._stored.infos, config, shapes):
+                packed |= self._enter(layout, unit, tensors, shape_of)
         for name, info in self._stored.infos.items():
             if name not in packed:
                 self.infos[name] = info
 
-    def _pieces(self, unit: str) -> dict[str, tuple[str, TensorInfo]]:
-        """What a unit is stored in: suffix -> name, info."""
-        suffixes = bf12.SUFFIXES if f"{unit}.bf12_low" in self._stored.infos else dfloat11.SUFFIXES
-        names = {s.removeprefix("bf12_"): f"{unit}.{s}" for s in suffixes}
-        found = self._stored.infos
-        return {suffix: (name, found[name]) for suffix, name in names.items() if name in found}
-
     def _enter(
-        self, unit: str, tensors: tuple[str, ...], config: Mapping[str, Any], shapes: Any
-    ) -> None:
-        """Open a unit and give each of its tensors an info and a place."""
-        pieces = self._pieces(unit)
-        infos = {suffix: info for suffix, (_, info) in pieces.items()}
-
-        def read(suffix: str, start: int, stop: int) -> Array:
-            return self._bytes(pieces[suffix][0], start, stop)
-
-        if "low" in infos:
-            matrix = bf12.Matrix(unit, infos, read)
-            self._open[unit], splits, known = matrix, [0, matrix.size], [matrix.shape]
-        else:
-            coded = dfloat11.Unit(unit, infos, read)
-            self._open[unit], splits = coded, coded.splits
-            if len(splits) != len(tensors) + 1:
-                raise _broken(unit, f"{len(splits) - 1} tensors where config.json names {tensors}")
-            sizes = [b - a for a, b in pairwise(splits)]
-            known = [
-                _shape(name, size, shapes, config)
-                for name, size in zip(tensors, sizes, strict=True)
-            ]
+        self, layout: Layout, unit: str, tensors: tuple[str, ...], shape_of: ShapeOf
+    ) -> set[str]:
+        """Open a unit, give each of its tensors an info and a place; the names of its pieces."""
+        names = self._pieces(layout, unit)
+        infos = {piece: self._stored.infos[name] for piece, name in names.items()}
+        read = partial(self._bytes, names)
+        self._open[unit], places = layout.open(unit, tensors, infos, read, shape_of)
         self.units[unit] = tensors
-        for name, first, shape in zip(tensors, splits, known, strict=False):
+        for name, (first, shape) in zip(tensors, places, strict=True):
             self.infos[name] = TensorInfo(shape, torch.bfloat16, 2 * math.prod(shape))
             self._where[name] = unit, first
+        return set(names.values())
 
-    def _bytes(self, name: str, start: int, stop: int) -> Array:
-        """Bytes start..stop of a stored tensor."""
+    def _pieces(self, layout: Layout, unit: str) -> dict[str, str]:
+        """What a unit is stored in: piece -> name."""
+        names = {piece: f"{unit}.{layout.prefix}{piece}" for piece in layout.pieces}
+        return {piece: name for piece, name in names.items() if name in self._stored.infos}
+
+    def _bytes(self, names: Mapping[str, str], piece: str, start: int, stop: int) -> Array:
+        """Bytes start..stop of a stored piece."""
+        name = names[piece]
         info = self._stored.infos[name]
         item = info.dtype.itemsize
         count = math.prod(info.shape)
@@ -116,7 +91,7 @@ class LosslessStore:
         tensor = self._decoded(part)
         known = self._hashes.get(part.stored)
         if known and part == Part(part.stored) and tensor_hash([tensor]) != known:
-            raise _broken(part.stored, "it is not what was packed, its sha256 differs")
+            raise damaged(part.stored, "it is not what was packed, its sha256 differs")
         return tensor
 
     def _decoded(self, part: Part) -> Tensor:
@@ -131,11 +106,10 @@ class LosslessStore:
         """How a packed tensor is stored, and its share of the bytes; None for one that is plain."""
         if name not in self._where:
             return None
-        unit = self._where[name][0]
-        pieces = self._pieces(unit)
-        total = sum(info.nbytes for _, info in pieces.values())
+        unit, layout = self._where[name][0], str(self.layout)
+        names = self._pieces(LAYOUTS[layout], unit).values()
+        total = sum(self._stored.infos[stored].nbytes for stored in names)
         whole = sum(self.infos[tensor].nbytes for tensor in self.units[unit])
-        layout = "bf12" if "low" in pieces else "df11"
         return layout, total * self.infos[name].nbytes / whole
 
 
@@ -193,49 +167,6 @@ def disproved(
     return problems, proven
 
 
-def _units(
-    infos: Mapping[str, TensorInfo], config: Mapping[str, Any], shapes: Mapping[str, Any]
-) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Every unit that is stored, and the tensors it stands for."""
-    patterns = _patterns(config)
-    for name in infos:
-        unit, _, suffix = name.rpartition(".")
-        if suffix == "bf12_low":
-            yield unit, (unit,)
-        elif suffix == "luts":
-            parts = next((parts for p, parts in patterns if p.fullmatch(unit)), None)
-            if parts is None:
-                raise _broken(unit, f"no pattern of {DF11_KEY} names it")
-            if parts:
-                yield unit, tuple(f"{unit}.{part}.weight" for part in parts)
-            else:
-                yield unit, (unit if unit in shapes else f"{unit}.weight",)
-
-
-def _patterns(config: Mapping[str, Any]) -> list[tuple[re.Pattern[str], list[str]]]:
-    """The patterns of a configuration that may come from a stranger: only harmless ones pass."""
-    facts = config.get(DF11_KEY)
-    if not isinstance(facts, dict):
-        return []
-    found = facts.get("pattern_dict")
-    version = str(facts.get("version", ""))
-    if not version.startswith(("0.2.", "0.3.", "0.4.", "0.5.")):
-        fix = "pack the original model with `optim pack`"
-        raise OptimError(f"{DF11_KEY}: version {version!r} is not known", fix, USAGE)
-    if not isinstance(found, dict) or len(found) > MOST_PATTERNS:
-        raise OptimError(f"{DF11_KEY}: pattern_dict is not a usable mapping", None, USAGE)
-    made = []
-    for text, parts in found.items():
-        try:
-            check_pattern(f"re:{text}")
-        except ValueError as error:
-            raise OptimError(f"{DF11_KEY}: {error}", None, USAGE) from None
-        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
-            raise OptimError(f"{DF11_KEY}: {text!r} must name a list of modules", None, USAGE)
-        made.append((re.compile(text), parts))
-    return made
-
-
 def _shape(
     name: str, size: int, shapes: Mapping[str, Any], config: Mapping[str, Any]
 ) -> tuple[int, ...]:
@@ -247,7 +178,7 @@ def _shape(
         width = _width(name, text_config(dict(config)))
         shape = (size // width, width) if width else (size,)
     if math.prod(shape) != size:
-        raise _broken(name, f"{size} weights do not fit the shape {list(shape)}")
+        raise damaged(name, f"{size} weights do not fit the shape {list(shape)}")
     return shape
 
 
@@ -259,7 +190,3 @@ def _width(name: str, config: Mapping[str, Any]) -> int:
     widths = {"down_proj": config.get("intermediate_size"), "o_proj": inner * (heads or 0)}
     width = widths.get(module, hidden)
     return width if type(width) is int and width > 0 else 0
-
-
-def _broken(name: str, why: str) -> OptimError:
-    return OptimError(f"{name} cannot be read: {why}", "fetch or pack the model again", USAGE)

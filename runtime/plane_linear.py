@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from optim.runtime.formats.bf12 import Planes, planes_of
 from optim.runtime.kernels import cpu_bf12
+from optim.runtime.kernels.bf12 import Planes, planes_of
 from optim.runtime.linear import FEW, DenseLinear, many
 from optim.runtime.linear_base import Linear, Table
 from optim.runtime.linear_source import Source

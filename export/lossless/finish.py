@@ -2,16 +2,15 @@
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from optim.export.lossless.dfloat11 import VERSION
-from optim.export.lossless.plan import BLOCK, Plan
+from optim.export.lossless.plan import Plan
 from optim.recipes.build import to_yaml
-from optim.recipes.schema import Recipe
+from optim.recipes.schema import Pack, Recipe
 from optim.runtime.artifact import FORMAT_VERSION, Workspace
-from optim.runtime.lossless import BF12_KEY, DF11_KEY, HASHES, KEYS, SHAPES
+from optim.runtime.lossless import HASHES, SHAPES
+from optim.runtime.storage.lossless.layouts import LAYOUTS, without_layout
 from optim.runtime.verify import MANIFEST, read_manifest
 
 # Of the manifest of a quantized model: facts that hold after packing too.
@@ -19,42 +18,11 @@ KEPT = ("calibration", "parameters", "modules", "blocks", "source_sha256")
 DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
-def packed_config(layout: str, records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def packed_config(pack: Pack, records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """What config.json gets: which units there are, and what each stands for."""
-    if layout == "bf12":
-        return {BF12_KEY: {"version": 1}}
+    layout = LAYOUTS[pack.layout]
     units = {unit: names for record in records for unit, names in record["units"].items()}
-    facts = {"version": VERSION, "threads_per_block": [512], "bytes_per_thread": 8}
-    return {DF11_KEY: facts | {"pattern_dict": patterns(units)}}
-
-
-def patterns(units: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """Regular expression of unit names -> the modules in it, in order; none if it is one itself.
-
-    Blocks that hold the same share one expression, as in the published releases; where some block
-    of a stack differs, each of them has its own.
-    """
-    inside = {unit: _inside(unit, names) for unit, names in units.items()}
-    kinds: dict[str, set[tuple[str, ...]]] = {}
-    for unit, parts in inside.items():
-        kinds.setdefault(_numbered(unit), set()).add(parts)
-    return {
-        _numbered(unit) if len(kinds[_numbered(unit)]) == 1 else re.escape(unit): list(parts)
-        for unit, parts in inside.items()
-    }
-
-
-def _inside(unit: str, names: list[str]) -> tuple[str, ...]:
-    if names in ([unit], [f"{unit}.weight"]):
-        return ()
-    return tuple(name.removeprefix(f"{unit}.").removesuffix(".weight") for name in names)
-
-
-def _numbered(unit: str) -> str:
-    """The expression for a block and its like; of anything else its own name."""
-    if not BLOCK.fullmatch(f"{unit}.weight") or not unit.rpartition(".")[2].isdigit():
-        return re.escape(unit)
-    return re.escape(unit.rpartition(".")[0]) + r"\.\d+"
+    return {layout.key: layout.config(units)}
 
 
 def finish(made: Plan, workspace: Workspace) -> dict[str, Any]:
@@ -72,10 +40,10 @@ def finish(made: Plan, workspace: Workspace) -> dict[str, Any]:
 
 def _config(made: Plan, workspace: Workspace) -> dict[str, Any]:
     """The model's own, and one key."""
-    config = {key: value for key, value in made.checkpoint.config.items() if key not in KEYS}
+    config = without_layout(made.checkpoint.config)
     if made.pack.cast:
         config |= {key: "bfloat16" for key in DTYPE_KEYS if key in config}
-    return config | packed_config(made.pack.layout, workspace.done)
+    return config | packed_config(made.pack, workspace.done)
 
 
 def _manifest(made: Plan, workspace: Workspace) -> dict[str, Any]:
@@ -128,7 +96,7 @@ def _recipe(made: Plan, manifest: Mapping[str, Any]) -> Recipe:
 
 def _card(made: Plan, manifest: Mapping[str, Any]) -> str:
     name, recipe = made.output.name, _recipe(made, manifest)
-    layout = {"df11": "DFloat11", "bf12": "bf12"}[made.pack.layout]
+    layout = LAYOUTS[made.pack.layout].title
     method = "" if recipe.quantize is None else f"quantized ({recipe.quantize.method}), the rest "
     return f"""---
 base_model: {recipe.model}

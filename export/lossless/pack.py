@@ -10,23 +10,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from optim.export.lossless.dfloat11 import Encoder
 from optim.export.lossless.finish import finish, packed_config
 from optim.export.lossless.plan import Plan, Shard, stored_dtype
-from optim.export.lossless.survey import Survey, survey
 from optim.recipes.errors import CHECK_FAILED, OptimError
 from optim.runtime.artifact import Workspace, disk_error
-from optim.runtime.formats.bf12 import Splitter
 from optim.runtime.lossless import SHAPES, LosslessStore, pieces, tensor_hash
 from optim.runtime.machine import peak_bytes
+from optim.runtime.storage.lossless.layout import Encoder, Tally
+from optim.runtime.storage.lossless.layouts import LAYOUTS
 from optim.runtime.tensor_writer import TensorWriter
 
 Progress = Callable[[int, int, str], None]
-PREFIX = {"df11": "", "bf12": "bf12_"}  # of the names of a unit's tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +84,7 @@ class _Job:
 
     def __init__(self, made: Plan, workspace: Workspace, progress: Progress) -> None:
         self.made, self.workspace, self.progress = made, workspace, progress
-        self.store, self.layout = made.checkpoint.store, made.pack.layout
+        self.store, self.layout = made.checkpoint.store, LAYOUTS[made.pack.layout]
 
     def run(self) -> None:
         """Do every shard that is not journalled yet."""
@@ -107,42 +104,53 @@ class _Job:
 
     def _shard(self, shard: Shard) -> dict[str, Any]:
         """Write one file; returns its journal record."""
-        surveys = {name: survey(self._pieces(name), None) for name in shard.raw}
-        units, raw, notes = {}, list(shard.raw), []
-        for unit, names in shard.units.items():
-            surveys |= {name: survey(self._pieces(name), self.layout) for name in names}
-            reasons = {name: surveys[name].unfit(self.layout) for name in names}
-            notes += [f"{name} stays bf16: {why}" for name, why in reasons.items() if why]
-            raw += [name for name, why in reasons.items() if why]
-            if kept := [name for name, why in reasons.items() if not why]:
-                units[unit] = kept
-        coders = {unit: self._coder(names, surveys) for unit, names in units.items()}
-        packed = {name: coders[unit] for unit, names in units.items() for name in names}
-        bits = {name: coder.bits(surveys[name].counts.exponents) for name, coder in packed.items()}
-        return self._write(shard.file, units, raw, surveys, coders) | {
-            "units": units,
-            "notes": notes,
-            "original_sha256": {name: found.sha256 for name, found in surveys.items()},
-            "shapes": {name: list(self.store.infos[name].shape) for name in packed},
-            "packed_bits": bits,
-            "limits": {name: surveys[name].counts.limit() for name in packed},
+        tallies = {name: self.layout.tally() for names in shard.units.values() for name in names}
+        found = [*shard.raw, *tallies]
+        hashes = {name: tensor_hash(self._counted(name, tallies.get(name))) for name in found}
+        unfit = {name: why for name, tally in tallies.items() if (why := tally.unfit)}
+        units = {
+            unit: kept
+            for unit, names in shard.units.items()
+            if (kept := [name for name in names if name not in unfit])
         }
+        infos = self.store.infos
+        coders = {
+            unit: self.layout.encoder([tallies[n] for n in names], [infos[n].shape for n in names])
+            for unit, names in units.items()
+        }
+        packed = {name: coders[unit] for unit, names in units.items() for name in names}
+        bits = {name: coder.bits(tallies[name]) for name, coder in packed.items()}
+        raw = [*shard.raw, *unfit]
+        return self._write(shard.file, units, raw, hashes, coders) | {
+            "units": units,
+            "notes": [f"{name} stays bf16: {why}" for name, why in unfit.items()],
+            "original_sha256": hashes,
+            "shapes": {name: list(infos[name].shape) for name in packed},
+            "packed_bits": bits,
+            "limits": {name: tallies[name].limit() for name in packed},
+        }
+
+    def _counted(self, name: str, tally: Tally | None) -> Iterator[Tensor]:
+        for tensor in self._pieces(name):
+            if tally is not None:
+                tally.add(tensor)
+            yield tensor
 
     def _write(
         self,
         file: str,
         units: dict[str, list[str]],
         raw: list[str],
-        surveys: dict[str, Survey],
-        coders: dict[str, Encoder | Splitter],
+        hashes: dict[str, str],
+        coders: dict[str, Encoder],
     ) -> dict[str, Any]:
-        prefix, infos = PREFIX[self.layout], self.store.infos
+        prefix, infos = self.layout.prefix, self.store.infos
         sizes = {n: (stored_dtype(infos[n], self.made.pack), infos[n].shape) for n in raw}
         for unit, coder in coders.items():
             sizes |= {f"{unit}.{prefix}{piece}": size for piece, size in coder.sizes().items()}
-        hashes = json.dumps({name: found.sha256 for name, found in surveys.items()})
+        metadata = {"optim.sha256": json.dumps(hashes)}
         try:
-            with TensorWriter(self.workspace.files / file, sizes, {"optim.sha256": hashes}) as out:
+            with TensorWriter(self.workspace.files / file, sizes, metadata) as out:
                 for unit, names in units.items():
                     for made in self._coded(coders.pop(unit), names):
                         for piece, data in made.items():
@@ -154,14 +162,7 @@ class _Job:
             raise disk_error(self.workspace.files / file, error) from error
         return out.facts()
 
-    def _coder(self, names: list[str], surveys: dict[str, Survey]) -> Encoder | Splitter:
-        if self.layout == "bf12":
-            (name,) = names
-            return Splitter(surveys[name].high, self.store.infos[name].shape)
-        counts = np.stack([surveys[name].counts.exponents for name in names])
-        return Encoder(counts.sum(0), counts.sum(1).cumsum()[:-1].tolist())
-
-    def _coded(self, coder: Encoder | Splitter, names: list[str]) -> Iterator[dict[str, Any]]:
+    def _coded(self, coder: Encoder, names: list[str]) -> Iterator[dict[str, Any]]:
         for name in names:
             for tensor in self._pieces(name):
                 yield coder.push(tensor)
@@ -170,7 +171,7 @@ class _Job:
     def _prove(self, record: dict[str, Any]) -> None:
         """Decode the file that was written and compare with the originals' hashes."""
         path = self.workspace.files / record["file"]
-        config = packed_config(self.layout, [record])
+        config = packed_config(self.made.pack, [record])
         store = LosslessStore([path], config, {SHAPES: record["shapes"]})
         for name, sha256 in record["original_sha256"].items():
             if tensor_hash(pieces(store, name)) != sha256:

@@ -21,13 +21,13 @@ from optim.runtime.checkpoint import Checkpoint, open_checkpoint
 from optim.runtime.lossless import LosslessStore
 from optim.runtime.output import check_output
 from optim.runtime.side import SIDE
+from optim.runtime.storage.lossless.layout import BLOCK
+from optim.runtime.storage.lossless.layouts import LAYOUTS
 from optim.runtime.tensor_files import TensorInfo
 
-BLOCK = re.compile(r"((?:.*\.)?(?:layers?|blocks?|h)\.\d+)\.(.+)")
 CASTABLE = (torch.float32, torch.float16, torch.float64)
 NOT_WEIGHTS = ("weight_scale", "weight_zero_point", "scales", "qzeros", "qweight", "bias")
 ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj")
-BITS = {"df11": 10.9, "bf12": 12.02}  # expected, for the plan; what comes out is measured
 REST = "model"  # file of what belongs to no block
 MOST_WEIGHTS = 2**31 - 1  # of a unit: both layouts count in int32
 
@@ -59,7 +59,9 @@ class Plan:
     @property
     def output_bytes(self) -> int:
         """About what will be written."""
-        return int(self.packed_weights * BITS[self.pack.layout] / 8) + self.raw_bytes
+        return (
+            int(self.packed_weights * LAYOUTS[self.pack.layout].expected_bits / 8) + self.raw_bytes
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """For the screen and for `--json`."""
@@ -105,7 +107,7 @@ def plan(
         pack=pack,
         output=place,
         force=force,
-        shards=_shards(infos, chosen, pack.layout),
+        shards=_shards(infos, chosen, LAYOUTS[pack.layout].joins),
         source_bytes=sum(info.nbytes for info in infos.values()),
         packed_weights=weights,
         raw_bytes=raw,
@@ -168,7 +170,7 @@ def _notes(checkpoint: Checkpoint, wide: Sequence[str], pack: Pack) -> list[str]
     return notes
 
 
-def _shards(infos: dict[str, TensorInfo], chosen: Sequence[str], layout: str) -> list[Shard]:
+def _shards(infos: dict[str, TensorInfo], chosen: Sequence[str], joins: bool) -> list[Shard]:
     """A file for each block, for each large tensor outside, and one for the rest."""
     shards: dict[str, Shard] = {}
     for name in [*sorted(chosen, key=_rank), *(n for n in infos if n not in set(chosen))]:
@@ -180,10 +182,10 @@ def _shards(infos: dict[str, TensorInfo], chosen: Sequence[str], layout: str) ->
         if not packed:
             shard.raw.append(name)
             continue
-        whole = layout == "df11" and block is not None and name.endswith(".weight")
+        whole = joins and block is not None and name.endswith(".weight")
         size = sum(math.prod(infos[n].shape) for n in shard.units.get(own, []))
         whole = whole and size + math.prod(infos[name].shape) <= MOST_WEIGHTS
-        alone = name if layout == "bf12" else name.removesuffix(".weight")
+        alone = name.removesuffix(".weight") if joins else name
         shard.units.setdefault(own if whole else alone, []).append(name)
     return sorted(shards.values(), key=lambda shard: _natural(shard.file))
 

@@ -1,19 +1,19 @@
 """bf12 planes on a CPU: make them, read rows back, multiply for few tokens, through `cpu_bf12.c`.
 
-`numba_bf12` has the first two for machines without a C compiler. The layout: formats/bf12.py.
+`numba_bf12` has the first two for machines without a C compiler. The layout: formats/bf12.py;
+`bf12.check` tries them.
 """
 
 import ctypes
 from collections.abc import Mapping, Sequence
 from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from optim.runtime.kernels import cpu_bf16
 from optim.runtime.kernels.cpu_df11 import Array
-from optim.runtime.kernels.native import NoKernel, library, team, works
+from optim.runtime.kernels.native import library, team, works
 
 FEW_TOKENS = cpu_bf16.FEW_TOKENS
 
@@ -101,18 +101,3 @@ def load() -> ctypes.CDLL:
         *(ctypes.c_int, pointer),
     ]
     return lib
-
-
-@cache
-def check() -> str:
-    """Compares the product with that of the plain bf16 kernel. Raises NoKernel."""
-    from optim.runtime.formats.bf12 import planes_of
-
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(71, 133, generator=generator).to(torch.bfloat16)
-    weight[3, 5] = 3e38  # an escape
-    x = torch.randn(3, 133, generator=generator)
-    if not torch.equal(linear(x, [planes_of(weight).c]), cpu_bf16.linear(x, weight)):
-        raise NoKernel("it disagrees with the bf16 kernel")
-    assert np.little_endian
-    return "compiled here"

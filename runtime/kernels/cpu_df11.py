@@ -16,7 +16,7 @@ import torch
 from optim.runtime.kernels.native import NoKernel, library, team, works
 
 Array = npt.NDArray[Any]
-WINDOW_BITS, BLOCK_BITS = 64, 32768
+WINDOW_BITS = 64
 
 
 class State(ctypes.Structure):

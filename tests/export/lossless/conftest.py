@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from optim.runtime.formats import bf12, dfloat11
-from optim.runtime.formats.dfloat11 import Unit
-from optim.runtime.kernels import cpu_bf12, cpu_df11, numba_bf12, numba_df11
+from optim.runtime.kernels import bf12, cpu_bf12, cpu_df11, numba_bf12, numba_df11
 from optim.runtime.kernels.native import NoKernel
+from optim.runtime.storage.lossless import dfloat11, dfloat11_encoder
+from optim.runtime.storage.lossless.dfloat11 import Unit
 from optim.runtime.tensor_files import TensorInfo
 
 OpenUnit = Callable[[Mapping[str, Tensor]], Unit]
@@ -47,8 +47,8 @@ def codec(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Mo
     except NoKernel as reason:
         if request.param == "c":
             pytest.skip(str(reason))
-    monkeypatch.setattr(dfloat11, "codec", lambda: chosen[0])
-    monkeypatch.setattr("optim.export.lossless.dfloat11.codec", lambda: chosen[0])
+    for module in (dfloat11, dfloat11_encoder):
+        monkeypatch.setattr(module, "codec", lambda: chosen[0])
     monkeypatch.setattr(bf12, "codec", lambda: chosen[1])
     return chosen[0]
 

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from optim.recipes.errors import OptimError
-from optim.runtime.formats.bf12 import PIECES, Matrix, Splitter, count, planes_of, width
+from optim.runtime.formats.bf12 import PIECES, width
+from optim.runtime.kernels.bf12 import Splitter, count, planes_of
+from optim.runtime.storage.lossless.bf12 import Matrix
 from optim.runtime.tensor_files import TensorInfo
 
 shared = settings(

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from optim.export.lossless.dfloat11 import Counts, encode
-from optim.export.lossless.huffman import Code, code_of
 from optim.recipes.errors import OptimError
-from optim.runtime.formats.dfloat11 import CHILD, SUFFIXES, walk_of
+from optim.runtime.formats.dfloat11 import CHILD, SUFFIXES
+from optim.runtime.storage.lossless.dfloat11 import walk_of
+from optim.runtime.storage.lossless.dfloat11_encoder import Counts, encode
+from optim.runtime.storage.lossless.huffman import Code, code_of
 
 SAFE = 240 << 7  # the first pattern that DFloat11 cannot hold, signs apart
 shared = settings(
@@ -78,7 +79,9 @@ def test_both_codecs_write_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> No
     weights = torch.randn(70_001, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     made = []
     for kernel in (cpu_df11, numba_df11):
-        monkeypatch.setattr("optim.export.lossless.dfloat11.codec", lambda kernel=kernel: kernel)
+        monkeypatch.setattr(
+            "optim.runtime.storage.lossless.dfloat11_encoder.codec", lambda kernel=kernel: kernel
+        )
         made.append(encode([weights[:50_000], weights[50_000:]]))
     assert all(torch.equal(made[0][suffix], made[1][suffix]) for suffix in SUFFIXES)
 
@@ -152,11 +155,11 @@ def check_walk(code: Code, walk: np.ndarray) -> None:
 def test_what_cannot_be_held_is_counted() -> None:
     counts = Counts()
     counts.add(torch.tensor([1.0, 2.0**112], dtype=torch.bfloat16))
-    assert counts.fits
+    assert not counts.unfit
     for value in (2.0**113, float("inf"), float("nan"), -3e38):
         counts = Counts()
         counts.add(torch.tensor([1.0, value], dtype=torch.bfloat16))
-        assert not counts.fits and counts.size == 2
+        assert counts.unfit and counts.size == 2
 
 
 def test_the_size_is_near_the_entropy(open_unit) -> None:

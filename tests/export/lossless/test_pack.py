@@ -4,21 +4,24 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from optim.export.lossless import pack as pack_module
-from optim.export.lossless.finish import patterns
 from optim.export.lossless.pack import pack
 from optim.export.lossless.plan import plan
 from optim.export.lossless.unpack import unpack
 from optim.recipes.errors import OptimError
 from optim.recipes.schema import Pack
 from optim.runtime.checkpoint import Checkpoint, open_checkpoint
-from optim.runtime.lossless import LosslessStore
+from optim.runtime.lossless import LosslessStore, tensor_hash
+from optim.runtime.storage.lossless.dfloat11 import patterns
+from optim.runtime.storage.lossless.layouts import LAYOUTS
 from optim.runtime.tensor_files import Part
 from optim.runtime.verify import verify
 
@@ -158,7 +161,9 @@ def test_a_pruned_model_is_not_packed(make_model: Make, tmp_path: Path) -> None:
 
 
 def test_a_shard_that_does_not_prove_is_not_kept(make_model: Make, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("optim.export.lossless.pack.tensor_hash", lambda tensors: "0")
+    calls = count()
+    never_twice = lambda tensors: f"{next(calls)} {tensor_hash(tensors)}"  # noqa: E731
+    monkeypatch.setattr("optim.export.lossless.pack.tensor_hash", never_twice)
     with pytest.raises(OptimError, match="does not decode to what it was") as caught:
         packed(make_model("llama"), tmp_path / "out")
     assert caught.value.code == 3
@@ -299,3 +304,7 @@ def test_old_and_unknown_versions_are_refused(good: Path, tmp_path: Path) -> Non
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(OptimError, match=r"version .0\.1\.0. is not known"):
         open_checkpoint(str(folder))
+
+
+def test_the_layouts_are_those_of_the_recipe() -> None:
+    assert set(LAYOUTS) == set(get_args(Pack.model_fields["layout"].annotation))

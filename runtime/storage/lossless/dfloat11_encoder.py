@@ -1,4 +1,4 @@
-"""Write DFloat11 units (read by formats/dfloat11.py); the weights pass through in pieces.
+"""Write DFloat11 units (formats/dfloat11.py); the weights pass through in pieces.
 
 A unit is gone through twice: once to count exponents, which gives the code and so every size, and
 once to encode. What is in memory is a piece, the gaps and the positions.
@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optim.export.lossless.huffman import Code, code_of
 from optim.runtime.formats.dfloat11 import (
     BLOCK_BYTES,
     GAP_BYTES,
@@ -19,9 +18,11 @@ from optim.runtime.formats.dfloat11 import (
     POINTER,
     SPLITS,
     SUFFIXES,
-    codec,
 )
+from optim.runtime.kernels.bf12 import words
 from optim.runtime.kernels.cpu_df11 import Array, Stream
+from optim.runtime.kernels.df11 import codec
+from optim.runtime.storage.lossless.huffman import Code, code_of
 
 VERSION = "0.5.0"  # of the published format
 MOST_WEIGHTS = 2**31 - 1  # of a unit: the published decoder counts in int32
@@ -32,11 +33,6 @@ JOINS = tuple(
 )  # how far the even of two neighbours move to meet the odd ones
 
 
-def words(weights: Tensor) -> Array:
-    """A bf16 tensor as uint16 `[n]`, without a copy where it is contiguous."""
-    return weights.contiguous().view(torch.int16).numpy().reshape(-1).view(np.uint16)
-
-
 class Counts:
     """How often each exponent, and each sign and mantissa, comes: int64 `[256]` each."""
 
@@ -45,16 +41,17 @@ class Counts:
 
     def add(self, weights: Tensor) -> None:
         """Count a bf16 tensor."""
-        codec().count(words(weights), self.exponents, self.rest)
+        codec().count(words(weights).reshape(-1), self.exponents, self.rest)
 
     @property
     def size(self) -> int:
         return int(self.exponents.sum())
 
     @property
-    def fits(self) -> bool:
-        """Whether DFloat11 can hold every one of them."""
-        return not self.exponents[POINTER:].any()
+    def unfit(self) -> str:
+        """Why DFloat11 cannot hold every one of them; empty if it can."""
+        large = self.exponents[POINTER:].any()
+        return "DFloat11 cannot hold 2^113 and more, Inf or NaN" if large else ""
 
     def limit(self) -> float:
         """Bits a weight that no code of single weights goes below: H(exponent) + H(rest)."""
@@ -87,18 +84,19 @@ class Encoder:
         made = {piece: (torch.uint8, tuple(lengths[piece])) for piece in PIECES}
         return made | {SPLITS: (torch.int64, self.splits.shape)}
 
-    def bits(self, counts: Array) -> float:
-        """Bits a weight of one of the unit's tensors, whose exponents are `counts`.
+    def bits(self, tally: Counts) -> float:
+        """Bits a weight of one of the unit's tensors.
 
         A tensor bears the index and the tables by its share of the stream.
         """
         total = 8 * sum(math.prod(shape) * t.itemsize for t, shape in self.sizes().values())
+        counts = tally.exponents
         coded = int((counts * self.code.lengths).sum()) / self.stream_bits
         return 8 + coded * (total - 8 * self.size) / int(counts.sum())
 
     def push(self, weights: Tensor) -> dict[str, Array]:
         """Encode the next weights: what to append to `encoded_exponent` and `sign_mantissa`."""
-        stream, rest = codec().encode(words(weights), self._stream)
+        stream, rest = codec().encode(words(weights).reshape(-1), self._stream)
         return {"encoded_exponent": stream, "sign_mantissa": rest}
 
     def finish(self) -> dict[str, Array]:
@@ -121,7 +119,7 @@ class Encoder:
 
 
 def encode(tensors: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Some bf16 tensors as one unit, in memory: SUFFIXES -> tensor. They must fit (Counts.fits)."""
+    """Some bf16 tensors as one unit in memory: SUFFIXES -> tensor. None may be Counts.unfit."""
     tensors = list(tensors)
     counts = Counts()
     for tensor in tensors:
