@@ -13,6 +13,7 @@ from torch import Tensor
 
 from optim.recipes.errors import OptimError
 from optim.runtime.formats.dfloat11 import CHILD, SUFFIXES
+from optim.runtime.storage.lossless import dfloat11_encoder
 from optim.runtime.storage.lossless.dfloat11 import walk_of
 from optim.runtime.storage.lossless.dfloat11_encoder import Counts, encode
 from optim.runtime.storage.lossless.huffman import Code, code_of
@@ -79,9 +80,7 @@ def test_both_codecs_write_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> No
     weights = torch.randn(70_001, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     made = []
     for kernel in (cpu_df11, numba_df11):
-        monkeypatch.setattr(
-            "optim.runtime.storage.lossless.dfloat11_encoder.codec", lambda kernel=kernel: kernel
-        )
+        monkeypatch.setattr(dfloat11_encoder, "codec", lambda kernel=kernel: kernel)
         made.append(encode([weights[:50_000], weights[50_000:]]))
     assert all(torch.equal(made[0][suffix], made[1][suffix]) for suffix in SUFFIXES)
 
