@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
 from optim.cli import ui
@@ -75,7 +76,11 @@ def recipe_of(
 
 
 def only_planned(plan: dict[str, Any], how: How, show: Callable[[dict[str, Any]], None]) -> bool:
-    """Print what would be done, if nothing more is asked for."""
+    """Print what would be done, and what it would replace, if nothing more is asked for."""
+    from optim.runtime.output import contents
+
+    output = Path(plan["output"])
+    plan |= {"replaces": contents(output) if output.exists() else None}
     if how.dry_run and how.as_json:
         ui.emit(plan)
     elif how.dry_run:
@@ -83,6 +88,8 @@ def only_planned(plan: dict[str, Any], how: How, show: Callable[[dict[str, Any]]
         for text in plan["notes"]:
             ui.note(text)
         ui.note(f"nothing was written; the output would be {plan['output']}")
+        if plan["replaces"]:
+            ui.note(f"it would replace what is there: {plan['replaces']}")
     return how.dry_run
 
 

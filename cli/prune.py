@@ -9,6 +9,7 @@ from optim.cli.compress import How, carry_out, only_planned, recipe_of
 
 def prune(file_or_name: str | None, keys: dict[str, Any], sets: Sequence[str], how: How) -> None:
     """Build the recipe of the command line, and print it, plan it or do it."""
+    ui.notes.quiet = how.quiet
     if keys.get("prune.method") is None and not file_or_name:
         keys = keys | {"prune.method": _fitting_method(keys.get("model"), sets)}
     recipe = recipe_of("prune", file_or_name, keys, sets, how)

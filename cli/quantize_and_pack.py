@@ -6,7 +6,6 @@ the first left in bf16, and takes over what its manifest says.
 
 import shutil
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optim.cli import ui
@@ -17,19 +16,26 @@ if TYPE_CHECKING:
     from optim.export.lossless.pack import Progress, Report
     from optim.quant.plan import Plan
 
+BETWEEN = ".quantized"  # behind the output's name: what the first command makes for the second
+
 
 def quantize_and_pack(recipe: Recipe, how: How) -> None:
     """Plan both, and do both unless it is a dry run. Raises OptimError as either command does."""
     from optim.export.lossless import plan as packing
-    from optim.quant.run import plan
+    from optim.quant.run import plan, quantize
+    from optim.runtime.output import refusal
 
     assert recipe.quantize is not None and recipe.pack is not None
-    alone = recipe.model_copy(update={"pack": None, "output": None})
-    made = plan(alone, **replace(how, force=True).given)
-    output = Path(recipe.output or f"{made.output}-{recipe.pack.layout}")
+    alone = recipe.model_copy(update={"pack": None})
+    named = "" if recipe.output else f"-{recipe.pack.layout}"
+    made = plan(alone, **replace(how, force=True).given, suffix=named + BETWEEN)
+    made = replace(made, force=how.force)
+    problem = None if _is_there(made) else refusal(made.output, how.force)
+    if problem is not None:
+        raise problem
+    output = made.output.with_name(made.output.name.removesuffix(BETWEEN))
     # What packing would refuse is refused before hours of quantization.
     packing.plan(made.checkpoint, recipe.pack, str(output), force=how.force)
-    made = replace(made, output=output.with_name(f"{output.name}.quantized"), force=how.force)
     after = f"then what stays bf16 is packed without loss ({recipe.pack.layout})"
     facts = made.as_dict() | {"output": str(output), "notes": [*made.as_dict()["notes"], after]}
     if only_planned(facts, how, _show_plan):
@@ -37,7 +43,7 @@ def quantize_and_pack(recipe: Recipe, how: How) -> None:
 
     def work(step: "Progress") -> "Report":
         if not _is_there(made):
-            _quantize(made, step)
+            quantize(made, step)
         assert recipe.pack is not None
         second = packing.plan(str(made.output), recipe.pack, str(output), force=how.force)
         from optim.export.lossless.pack import pack
@@ -47,14 +53,6 @@ def quantize_and_pack(recipe: Recipe, how: How) -> None:
         return report
 
     carry_out(f"{recipe.quantize.method}, pack", work, how, _facts)
-
-
-def _quantize(made: "Plan", step: "Progress") -> None:
-    from optim.quant.run import quantize
-    from optim.runtime.output import check_output
-
-    check_output(made.output, made.force, made.output_bytes)
-    quantize(made, step)
 
 
 def _is_there(made: "Plan") -> bool:

@@ -19,6 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from optim.recipes.errors import OptimError
+from optim.recipes.units import count as count
+from optim.recipes.units import seconds as seconds
+from optim.recipes.units import size as size
 
 Step = Callable[[int, int, str], None]
 """What algorithms call: steps done, steps in all, and a few words on the step."""
@@ -169,34 +172,6 @@ def wait_quietly() -> None:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-
-
-def size(nbytes: float) -> str:
-    """Bytes in three figures: 490 MB, 1.40 GB."""
-    return _scaled(nbytes, ("B", "kB", "MB", "GB", "TB"))
-
-
-def count(number: float) -> str:
-    """A number of weights in three figures: 944 M, 2.69 B."""
-    return _scaled(number, ("", "k", "M", "B", "T"))
-
-
-def _scaled(value: float, units: Sequence[str]) -> str:
-    power = 0
-    while value >= 999.5 and power < len(units) - 1:
-        value, power = value / 1000, power + 1
-    digits = 0 if power == 0 or value >= 99.95 else 1 if value >= 9.995 else 2
-    return f"{value:.{digits}f} {units[power]}".strip()
-
-
-def seconds(value: float) -> str:
-    """A duration: 48s, 2m58s, 1h04m."""
-    whole = round(value)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
 def _finite(data: Any) -> Any:

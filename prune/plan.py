@@ -100,7 +100,8 @@ def plan(
     sizes = site_sizes(walk, facts)
     neurons = int(walk.blocks[0].get_parameter(f"{facts.down}.weight").shape[1])
     output = Path(recipe.output or f"./{checkpoint.name}-{_short(recipe)}")
-    check_output(output, force, sum(info.nbytes for info in checkpoint.tensors.values()))
+    need = sum(info.nbytes for info in checkpoint.tensors.values())
+    check_output(output, force, need, [*checkpoint.places, *recipe.calibration.places])
     if isinstance(section, CoreInfer) and round(section.keep * neurons) < 1:
         raise OptimError(
             f"keep {section.keep:g} of {neurons} neurons leaves none", "keep more", USAGE

@@ -75,9 +75,11 @@ def plan(
     device: str = "auto",
     threads: int | None = None,
     trust_remote_code: bool = False,
+    suffix: str = "",
 ) -> Plan:
     """Open the recipe's model and check everything that can be checked without its weights.
 
+    `suffix` comes behind the output's name, given or made up.
     Raises OptimError: 2 for what the recipe or the model gets wrong, 4 for what the machine lacks.
     """
     assert recipe.model is not None
@@ -95,12 +97,14 @@ def plan(
     recipe = _resolve(recipe, checkpoint, shapes)
     assert recipe.quantize is not None
     schemes = assign(recipe.quantize, shapes)
-    output = Path(recipe.output or f"./{checkpoint.name}-{_short(recipe.quantize)}")
+    output = Path((recipe.output or f"./{checkpoint.name}-{_short(recipe.quantize)}") + suffix)
     rows = _planned(checkpoint, shapes, schemes)
     output_bytes = sum(row.nbytes for row in rows)
     disk = output_bytes + 2 * _state_bytes(recipe, checkpoint)
     problems = [*_pattern_problems(recipe.quantize, shapes), *_shape_problems(shapes, schemes)]
-    problems += output_problems(output, force, disk)
+    problems += output_problems(
+        output, force, disk, [*checkpoint.places, *recipe.calibration.places]
+    )
     if not schemes:
         problems.append(OptimError("the recipe leaves every linear as it is", code=USAGE))
     if problems:

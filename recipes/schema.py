@@ -6,8 +6,10 @@ A recipe has one section a command and no code. Adding a method is a class here 
 are made from the field's name, type, description and default (keys.py).
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -64,6 +66,11 @@ class Calibration(Section):
     def summary(self) -> str:
         """For the screen."""
         return f"{self.dataset} · {self.num_samples} x {self.seq_len} tokens"
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """The file or folder of the text, if that is what `dataset` is."""
+        return (Path(self.dataset),) if os.path.exists(self.dataset) else ()
 
 
 class Override(Section):

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from optim.recipes.errors import CHECK_FAILED, MACHINE, USAGE, OptimError
-from optim.runtime.output import exists_error
+from optim.runtime.output import cannot_write, foreign_workspace, refusal, workspace_of
 from optim.runtime.tensor_files import TensorInfo
 from optim.runtime.verify import sha256
 
@@ -36,16 +36,26 @@ class Workspace:
 
     def __init__(self, output: Path, identity: Mapping[str, Any], force: bool) -> None:
         self.output = output
-        self.folder = output.with_name(output.name + ".partial")
+        self.folder = workspace_of(output)
         self.files = self.folder / "artifact"
         self.done: list[dict[str, Any]] = []
         self._journal = self.folder / "journal.jsonl"
         self._identity = json.loads(json.dumps(identity))
         self._replace = force
-        if output.exists() and not force:
-            raise exists_error(output)
-        self.files.mkdir(parents=True, exist_ok=True)
+        for problem in (foreign_workspace(self.folder), None if force else refusal(output, force)):
+            if problem is not None:
+                raise problem
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
         self._lock = _lock(self.folder)
+        self._restore()
+        problem = refusal(output, force)
+        if problem is not None:
+            self.close() if self._journal.exists() else self.discard()
+            raise problem
+        self.files.mkdir(exist_ok=True)
         self._resume(force)
 
     def __enter__(self) -> Self:
@@ -96,13 +106,34 @@ class Workspace:
             raise disk_error(self.files / name, error) from error
 
     def publish(self) -> None:
-        """Make the artifact appear at `output` in one rename, then remove the workspace."""
-        old = self.folder / "replaced"
-        if self.output.exists() and self._replace:
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(self.output, old)
-        os.replace(self.files, self.output)
+        """Make the artifact appear at `output`, then remove the workspace.
+
+        What stood there moves into the workspace first, in one rename; a run that is killed before
+        the second rename leaves it there, and the next one puts it back. OptimError (1) if
+        something has appeared at `output` that may not be replaced: the workspace is kept.
+        """
+        problem = refusal(self.output, self._replace)
+        if problem is not None:
+            fix = "move it away, and run the same command again: the work is kept"
+            raise OptimError(problem.message, fix)
+        try:
+            if self.output.exists():
+                os.replace(self.output, self._replaced)
+            os.replace(self.files, self.output)
+        except OSError as error:
+            self._restore()
+            raise disk_error(self.output, error) from error
         self.discard()
+
+    @property
+    def _replaced(self) -> Path:
+        """Where what stood at the output waits until the new artifact is there."""
+        return self.folder / "replaced"
+
+    def _restore(self) -> None:
+        """Put back what was moved away, if nothing came in its place."""
+        if self._replaced.exists() and not self.output.exists():
+            os.replace(self._replaced, self.output)
 
     def discard(self) -> None:
         """Remove the workspace and all that is in it."""

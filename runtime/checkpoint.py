@@ -108,6 +108,11 @@ class Checkpoint:
         """Name of a tensor in the family's published checkpoints (mixtral: `...w1.weight`)."""
         return published_name(canonical, str(self.text_config.get("model_type", "")))
 
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """Where the model is: what no output may replace."""
+        return (self.folder, *self.store.files)
+
     def tokenizer(self) -> "Tokenizer":
         """The model's tokenizer and chat template."""
         from optim.runtime.formats.w4a4 import read_config

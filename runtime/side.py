@@ -91,7 +91,8 @@ def write_side(
 
     facts = {"version": VERSION, "method": method, "options": options, "model": model}
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(whole, path, metadata={"format": "pt", "optim": json.dumps(facts)})
+    # One key: safetensors writes several in any order, and equal runs must give equal bytes.
+    save_file(whole, path, metadata={"optim": json.dumps(facts)})
 
 
 def read_side(checkpoint: Checkpoint) -> Side | None:

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.output import MANIFEST
 from optim.runtime.tensor_files import load_json
 
-MANIFEST = "optim.json"
+__all__ = ["MANIFEST", "read_manifest", "sha256", "verify"]
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

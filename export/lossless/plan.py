@@ -113,7 +113,7 @@ def plan(
         raw_bytes=raw,
         notes=tuple(_notes(checkpoint, wide, pack)),
     )
-    check_output(place, force, made.output_bytes)
+    check_output(place, force, made.output_bytes, checkpoint.places)
     return made
 
 

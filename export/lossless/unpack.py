@@ -13,12 +13,21 @@ from typing import Any
 
 import torch
 
+from optim.export.lossless.finish import KEPT
 from optim.recipes.errors import CHECK_FAILED, USAGE, OptimError
-from optim.runtime.artifact import INDEX, Workspace, disk_error, index_of, shards_of
+from optim.runtime.artifact import (
+    FORMAT_VERSION,
+    INDEX,
+    Workspace,
+    disk_error,
+    index_of,
+    shards_of,
+)
 from optim.runtime.checkpoint import Checkpoint, open_checkpoint
 from optim.runtime.lossless import LosslessStore, pieces
+from optim.runtime.output import check_output
 from optim.runtime.tensor_writer import TensorWriter
-from optim.runtime.verify import read_manifest
+from optim.runtime.verify import MANIFEST, read_manifest
 
 Progress = Callable[[int, int, str], None]
 
@@ -50,8 +59,10 @@ def unpack(source: str, output: str, progress: Progress, *, force: bool = False)
     manifest = read_manifest(checkpoint.folder) or {}
     hashes = manifest.get("original_sha256")
     hashes = hashes if isinstance(hashes, dict) else {}
-    identity = {"unpack": checkpoint.fingerprint()}
-    workspace = Workspace(Path(output), identity, force)
+    place, infos = Path(output), checkpoint.store.infos
+    total = sum(info.nbytes for info in infos.values())
+    check_output(place, force, total, checkpoint.places)
+    workspace = Workspace(place, {"unpack": checkpoint.fingerprint()}, force)
     with workspace:
         shards = list(shards_of(checkpoint.store.infos))
         for i in range(len(workspace.done), len(shards)):
@@ -61,16 +72,36 @@ def unpack(source: str, output: str, progress: Progress, *, force: bool = False)
         config = json.dumps(checkpoint.config, indent=2)
         workspace.write_text("config.json", config + "\n")
         workspace.write_text(INDEX, index_of(workspace.done) + "\n")
+        left = _manifest(checkpoint, manifest, workspace.done)
+        workspace.write_text(MANIFEST, json.dumps(left, indent=1) + "\n")
         checkpoint.write_sidecars(workspace.files)
         workspace.publish()
-    infos = checkpoint.store.infos
     return Unpacked(
         output=output,
-        bytes=sum(info.nbytes for info in infos.values()),
+        bytes=total,
         tensors=len(infos),
         proven=len(hashes.keys() & infos.keys()),
         seconds=time.monotonic() - start,
     )
+
+
+def _manifest(
+    checkpoint: Checkpoint, packed: dict[str, Any], records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What the packed model's manifest says of the model itself, and the files' hashes."""
+    source = {"name": checkpoint.name, "sha256": checkpoint.fingerprint()}
+    recipe = packed.get("recipe")
+    recipe = recipe if isinstance(recipe, dict) else {"version": 1, "model": checkpoint.source}
+    kept = {key: packed[key] for key in KEPT if key in packed and key != "source_sha256"}
+    return {
+        "format_version": FORMAT_VERSION,
+        **kept,
+        "source": packed.get("source", source),
+        "recipe": {key: value for key, value in recipe.items() if key != "pack"},
+        "notes": [],
+        "shards": {record["file"]: record["sha256"] for record in records},
+        "original_sha256": packed.get("original_sha256", {}),
+    }
 
 
 def _write(

@@ -28,6 +28,7 @@ from optim.prune.prosparse.team import Team, join
 from optim.prune.prosparse.train import Job, Point, Report, train
 from optim.recipes.errors import MACHINE, USAGE, OptimError
 from optim.recipes.schema import ProSparse
+from optim.recipes.units import sizes_apart
 from optim.runtime.artifact import Workspace, identity
 from optim.runtime.checkpoint import require_plain
 from optim.runtime.corpus import token_hash, windows_for
@@ -71,7 +72,8 @@ def check(made: Plan) -> None:
     need, place = needs(made)["disk"], made.output.absolute().parent
     free = shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
     if free < need:
-        what = f"training takes {need / 1e9:.1f} GB of disk, and {free / 1e9:.1f} GB are free"
+        needs_, has = sizes_apart(need, free)
+        what = f"training takes {needs_} of disk, and {has} are free"
         raise OptimError(what, "choose another -o/--output", MACHINE)
 
 

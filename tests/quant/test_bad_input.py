@@ -140,8 +140,13 @@ def test_output_exists(shell: Shell) -> None:
     assert code == 2 and "out exists" in err and "--force" in err
     assert (shell.folder / "out" / "precious").read_text() == "keep"
     assert shell.left() == {"out"}
-    assert shell.quantize("--force")[0] == 0
-    assert not (shell.folder / "out" / "precious").exists() and shell.left() == {"out"}
+    code, err = shell.quantize("--force")
+    assert code == 2 and "precious" in err and "optim has not made it" in err
+    assert (shell.folder / "out" / "precious").read_text() == "keep" and shell.left() == {"out"}
+    (shell.folder / "out" / "precious").unlink()
+    assert shell.quantize("--force")[0] == 0 and shell.left() == {"out"}
+    assert shell.quantize()[0] == 2
+    assert shell.quantize("--force", "--bits", "3")[0] == 0  # ours: it is replaced
 
 
 def test_unknown_family(shell: Shell) -> None:

@@ -36,6 +36,8 @@ def _run(output: Path, identity: dict[str, Any] = IDENTITY, force: bool = False)
         record = workspace.write_shard(f"shard-{step}.safetensors", _tensors(step))
         workspace.commit(record | {"step": step})
     workspace.write_text("model.safetensors.index.json", index_of(workspace.done))
+    shards = {record["file"]: record["sha256"] for record in workspace.done}
+    workspace.write_text("optim.json", json.dumps({"format_version": 1, "shards": shards}))
     workspace.publish()
     return worked
 
@@ -132,7 +134,7 @@ def test_killed_between_the_two_renames_of_force(
 ) -> None:
     output = tmp_path / "out"
     _run(output, {"old": 1})
-    original = os.replace
+    old, original = _bytes(output), os.replace
 
     def deadly(source: Path, target: Path) -> None:
         if Path(target) == output:
@@ -144,6 +146,9 @@ def test_killed_between_the_two_renames_of_force(
         _run(output, force=True)
     monkeypatch.setattr(os, "replace", original)
     assert (tmp_path / "out.partial" / "replaced").is_dir()  # nothing is lost
+    with pytest.raises(OptimError, match="exists"):
+        _run(output)  # without --force: what stood there is back
+    assert _bytes(output) == old and (tmp_path / "out.partial").is_dir()
     assert _run(output, force=True) == []
     _run(tmp_path / "whole")
     assert _bytes(output) == _bytes(tmp_path / "whole")
