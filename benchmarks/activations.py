@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from optim.runtime.corpus import evaluation_windows
-from optim.runtime.model import load_model
+from optim.runtime.engine.load import load_model
+from optim.runtime.text.windows import evaluation_windows
 
 
 def write_logits(source: str, count: int, to: str) -> None:

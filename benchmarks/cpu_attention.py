@@ -13,9 +13,9 @@ from statistics import quantiles
 
 import torch
 
-from optim.runtime.cache import Layer, static_layers
-from optim.runtime.cache_packed import packed_layers
-from optim.runtime.kernels.cpu_step import Attend
+from optim.runtime.cache.full import Layer, static_layers
+from optim.runtime.cache.quantized import packed_layers
+from optim.runtime.kernels.cpu.step import Attend
 
 BLOCKS, HEADS, KV, DIM = 30, 9, 3, 64
 CPU = torch.device("cpu")

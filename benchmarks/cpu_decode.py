@@ -28,9 +28,9 @@ from typing import Any
 import torch
 import transformers
 
-from optim.runtime.demo import demo_file
-from optim.runtime.machine import peak_bytes
-from optim.runtime.measure import MARK, Job, engines
+from optim.runtime.measure.speed import MARK, Job, engines
+from optim.runtime.storage.demo import demo_file
+from optim.runtime.system.machine import peak_bytes
 
 FILES = {"Q4_0": 2, "Q4_1": 3, "Q4_K_M": 15}  # llama_ftype
 OURS = {

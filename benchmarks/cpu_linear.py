@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from optim.runtime.formats.packed import Scheme
-from optim.runtime.kernels import cpu_bf16, cpu_int4, cpu_w4a8, plain
-from optim.runtime.kernels.native import NoKernel
+from optim.runtime.formats.pack_quantized import Scheme
+from optim.runtime.kernels import torch_tiles
+from optim.runtime.kernels.compile import NoKernel
+from optim.runtime.kernels.cpu import bf16 as cpu_bf16
+from optim.runtime.kernels.cpu import torch_int4, w4a8
 
 ROTATED = 64 << 20
 SCHEMES = (Scheme(4, 32, False), Scheme(4, 64, False), Scheme(8, 64, True))
@@ -54,7 +56,7 @@ def head(inputs: int, outputs: int) -> Callable[[], Linear]:
 def candidates(inputs: int, outputs: int) -> Iterator[tuple[str, int, Callable[[], Linear]]]:
     """(name, bytes of one layer, maker) for all that works on this machine."""
     size = inputs * outputs
-    for module in (cpu_w4a8, cpu_int4, plain):
+    for module in (w4a8, torch_int4, torch_tiles):
         try:
             getattr(module, "check", lambda: "")()
         except NoKernel as reason:

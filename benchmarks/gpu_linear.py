@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from optim.runtime.formats.schemes import Scheme
-from optim.runtime.kernels import triton_bf12, triton_w4a16
+from optim.runtime.kernels.triton import bf12, w4a16
 
 SHAPES = ("4096x4096", "14336x4096", "4096x14336", "8192x8192", "28672x8192", "128256x4096")
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
@@ -35,7 +35,7 @@ def bf16(weight: Tensor) -> tuple[Call, int]:
 
 
 def planes(weight: Tensor) -> tuple[Call, int]:
-    made = triton_bf12.Weight(weight)
+    made = bf12.Weight(weight)
     return made, made.nbytes
 
 
@@ -45,7 +45,7 @@ def packed(bits: int) -> Callable[[Tensor], tuple[Call, int]]:
         groups = weight.shape[1] // GROUP
         scale = torch.rand(weight.shape[0], groups, device="cuda").bfloat16() * 1e-2
         zero = torch.full_like(scale, 1 << (bits - 1), dtype=torch.uint8)
-        made = triton_w4a16.Weight(q, scale, zero, Scheme(bits, GROUP, False), None)
+        made = w4a16.Weight(q, scale, zero, Scheme(bits, GROUP, False), None)
         return made, made.nbytes
 
     return make

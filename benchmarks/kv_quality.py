@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from optim.runtime.cache import Policy
-from optim.runtime.corpus import evaluation_windows
-from optim.runtime.machine import peak_bytes
-from optim.runtime.model import Model, load_model
+from optim.runtime.cache.full import Policy
+from optim.runtime.engine.load import Model, load_model
+from optim.runtime.system.machine import peak_bytes
+from optim.runtime.text.windows import evaluation_windows
 
 
 def loss(model: Model, ids: Tensor, policy: Policy, chunk: int) -> tuple[float, int]:

@@ -31,15 +31,16 @@ from torch import Tensor
 from optim.export.lossless.pack import pack
 from optim.export.lossless.plan import plan
 from optim.recipes.schema import Pack
-from optim.runtime.checkpoint import open_checkpoint
 from optim.runtime.formats.bf12 import PIECES
 from optim.runtime.formats.dfloat11 import SUFFIXES
-from optim.runtime.kernels import cpu_bf12, cpu_bf16
 from optim.runtime.kernels.bf12 import planes_of, words
-from optim.runtime.lossless import PIECE
+from optim.runtime.kernels.cpu import bf12 as cpu_bf12
+from optim.runtime.kernels.cpu import bf16 as cpu_bf16
+from optim.runtime.storage.checkpoint import open_checkpoint
 from optim.runtime.storage.lossless.dfloat11 import Unit
 from optim.runtime.storage.lossless.dfloat11_encoder import Counts, Encoder
-from optim.runtime.tensor_files import Part, TensorInfo
+from optim.runtime.storage.lossless.store import PIECE
+from optim.runtime.storage.tensors import Part, TensorInfo
 
 SAMPLE = 200_000  # weights that the reference encoder gets: it takes seconds for a million
 CHUNK = PIECE  # weights the codecs get at a time, as when a model is packed
@@ -245,7 +246,7 @@ def write_shaped(folder: Path, blocks: int) -> None:
     """An 8B-shaped model of random bf16 weights: one block's numbers in every block."""
     from safetensors.torch import save_file
 
-    from optim.runtime.artifact import index_of
+    from optim.runtime.storage.workspace import index_of
 
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096,
               "intermediate_size": 14336, "num_hidden_layers": blocks, "num_attention_heads": 32,

@@ -21,10 +21,10 @@ from optim.prune.coreinfer import share
 from optim.prune.plan import Plan, Solved, plan
 from optim.prune.run import solve
 from optim.recipes.build import build_recipe
-from optim.runtime.checkpoint import open_checkpoint
-from optim.runtime.corpus import calibration_windows, evaluation_windows
-from optim.runtime.evaluate import evaluate_windows
-from optim.runtime.side import Side, make_side
+from optim.runtime.measure.quality import evaluate_windows
+from optim.runtime.sparsity.side_file import Side, make_side
+from optim.runtime.storage.checkpoint import open_checkpoint
+from optim.runtime.text.windows import calibration_windows, evaluation_windows
 
 BUDGETS = ("uniform", "measured")
 ROWS: dict[str, list[str]] = {

@@ -19,17 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.runtime.formats.packed import pack
-from optim.runtime.formats.packed_linear import PackedLinear
+from optim.runtime.decoder.layers import ACTIVATIONS, MLP
+from optim.runtime.decoder.linears.base import MaskedLinear
+from optim.runtime.decoder.linears.dense import DenseLinear
+from optim.runtime.decoder.linears.pack_quantized import PackedLinear
+from optim.runtime.decoder.linears.sparse import SparseLinear
+from optim.runtime.engine.load import load_model
+from optim.runtime.formats.pack_quantized import pack
 from optim.runtime.formats.schemes import Scheme
-from optim.runtime.gated_ffn import GatedFeedForward
-from optim.runtime.kernels import cpu_sparse
-from optim.runtime.kernels.cpu_columns import NOTHING
-from optim.runtime.layers import ACTIVATIONS, MLP
-from optim.runtime.linear import DenseLinear
-from optim.runtime.linear_base import MaskedLinear
-from optim.runtime.model import load_model
-from optim.runtime.sparse import SparseLinear
+from optim.runtime.kernels.cpu import skip_dense
+from optim.runtime.kernels.cpu.skip_int4 import NOTHING
+from optim.runtime.sparsity.gated_ffn import GatedFeedForward
 
 Call = Callable[[Tensor], Any]
 SPREAD = 128 * 2**20  # bytes over which copies of a feed-forward are laid out
@@ -91,7 +91,7 @@ def sparse(linear: Any, threshold: float) -> SparseLinear | None:
     """The same linear held input by input; None where the runtime reads it whole."""
     if isinstance(linear, PackedLinear):
         return linear.by_input(threshold)
-    return SparseLinear(cpu_sparse.linear(linear.weight, None), threshold)
+    return SparseLinear(skip_dense.linear(linear.weight, None), threshold)
 
 
 def feed_forward(shapes: Shapes, x: Tensor, rounds: int) -> None:
@@ -135,8 +135,8 @@ def relu(shapes: Shapes, x: Tensor, rounds: int, zeros: float) -> None:
     hidden, neurons = shapes.hidden, shapes.neurons
     gates, ups = ([shapes.linear(neurons, hidden) for _ in range(shapes.copies)] for _ in range(2))
     downs = [shapes.linear(hidden, neurons) for _ in range(shapes.copies)]
-    down = [cpu_sparse.linear(linear.weight, None) for linear in downs]
-    rows = [cpu_sparse.Rows(linear.weight, None) for linear in ups]
+    down = [skip_dense.linear(linear.weight, None) for linear in downs]
+    rows = [skip_dense.Rows(linear.weight, None) for linear in ups]
     level = float(gates[0](x).flatten().quantile(zeros))
 
     def act(gate: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def relu(shapes: Shapes, x: Tensor, rounds: int, zeros: float) -> None:
     after: dict[str, list[Call]] = {
         "dense": [lambda x, u=u, d=d: d(gate * u(x)) for u, d in zip(ups, downs, strict=True)],
         "exact": [
-            lambda x, r=r, d=d: cpu_sparse.gated(r, d, x[0, 0], gate[0, 0], 0.0)
+            lambda x, r=r, d=d: skip_dense.gated(r, d, x[0, 0], gate[0, 0], 0.0)
             for r, d in zip(rows, down, strict=True)
         ],
     }

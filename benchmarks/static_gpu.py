@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from optim.runtime.formats.w4a4 import accumulate, pack_nibbles
-from optim.runtime.kernels import triton_w4a8
+from optim.runtime.formats.static_int import accumulate, pack_nibbles
+from optim.runtime.kernels.triton import static_int
 
 TOKENS = (1, 3, 16, 64, 1000)
 INPUTS = (576, 640, 1536, 4096, 14336)
@@ -32,7 +32,7 @@ def exact() -> dict[str, bool]:
         packed = pack_nibbles(u).cuda()
         for tokens in TOKENS:
             codes = torch.randint(-128, 128, (tokens, inputs), generator=generator).to(torch.int8)
-            got = triton_w4a8.whole(codes.cuda(), packed).cpu()
+            got = static_int.whole(codes.cuda(), packed).cpu()
             found[f"{tokens}x{inputs}"] = torch.equal(got, accumulate(codes, u))
     return found
 
@@ -62,12 +62,12 @@ def layer(outputs: int, inputs: int, tokens: int, rounds: int) -> dict[str, floa
     offset = torch.full_like(gain, 0.5)
 
     def norm() -> tuple[Tensor, Tensor]:
-        return triton_w4a8.norm_codes(x, gain, offset, None, 1e-5, 4)
+        return static_int.norm_codes(x, gain, offset, None, 1e-5, 4)
 
     codes, sums = norm()
     return {
         "bf16_ms": timed(lambda: x @ weight.T, rounds),
-        "static_ms": timed(lambda: triton_w4a8.product(codes, sums, packed), rounds),
+        "static_ms": timed(lambda: static_int.product(codes, sums, packed), rounds),
         "norm_ms": timed(norm, rounds),
     }
 

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from optim.quant.mergequant.prefix import find_prefix
 from optim.quant.mergequant.solver import Form, MergeSolver
-from optim.runtime.checkpoint import Checkpoint, open_checkpoint
-from optim.runtime.corpus import calibration_windows, evaluation_windows
-from optim.runtime.hadamard import mixing, random_signs
-from optim.runtime.walk import HiddenStates, Walk
+from optim.runtime.formats.hadamard import mixing, random_signs
+from optim.runtime.storage.checkpoint import Checkpoint, open_checkpoint
+from optim.runtime.text.windows import calibration_windows, evaluation_windows
+from optim.runtime.walk.walk import HiddenStates, Walk
 
 STATIC = Form()
 TOKENS = Form(norm="token", out="token", down="token", centred=False)

@@ -34,8 +34,8 @@ def bench(source: str, asked: Asked, *, as_json: bool, quiet: bool) -> None:
     Raises OptimError: 2 for a length that is no number, 4 for a peer that is not installed.
     """
     ui.notes.quiet = quiet
-    from optim.runtime.cache import Policy
-    from optim.runtime.measure import bandwidth, measure
+    from optim.runtime.cache.full import Policy
+    from optim.runtime.measure.speed import bandwidth, measure
 
     Policy(asked.kv_bits, asked.kv_policy)  # refuses what no cache has
     jobs = _jobs(source, asked)
@@ -54,7 +54,7 @@ def bench(source: str, asked: Asked, *, as_json: bool, quiet: bool) -> None:
 
 
 def _jobs(source: str, asked: Asked) -> list[Any]:
-    from optim.runtime.measure import Job
+    from optim.runtime.measure.speed import Job
 
     lengths = _lengths(asked.prompt_tokens)
     unknown = [peer for peer in asked.peer if peer not in PEERS]
@@ -90,7 +90,7 @@ def _jobs(source: str, asked: Asked) -> list[Any]:
 
 def _is_packed(source: str) -> bool:
     """Whether weights are packed without loss: then the same weights as bf16 are measured too."""
-    from optim.runtime.checkpoint import open_checkpoint
+    from optim.runtime.storage.checkpoint import open_checkpoint
 
     return open_checkpoint(source).layout is not None
 
@@ -139,7 +139,7 @@ def _show(runs: list[dict[str, Any]], peak: float) -> None:
 
 def _verdict(runs: list[dict[str, Any]]) -> str | None:
     """Of a model packed without loss: whether it decodes faster here than the same bf16."""
-    from optim.runtime.plane_linear import WORTH
+    from optim.runtime.decoder.linears.bf12 import WORTH
 
     plain = next((run for run in runs[1:] if run["form"] == "bf16"), None)
     if plain is None:

@@ -77,7 +77,7 @@ def recipe_of(
 
 def only_planned(plan: dict[str, Any], how: How, show: Callable[[dict[str, Any]], None]) -> bool:
     """Print what would be done, and what it would replace, if nothing more is asked for."""
-    from optim.runtime.output import contents
+    from optim.runtime.system.output import contents
 
     output = Path(plan["output"])
     plan |= {"replaces": contents(output) if output.exists() else None}

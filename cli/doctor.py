@@ -48,7 +48,7 @@ def _version(package: str) -> str | None:
 def _cpu() -> dict[str, Any]:
     import torch
 
-    from optim.runtime.machine import has_bf16_units
+    from optim.runtime.system.machine import has_bf16_units
 
     names = _fields("/proc/cpuinfo")
     return {
@@ -98,8 +98,8 @@ def _gpus() -> list[dict[str, Any]]:
 
 def _packed() -> str:
     """What models packed without loss gain on the device that `auto` takes."""
-    from optim.runtime.machine import pick_device
-    from optim.runtime.plane_linear import prospect
+    from optim.runtime.decoder.linears.bf12 import prospect
+    from optim.runtime.system.machine import pick_device
 
     device = pick_device("auto")
     return f"{device.type}: {prospect(device)[1]}"
@@ -109,7 +109,8 @@ def _kernels() -> list[str]:
     """The modules of `runtime/kernels`."""
     from optim.runtime import kernels
 
-    return sorted(module.name for module in pkgutil.iter_modules(kernels.__path__))
+    found = pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}.")
+    return sorted(module.name.removeprefix(f"{kernels.__name__}.") for module in found)
 
 
 def _check(name: str) -> dict[str, Any] | None:

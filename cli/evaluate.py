@@ -36,8 +36,8 @@ def evaluate(source: str, asked: Asked, then: Then) -> None:
         raise OptimError("--max-ppl-increase needs a model to compare with", fix, USAGE)
     ui.notes.quiet = then.quiet
     ui.wait_quietly()
-    from optim.runtime.evaluate import evaluate as measure
-    from optim.runtime.record import record, recordable
+    from optim.runtime.measure.quality import evaluate as measure
+    from optim.runtime.storage.record import record, recordable
 
     folder = recordable(source) if then.record else None
     with ui.progress("eval") as step:

@@ -7,7 +7,7 @@ from optim.cli import ui
 from optim.recipes.errors import CHECK_FAILED, OptimError
 
 if TYPE_CHECKING:
-    from optim.runtime.checkpoint import Checkpoint
+    from optim.runtime.storage.checkpoint import Checkpoint
 
 
 def inspect(source: str, *, verify: bool, as_json: bool, tensors: bool = False) -> None:
@@ -16,8 +16,8 @@ def inspect(source: str, *, verify: bool, as_json: bool, tensors: bool = False) 
     Of a model that was packed without loss every tensor is decoded and compared with its hash;
     `tensors` lists its packed tensors beside the entropy limit.
     """
-    from optim.runtime.checkpoint import open_checkpoint
-    from optim.runtime.verify import verify as problems_of
+    from optim.runtime.storage.checkpoint import open_checkpoint
+    from optim.runtime.storage.verify import verify as problems_of
 
     checkpoint = open_checkpoint(source)
     facts = _facts(checkpoint)
@@ -39,8 +39,8 @@ def inspect(source: str, *, verify: bool, as_json: bool, tensors: bool = False) 
 
 
 def _facts(checkpoint: "Checkpoint") -> dict[str, Any]:
-    from optim.runtime.sizes import size_rows, stored
-    from optim.runtime.verify import read_manifest
+    from optim.runtime.storage.size_table import size_rows, stored
+    from optim.runtime.storage.verify import read_manifest
 
     rows = [asdict(row) for row in size_rows(stored(checkpoint))]
     params, nbytes = (sum(row[key] for row in rows) for key in ("params", "nbytes"))
@@ -61,7 +61,7 @@ def _facts(checkpoint: "Checkpoint") -> dict[str, Any]:
 
 def _packed(checkpoint: "Checkpoint") -> list[dict[str, Any]]:
     """Each tensor that is packed without loss: its bits a weight, and the entropy limit."""
-    from optim.runtime.verify import read_manifest
+    from optim.runtime.storage.verify import read_manifest
 
     manifest = read_manifest(checkpoint.folder)
     limits, known = _section(manifest, "limits"), _section(manifest, "packed_bits")
@@ -77,7 +77,7 @@ def _packed(checkpoint: "Checkpoint") -> list[dict[str, Any]]:
 
 def _disproved(checkpoint: "Checkpoint") -> tuple[list[str], int]:
     """Tensors that do not decode to what was packed, and how many do."""
-    from optim.runtime.lossless import disproved
+    from optim.runtime.storage.lossless.store import disproved
 
     with ui.progress("decode") as step:
         return disproved(checkpoint.store, checkpoint.folder, step)

@@ -23,7 +23,7 @@ def quantize_and_pack(recipe: Recipe, how: How) -> None:
     """Plan both, and do both unless it is a dry run. Raises OptimError as either command does."""
     from optim.export.lossless import plan as packing
     from optim.quant.run import plan, quantize
-    from optim.runtime.output import refusal
+    from optim.runtime.system.output import refusal
 
     assert recipe.quantize is not None and recipe.pack is not None
     alone = recipe.model_copy(update={"pack": None})
@@ -57,7 +57,7 @@ def quantize_and_pack(recipe: Recipe, how: How) -> None:
 
 def _is_there(made: "Plan") -> bool:
     """Whether an earlier run of the same recipe on the same model has quantized already."""
-    from optim.runtime.verify import read_manifest
+    from optim.runtime.storage.verify import read_manifest
 
     found = read_manifest(made.output) if made.output.is_dir() else None
     wanted = made.recipe.model_dump(mode="json", exclude={"output"})

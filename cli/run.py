@@ -21,10 +21,10 @@ from optim.cli.conversation.input import decode, editor, plain
 from optim.recipes.errors import USAGE, OptimError
 
 if TYPE_CHECKING:
-    from optim.runtime.cache import Policy
-    from optim.runtime.engine import Session
-    from optim.runtime.model import Model
-    from optim.runtime.sampling import Sampling
+    from optim.runtime.cache.full import Policy
+    from optim.runtime.engine.load import Model
+    from optim.runtime.engine.sampling import Sampling
+    from optim.runtime.engine.session import Session
 
 INTERRUPTED = 130
 SILENCE = 10  # seconds to wait for the first byte of a pipe when there is a prompt too
@@ -138,14 +138,14 @@ def _load(source: str, options: RunOptions) -> tuple[Sampling, Policy, Model]:
 
 
 def _loaded(source: str, options: RunOptions) -> tuple[Sampling, Policy, Model]:
-    from optim.runtime.busy import Meter
+    from optim.runtime.system.free_cores import Meter
 
     meter = Meter()
-    from optim.runtime.cache import Policy
-    from optim.runtime.checkpoint import open_checkpoint
-    from optim.runtime.linear_source import Form
-    from optim.runtime.model import load_model
-    from optim.runtime.sampling import Sampling
+    from optim.runtime.cache.full import Policy
+    from optim.runtime.decoder.linears.source import Form
+    from optim.runtime.engine.load import load_model
+    from optim.runtime.engine.sampling import Sampling
+    from optim.runtime.storage.checkpoint import open_checkpoint
 
     Sampling(**options.sampling)
     policy = Policy(options.kv_bits, options.kv_policy)
@@ -170,7 +170,7 @@ def _loaded(source: str, options: RunOptions) -> tuple[Sampling, Policy, Model]:
 
 def _sampling(folder: Path, asked: dict[str, Any]) -> Sampling:
     """What was asked, over what the model's makers advise."""
-    from optim.runtime.sampling import DRAWN, Sampling, default_sampling
+    from optim.runtime.engine.sampling import DRAWN, Sampling, default_sampling
 
     sampling = Sampling(**{**default_sampling(folder), **asked})
     if idle := [key for key in DRAWN if key in asked and sampling.temperature == 0 != asked[key]]:
@@ -192,7 +192,7 @@ def _share(free: int | None) -> None:
 
 
 def _open(source: str, options: RunOptions) -> Session:
-    from optim.runtime.engine import Session
+    from optim.runtime.engine.session import Session
 
     sampling, policy, model = _load(source, options)
     return Session(

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from optim.runtime.architectures import Decoder
-from optim.runtime.side import linears_of
-from optim.runtime.sparsity import activation
-from optim.runtime.walk import HiddenStates, Walk
+from optim.runtime.architecture.table import Decoder
+from optim.runtime.sparsity.rules import activation
+from optim.runtime.sparsity.side_file import linears_of
+from optim.runtime.walk.walk import HiddenStates, Walk
 
 See = Callable[[str, Tensor], None]
 """Called with a site and what its linears read, `[b, t, n]`; with `gate` and act(gate)."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from optim.recipes.schema import CoreInfer
-from optim.runtime.core import direction
+from optim.runtime.sparsity.core_neurons import direction
 
 ROUNDS = 50
 DEFAULT = 4  # clusters of `guide: similarity` where the recipe gives none

@@ -1,9 +1,9 @@
 """CoreInfer: how many neurons each block keeps, and what calibration text says of them.
 
-The neurons themselves are chosen at run time (runtime/core.py). Here the prior, the means and the
-column norms are gathered, and with `budget: measured` the number of each block: a block is made
-sparse alone, the states go on through the dense blocks after it, and the divergence of the logits
-is what it costs. All those runs walk side by side, so each block is loaded once:
+The neurons themselves are chosen at run time (runtime/sparsity/core_neurons.py). Here the prior,
+the means and the column norms are gathered, and with `budget: measured` the number of each block: a
+block is made sparse alone, the states go on through the dense blocks after it, and the divergence
+of the logits is what it costs. All those runs walk side by side, so each block is loaded once:
 
     loss_i(keep) = KL_i(target) * e_i(keep) / e_i(target)
 
@@ -23,9 +23,9 @@ from optim.prune.calibrate import See, Seen, calibrate
 from optim.prune.clusters import group
 from optim.prune.plan import Plan, Progress, Solved
 from optim.recipes.schema import CoreInfer
-from optim.runtime.core import Guide, scores
-from optim.runtime.side import BlockSide, Core, Side
-from optim.runtime.sparsity import sparsify
+from optim.runtime.sparsity.core_neurons import Guide, scores
+from optim.runtime.sparsity.rules import sparsify
+from optim.runtime.sparsity.side_file import BlockSide, Core, Side
 
 LEVELS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]  # shares dropped
 FEW_TOKENS = 512  # on which losses are measured

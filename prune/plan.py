@@ -11,15 +11,15 @@ from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.schema import CoreInfer, Recipe, ReluExact, Threshold
-from optim.runtime.architectures import FAMILIES, Decoder
-from optim.runtime.checkpoint import Checkpoint, open_checkpoint
-from optim.runtime.machine import pick_device
-from optim.runtime.output import check_output
-from optim.runtime.plain import PlainView
-from optim.runtime.shape import resolve
-from optim.runtime.side import require_known
-from optim.runtime.traffic import site_sizes
-from optim.runtime.walk import Walk
+from optim.runtime.architecture.shape import resolve
+from optim.runtime.architecture.table import FAMILIES, Decoder
+from optim.runtime.sparsity.bytes_read import site_sizes
+from optim.runtime.sparsity.side_file import require_known
+from optim.runtime.storage.checkpoint import Checkpoint, open_checkpoint
+from optim.runtime.storage.dense_view import PlainView
+from optim.runtime.system.machine import pick_device
+from optim.runtime.system.output import check_output
+from optim.runtime.walk.walk import Walk
 
 Progress = Callable[[int, int, str], None]
 FORMATS = ("compressed-tensors",)

@@ -14,7 +14,10 @@ from optim.prune import coreinfer, relu_exact, thresholds
 from optim.prune.plan import Plan, Progress, Solved, plan
 from optim.recipes.build import to_yaml
 from optim.recipes.schema import CoreInfer, ReluExact, Threshold
-from optim.runtime.artifact import (
+from optim.runtime.sparsity.side_file import SIDE, write_side
+from optim.runtime.storage.checkpoint import Checkpoint, open_checkpoint
+from optim.runtime.storage.verify import MANIFEST, sha256
+from optim.runtime.storage.workspace import (
     FORMAT_VERSION,
     INDEX,
     Workspace,
@@ -23,10 +26,7 @@ from optim.runtime.artifact import (
     shards_of,
     tensor_sha256,
 )
-from optim.runtime.checkpoint import Checkpoint, open_checkpoint
-from optim.runtime.corpus import described, token_hash, windows_for
-from optim.runtime.side import SIDE, write_side
-from optim.runtime.verify import MANIFEST, sha256
+from optim.runtime.text.windows import described, token_hash, windows_for
 
 __all__ = ["Report", "plan", "prune"]
 

@@ -20,9 +20,9 @@ from optim.prune.allocate import allocate
 from optim.prune.calibrate import See, Seen, calibrate
 from optim.prune.plan import Plan, Progress, Solved
 from optim.recipes.schema import Threshold
-from optim.runtime.core import Guide
-from optim.runtime.side import BlockSide
-from optim.runtime.sparsity import sparsify
+from optim.runtime.sparsity.core_neurons import Guide
+from optim.runtime.sparsity.rules import sparsify
+from optim.runtime.sparsity.side_file import BlockSide
 
 LEVELS = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95]
 SAMPLE = 1 << 20  # absolute values of a tensor that quantiles are taken of

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from optim.quant.grid import Grid, grouped, make_grid, nearest, ranges, restore
-from optim.runtime.formats.packed import Scheme
+from optim.runtime.formats.pack_quantized import Scheme
 
 SEARCH_WORK = 2**26  # rows x in^2: the scale search measures on evenly spaced rows of a linear
 LEAST_ROWS, MOST_ROWS = 64, 256

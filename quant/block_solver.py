@@ -20,10 +20,17 @@ from optim.quant.observe import GRAM_BYTES, Inputs, leaders_of, observe
 from optim.quant.rounding import NearestLinear, RoundedLinear, round_linear, round_rows
 from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.schema import Awq, Gptq, Rtn
-from optim.runtime.architectures import FAMILIES, Group
-from optim.runtime.formats.packed import Scheme
-from optim.runtime.machine import release_memory
-from optim.runtime.walk import EXPERT_PARTS, HiddenStates, StoredLinear, Walk, linear_at, linears
+from optim.runtime.architecture.table import FAMILIES, Group
+from optim.runtime.formats.pack_quantized import Scheme
+from optim.runtime.system.machine import release_memory
+from optim.runtime.walk.walk import (
+    EXPERT_PARTS,
+    HiddenStates,
+    StoredLinear,
+    Walk,
+    linear_at,
+    linears,
+)
 
 PROBE_TOKENS = 512
 WIDE_BYTES = 256 * 2**20

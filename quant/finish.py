@@ -9,10 +9,10 @@ from torch import Tensor
 from optim.quant.plan import Plan
 from optim.recipes.build import to_yaml
 from optim.recipes.schema import MergeQuant
-from optim.runtime.artifact import FORMAT_VERSION, INDEX, Workspace, index_of
-from optim.runtime.corpus import described
-from optim.runtime.formats.packed import write_config
-from optim.runtime.verify import MANIFEST
+from optim.runtime.formats.pack_quantized import write_config
+from optim.runtime.storage.verify import MANIFEST
+from optim.runtime.storage.workspace import FORMAT_VERSION, INDEX, Workspace, index_of
+from optim.runtime.text.windows import described
 
 SHARED_LAYOUT = (
     "vLLM and transformers (with the `compressed-tensors` package) load the folder as it is."

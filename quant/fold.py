@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optim.runtime.architectures import FAMILIES, Family, Group
-from optim.runtime.walk import StoredLinear, linear_at
+from optim.runtime.architecture.table import FAMILIES, Family, Group
+from optim.runtime.walk.walk import StoredLinear, linear_at
 
 TOLERANCE = 1e-3  # of the block's own contribution to the residual stream, in float32
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optim.runtime.formats.packed import Scheme
+from optim.runtime.formats.pack_quantized import Scheme
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.walk import HiddenStates, Walk, linears
+from optim.runtime.walk.walk import HiddenStates, Walk, linears
 
 GRAM_BYTES = 2**30  # of experts' inner inputs that are observed at a time
 GRAM_STRIP = 288  # columns a strip of a symmetric Gram matrix has

@@ -19,14 +19,14 @@ from optim.quant.observe import GRAM_BYTES
 from optim.recipes.errors import MACHINE, USAGE, OptimError
 from optim.recipes.patterns import matches
 from optim.recipes.schema import MergeQuant, Override, Recipe, Rounding, Rtn
-from optim.runtime.architectures import FAMILIES
-from optim.runtime.checkpoint import Checkpoint, open_checkpoint, require_plain
+from optim.runtime.architecture.table import FAMILIES
 from optim.runtime.formats.bits import words
-from optim.runtime.formats.packed import Scheme
-from optim.runtime.machine import pick_device
-from optim.runtime.output import output_problems
-from optim.runtime.sizes import SizeRow, Stored, size_rows, stored
-from optim.runtime.walk import EXPERT_PARTS, TOKENS_PER_BATCH, Walk
+from optim.runtime.formats.pack_quantized import Scheme
+from optim.runtime.storage.checkpoint import Checkpoint, open_checkpoint, require_plain
+from optim.runtime.storage.size_table import SizeRow, Stored, size_rows, stored
+from optim.runtime.system.machine import pick_device
+from optim.runtime.system.output import output_problems
+from optim.runtime.walk.walk import EXPERT_PARTS, TOKENS_PER_BATCH, Walk
 
 AUTO_GROUPS = (128, 64, 32, 16)
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -8,8 +8,8 @@ from torch import Tensor
 from optim.quant import awq, gptq
 from optim.quant.grid import Grid, make_grid, nearest, ranges, restore, round_to
 from optim.quant.refit import refit_scales
-from optim.runtime.formats.packed import Scheme
-from optim.runtime.walk import StoredLinear
+from optim.runtime.formats.pack_quantized import Scheme
+from optim.runtime.walk.walk import StoredLinear
 
 ROW_BYTES = 16 * 2**20  # float32 rows of a linear that are solved at a time
 

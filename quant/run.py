@@ -22,15 +22,15 @@ from optim.quant.plan import Plan, plan
 from optim.quant.rounding import RoundedLinear
 from optim.recipes.errors import OptimError
 from optim.recipes.schema import MergeQuant, Recipe, Rtn
-from optim.runtime.artifact import Workspace, identity, tensor_sha256
-from optim.runtime.checkpoint import Checkpoint
-from optim.runtime.corpus import token_hash, windows_for
-from optim.runtime.engine import Sampling, generate
-from optim.runtime.formats.packed import Scheme, pack
-from optim.runtime.machine import peak_bytes
-from optim.runtime.model import Model, load_model
-from optim.runtime.selftext import Generate
-from optim.runtime.walk import HiddenStates, StoredLinear, Walk
+from optim.runtime.engine.load import Model, load_model
+from optim.runtime.engine.session import Sampling, generate
+from optim.runtime.formats.pack_quantized import Scheme, pack
+from optim.runtime.storage.checkpoint import Checkpoint
+from optim.runtime.storage.workspace import Workspace, identity, tensor_sha256
+from optim.runtime.system.machine import peak_bytes
+from optim.runtime.text.self_generated import Generate
+from optim.runtime.text.windows import token_hash, windows_for
+from optim.runtime.walk.walk import HiddenStates, StoredLinear, Walk
 
 __all__ = ["Report", "plan", "quantize"]
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, TextIO
 from optim.cli import ui
 
 if TYPE_CHECKING:
-    from optim.runtime.engine import Reading, Session, Stats
+    from optim.runtime.engine.session import Reading, Session, Stats
 
     Start = Callable[[Reading], Generator[str, None, None]]
 

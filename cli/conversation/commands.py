@@ -24,7 +24,7 @@ from optim.cli.conversation.chat import Chat, answer, describe
 from optim.recipes.errors import USAGE, OptimError
 
 if TYPE_CHECKING:
-    from optim.runtime.sampling import Sampling
+    from optim.runtime.engine.sampling import Sampling
 
 
 def _help(chat: Chat, _rest: str) -> None:

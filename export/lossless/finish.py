@@ -8,10 +8,10 @@ from typing import Any
 from optim.export.lossless.plan import Plan
 from optim.recipes.build import to_yaml
 from optim.recipes.schema import Pack, Recipe
-from optim.runtime.artifact import FORMAT_VERSION, Workspace
-from optim.runtime.lossless import HASHES, SHAPES
 from optim.runtime.storage.lossless.layouts import LAYOUTS, without_layout
-from optim.runtime.verify import MANIFEST, read_manifest
+from optim.runtime.storage.lossless.store import HASHES, SHAPES
+from optim.runtime.storage.verify import MANIFEST, read_manifest
+from optim.runtime.storage.workspace import FORMAT_VERSION, Workspace
 
 # Of the manifest of a quantized model: facts that hold after packing too.
 KEPT = ("calibration", "parameters", "modules", "blocks", "source_sha256")

@@ -16,12 +16,12 @@ from torch import Tensor
 from optim.export.lossless.finish import finish, packed_config
 from optim.export.lossless.plan import Plan, Shard, stored_dtype
 from optim.recipes.errors import CHECK_FAILED, OptimError
-from optim.runtime.artifact import Workspace, disk_error
-from optim.runtime.lossless import SHAPES, LosslessStore, pieces, tensor_hash
-from optim.runtime.machine import peak_bytes
 from optim.runtime.storage.lossless.layout import Encoder, Tally
 from optim.runtime.storage.lossless.layouts import LAYOUTS
-from optim.runtime.tensor_writer import TensorWriter
+from optim.runtime.storage.lossless.store import SHAPES, LosslessStore, pieces, tensor_hash
+from optim.runtime.storage.workspace import Workspace, disk_error
+from optim.runtime.storage.writer import TensorWriter
+from optim.runtime.system.machine import peak_bytes
 
 Progress = Callable[[int, int, str], None]
 

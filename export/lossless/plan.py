@@ -17,13 +17,13 @@ import torch
 from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.patterns import matches
 from optim.recipes.schema import Pack
-from optim.runtime.checkpoint import Checkpoint, open_checkpoint
-from optim.runtime.lossless import LosslessStore
-from optim.runtime.output import check_output
-from optim.runtime.side import SIDE
+from optim.runtime.sparsity.side_file import SIDE
+from optim.runtime.storage.checkpoint import Checkpoint, open_checkpoint
 from optim.runtime.storage.lossless.layout import BLOCK
 from optim.runtime.storage.lossless.layouts import LAYOUTS
-from optim.runtime.tensor_files import TensorInfo
+from optim.runtime.storage.lossless.store import LosslessStore
+from optim.runtime.storage.tensors import TensorInfo
+from optim.runtime.system.output import check_output
 
 CASTABLE = (torch.float32, torch.float16, torch.float64)
 NOT_WEIGHTS = ("weight_scale", "weight_zero_point", "scales", "qzeros", "qweight", "bias")

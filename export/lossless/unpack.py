@@ -15,7 +15,10 @@ import torch
 
 from optim.export.lossless.finish import KEPT
 from optim.recipes.errors import CHECK_FAILED, USAGE, OptimError
-from optim.runtime.artifact import (
+from optim.runtime.storage.checkpoint import Checkpoint, open_checkpoint
+from optim.runtime.storage.lossless.store import LosslessStore, pieces
+from optim.runtime.storage.verify import MANIFEST, read_manifest
+from optim.runtime.storage.workspace import (
     FORMAT_VERSION,
     INDEX,
     Workspace,
@@ -23,11 +26,8 @@ from optim.runtime.artifact import (
     index_of,
     shards_of,
 )
-from optim.runtime.checkpoint import Checkpoint, open_checkpoint
-from optim.runtime.lossless import LosslessStore, pieces
-from optim.runtime.output import check_output
-from optim.runtime.tensor_writer import TensorWriter
-from optim.runtime.verify import MANIFEST, read_manifest
+from optim.runtime.storage.writer import TensorWriter
+from optim.runtime.system.output import check_output
 
 Progress = Callable[[int, int, str], None]
 

@@ -17,10 +17,10 @@ from optim.prune.prosparse.relu import activation_keys
 from optim.prune.prosparse.student import Student
 from optim.prune.prosparse.train import Point
 from optim.recipes.build import to_yaml
-from optim.runtime.artifact import FORMAT_VERSION, INDEX, Workspace, index_of, shards_of
-from optim.runtime.checkpoint import Checkpoint
-from optim.runtime.corpus import described
-from optim.runtime.verify import MANIFEST
+from optim.runtime.storage.checkpoint import Checkpoint
+from optim.runtime.storage.verify import MANIFEST
+from optim.runtime.storage.workspace import FORMAT_VERSION, INDEX, Workspace, index_of, shards_of
+from optim.runtime.text.windows import described
 
 
 def write(

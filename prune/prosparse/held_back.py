@@ -8,8 +8,8 @@ from torch import Tensor
 
 from optim.prune.prosparse.relu import watched
 from optim.prune.prosparse.train import Job
-from optim.runtime.checkpoint import Checkpoint
-from optim.runtime.corpus import evaluation_windows
+from optim.runtime.storage.checkpoint import Checkpoint
+from optim.runtime.text.windows import evaluation_windows
 
 HELD_BACK = ("builtin:eval", 512, 8)  # text, window and windows
 

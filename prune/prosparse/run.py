@@ -29,10 +29,10 @@ from optim.prune.prosparse.train import Job, Point, Report, train
 from optim.recipes.errors import MACHINE, USAGE, OptimError
 from optim.recipes.schema import ProSparse
 from optim.recipes.units import sizes_apart
-from optim.runtime.artifact import Workspace, identity
-from optim.runtime.checkpoint import require_plain
-from optim.runtime.corpus import token_hash, windows_for
-from optim.runtime.machine import reuse_memory
+from optim.runtime.storage.checkpoint import require_plain
+from optim.runtime.storage.workspace import Workspace, identity
+from optim.runtime.system.machine import reuse_memory
+from optim.runtime.text.windows import token_hash, windows_for
 
 LOGIT_COPIES = 6  # logits, odds and gradients that a pass holds at once
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from optim.prune.prosparse.relu import Swapped, feed_forwards, swap
 from optim.recipes.schema import ProSparse
-from optim.runtime.checkpoint import Checkpoint
-from optim.runtime.foreign import fill
-from optim.runtime.linear_source import Source
-from optim.runtime.walk import find_blocks
+from optim.runtime.decoder.linears.source import Source
+from optim.runtime.engine.transformers_model import fill
+from optim.runtime.storage.checkpoint import Checkpoint
+from optim.runtime.walk.walk import find_blocks
 
 LORA_SCALE = 2.0  # alpha / r
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from optim.quant.fold import family_groups, query_repeats
 from optim.quant.mergequant.steps import choose_clip, one_step
-from optim.runtime.formats.w4a4 import Exact, StaticSite, TokenSite
-from optim.runtime.hadamard import Mixing
-from optim.runtime.static_linear import StepLinear
+from optim.runtime.decoder.linears.static_int import StepLinear
+from optim.runtime.formats.hadamard import Mixing
+from optim.runtime.formats.static_int import Exact, StaticSite, TokenSite
 
 POWERS = (0.25, 0.5, 0.75)
 TRIAL_TOKENS = 1024  # of the sample, that powers are compared on

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from optim.quant.mergequant.rotation import places
-from optim.runtime.checkpoint import Checkpoint
-from optim.runtime.walk import Walk
+from optim.runtime.storage.checkpoint import Checkpoint
+from optim.runtime.walk.walk import Walk
 
 FAR = 64.0
 MOST = 4  # tokens of a prefix

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from optim.quant.fold import family_groups
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.architectures import FAMILIES, Family
-from optim.runtime.hadamard import Mixing
-from optim.runtime.walk import StoredLinear, linear_at
+from optim.runtime.architecture.table import FAMILIES, Family
+from optim.runtime.formats.hadamard import Mixing
+from optim.runtime.walk.walk import StoredLinear, linear_at
 
 WHY = {
     "layer_norm": "its norms subtract a mean (LayerNorm), and the steps are folded into RMSNorm",

@@ -28,16 +28,16 @@ from optim.quant.mergequant.steps import (
 )
 from optim.quant.observe import add_gram, mirror
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.formats.w4a4 import (
+from optim.runtime.decoder.linears.static_int import StepLinear, StepNorm
+from optim.runtime.formats.hadamard import Mixing, mixing
+from optim.runtime.formats.static_int import (
     Exact,
     Site,
     StaticSite,
     TokenSite,
     pack_nibbles,
 )
-from optim.runtime.hadamard import Mixing, mixing
-from optim.runtime.static_linear import StepLinear, StepNorm
-from optim.runtime.walk import HiddenStates, Walk, linear_at
+from optim.runtime.walk.walk import HiddenStates, Walk, linear_at
 
 SAMPLE_TOKENS = 4096  # the steps are chosen on so many
 PREFIX_SHARE = 1 / 16  # of a Gram matrix's trace that the prefix is given

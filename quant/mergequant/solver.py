@@ -24,11 +24,11 @@ from optim.quant.mergequant.balance import feeder
 from optim.quant.mergequant.rotation import Places, fold_norm, places, turn
 from optim.quant.mergequant.sites import Form, SiteRounder, not_finite
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.architectures import FAMILIES
-from optim.runtime.formats.w4a4 import Exact
-from optim.runtime.hadamard import Mixing
-from optim.runtime.static_linear import StepLinear
-from optim.runtime.walk import HiddenStates, Walk
+from optim.runtime.architecture.table import FAMILIES
+from optim.runtime.decoder.linears.static_int import StepLinear
+from optim.runtime.formats.hadamard import Mixing
+from optim.runtime.formats.static_int import Exact
+from optim.runtime.walk.walk import HiddenStates, Walk
 
 __all__ = ["Form", "MergeSolver"]
 

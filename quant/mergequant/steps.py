@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from optim.quant.grid import Grid
-from optim.runtime.formats.packed import Scheme
-from optim.runtime.formats.w4a4 import limits
+from optim.runtime.formats.pack_quantized import Scheme
+from optim.runtime.formats.static_int import limits
 
 RATIOS = tuple(0.88**i for i in range(26))  # 1.0 down to 0.04
 WEIGHT_RATIOS = tuple(1 - 0.025 * i for i in range(25))  # 1.0 down to 0.4

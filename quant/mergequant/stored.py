@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from optim.quant.mergequant.prefix import find_prefix
 from optim.quant.mergequant.solver import Form, MergeSolver
 from optim.recipes.schema import MergeQuant
-from optim.runtime.checkpoint import Checkpoint
-from optim.runtime.formats.packed import Scheme
-from optim.runtime.formats.w4a4 import (
+from optim.runtime.decoder.linears.static_int import StepLinear, StepNorm
+from optim.runtime.formats.pack_quantized import Scheme
+from optim.runtime.formats.static_int import (
     SITE_PARTS,
     Site,
     Static,
     StaticSite,
     stream_rotation,
 )
-from optim.runtime.static_linear import StepLinear, StepNorm
-from optim.runtime.walk import StoredLinear, Walk
+from optim.runtime.storage.checkpoint import Checkpoint
+from optim.runtime.walk.walk import StoredLinear, Walk
 
 PREFIX = "prefix.json"
 

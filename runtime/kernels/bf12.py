@@ -1,6 +1,6 @@
 """bf12 planes (formats/bf12.py) in memory: made of a bf16 matrix, and read back row by row.
 
-In C where there is a compiler (cpu_bf12.py), else in numba.
+In C where there is a compiler (bf12.py), else in numba.
 """
 
 import math
@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 from optim.runtime.formats.bf12 import PALETTE, width
-from optim.runtime.kernels import cpu_bf12, cpu_bf16
-from optim.runtime.kernels.cpu_df11 import Array
-from optim.runtime.kernels.native import NoKernel
+from optim.runtime.kernels.compile import NoKernel
+from optim.runtime.kernels.cpu import bf12
+from optim.runtime.kernels.cpu import bf16 as cpu_bf16
+from optim.runtime.kernels.cpu.df11 import Array
 
 
 def codec() -> ModuleType:
-    """`cpu_bf12`, or `numba_bf12` where there is no C compiler."""
-    if cpu_bf12.usable():
-        return cpu_bf12
-    from optim.runtime.kernels import numba_bf12
+    """`bf12`, or `numba_bf12` where there is no C compiler."""
+    if bf12.usable():
+        return bf12
+    from optim.runtime.kernels.cpu import numba_bf12
 
     return numba_bf12
 
@@ -44,7 +45,7 @@ class Planes:
     escaped: Array
     escapes: Array = field(init=False)
     """int32 `[rows + 1]`: where each row's escapes begin."""
-    c: cpu_bf12.CPlanes = field(init=False)
+    c: bf12.CPlanes = field(init=False)
 
     def __post_init__(self) -> None:
         """`at` must rise and lie inside."""
@@ -52,7 +53,7 @@ class Planes:
         edges = np.arange(rows + 1, dtype=np.int64) * cols
         self.escapes = np.searchsorted(self.at, edges).astype(np.int32)
         names = ("low", "high", "palette", "escapes", "at", "escaped")
-        self.c = cpu_bf12.c_planes({name: getattr(self, name) for name in names}, rows, cols)
+        self.c = bf12.c_planes({name: getattr(self, name) for name in names}, rows, cols)
 
     @property
     def nbytes(self) -> int:
@@ -69,7 +70,7 @@ class Planes:
         assert step == 1
         out = np.empty((stop - start, self.low.shape[1]), np.uint16)
         kernel = codec()
-        kernel.rows(self.c if kernel is cpu_bf12 else self, start, stop, out)
+        kernel.rows(self.c if kernel is bf12 else self, start, stop, out)
         return torch.from_numpy(out.view(np.int16)).view(torch.bfloat16)
 
 
@@ -140,7 +141,7 @@ def check() -> str:
     weight = torch.randn(71, 133, generator=generator).to(torch.bfloat16)
     weight[3, 5] = 3e38  # an escape
     x = torch.randn(3, 133, generator=generator)
-    got = cpu_bf12.linear(x, [planes_of(weight).c])
+    got = bf12.linear(x, [planes_of(weight).c])
     if not torch.equal(got, cpu_bf16.linear(x, weight)):
         raise NoKernel("it disagrees with the bf16 kernel")
     return "compiled here"

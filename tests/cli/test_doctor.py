@@ -59,5 +59,5 @@ def test_json_and_table(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> No
 def test_every_kernel_of_the_package_says_in_words_how_its_check_went() -> None:
     found = [doctor._check(name) for name in doctor._kernels()]
     kernels = [entry for entry in found if entry is not None]
-    assert {entry["name"] for entry in kernels} >= {"cpu_w4a8", "cpu_step", "triton_w4a16"}
+    assert {entry["name"] for entry in kernels} >= {"cpu.w4a8", "cpu.step", "triton.w4a16"}
     assert all(isinstance(entry["detail"], str) and entry["detail"] for entry in kernels)

@@ -25,7 +25,7 @@ COMPARED = ALONE | {
 
 
 class Measuring:
-    """Stands in for optim.runtime.evaluate."""
+    """Stands in for optim.runtime.measure.quality."""
 
     def __init__(self) -> None:
         self.asked: dict[str, Any] = {}
@@ -40,7 +40,7 @@ class Measuring:
 @pytest.fixture
 def measuring(monkeypatch: pytest.MonkeyPatch) -> Measuring:
     made = Measuring()
-    monkeypatch.setitem(sys.modules, "optim.runtime.evaluate", made)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "optim.runtime.measure.quality", made)  # type: ignore[arg-type]
     monkeypatch.setattr(ui.notes, "quiet", False)
     return made
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 import optim.cli
-from optim.runtime.formats.packed import Scheme, pack, write_config
-from optim.runtime.verify import sha256
+from optim.runtime.formats.pack_quantized import Scheme, pack, write_config
+from optim.runtime.storage.verify import sha256
 
 Captured = pytest.CaptureFixture[str]
 

@@ -130,8 +130,8 @@ def both(make_model: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 def test_what_quantization_leaves_is_packed(both: tuple[Path, Path], tmp_path: Path, capfd) -> None:
     import torch
 
-    from optim.runtime.model import load_model
-    from optim.runtime.plane_linear import PlaneLinear
+    from optim.runtime.decoder.linears.bf12 import PlaneLinear
+    from optim.runtime.engine.load import load_model
 
     recipe, out = both
     assert {path.name for path in out.parent.iterdir()} == {recipe.name, "out"}
@@ -219,8 +219,8 @@ def test_the_model_says_where_planes_do_not_pay(
 ) -> None:
     import torch
 
-    from optim.runtime import plane_linear
-    from optim.runtime.model import load_model
+    from optim.runtime.decoder.linears import bf12 as plane_linear
+    from optim.runtime.engine.load import load_model
 
     model = load_model(str(packed), device="cpu")
     monkeypatch.setattr(plane_linear, "runs_here", lambda device: True)

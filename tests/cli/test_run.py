@@ -15,7 +15,7 @@ import pytest
 import optim.cli.run as module
 from optim.cli.run import RunOptions, run
 from optim.recipes.errors import OptimError
-from optim.runtime.engine import Sampling, Stats
+from optim.runtime.engine.session import Sampling, Stats
 
 
 class FakeSession:

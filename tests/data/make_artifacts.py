@@ -25,7 +25,7 @@ sys.path.insert(0, str(HERE.parent))
 from conftest import _save_tokenizer  # noqa: E402
 
 from optim.cli import main  # noqa: E402
-from optim.runtime.model import load_model  # noqa: E402
+from optim.runtime.engine.load import load_model  # noqa: E402
 
 PROMPT, DECODED, VOCABULARY = 24, 3, 264
 BASE: dict[str, Any] = {

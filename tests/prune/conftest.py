@@ -10,12 +10,12 @@ import torch
 
 from optim.prune.run import Report, plan, prune
 from optim.recipes.schema import Recipe
-from optim.runtime.checkpoint import open_checkpoint
-from optim.runtime.model import Model
-from optim.runtime.plain import PlainView
-from optim.runtime.side import read_side
-from optim.runtime.sparsity import SparseWalk
-from optim.runtime.walk import Walk
+from optim.runtime.engine.load import Model
+from optim.runtime.sparsity.rules import SparseWalk
+from optim.runtime.sparsity.side_file import read_side
+from optim.runtime.storage.checkpoint import open_checkpoint
+from optim.runtime.storage.dense_view import PlainView
+from optim.runtime.walk.walk import Walk
 
 Prune = Callable[..., Report]
 IDS = torch.randint(5, 250, (1, 40), generator=torch.Generator().manual_seed(1))

@@ -13,8 +13,8 @@ from optim.prune.run import Report, plan
 from optim.recipes.build import build_recipe
 from optim.recipes.errors import OptimError
 from optim.recipes.schema import Recipe
-from optim.runtime.model import load_model
-from optim.runtime.side import SIDE
+from optim.runtime.engine.load import load_model
+from optim.runtime.sparsity.side_file import SIDE
 
 Prune = Callable[..., Report]
 MakeModel = Callable[..., Path]

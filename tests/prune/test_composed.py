@@ -9,12 +9,12 @@ import torch
 from optim.prune.run import Report
 from optim.quant.run import plan, quantize
 from optim.recipes.schema import Recipe
-from optim.runtime import sparse
-from optim.runtime.core_decoder import CoreDecoder
-from optim.runtime.decoder import Decoder
-from optim.runtime.kernels import cpu_columns
-from optim.runtime.model import Model, load_model
-from optim.runtime.sparse import SparseLinear
+from optim.runtime.decoder.decoder import Decoder
+from optim.runtime.decoder.linears import sparse
+from optim.runtime.decoder.linears.sparse import SparseLinear
+from optim.runtime.engine.load import Model, load_model
+from optim.runtime.kernels.cpu import skip_int4
+from optim.runtime.sparsity.core_decoder import CoreDecoder
 
 Prune = Callable[..., Report]
 MakeModel = Callable[..., Path]
@@ -37,7 +37,7 @@ def near(got: torch.Tensor, wanted: torch.Tensor) -> bool:
     return float((got - wanted).norm() / wanted.norm()) < 0.08
 
 
-@pytest.mark.skipif(not cpu_columns.usable(), reason="no C compiler")
+@pytest.mark.skipif(not skip_int4.usable(), reason="no C compiler")
 def test_thresholds_over_int4(
     int4: Path,
     pruned: Prune,
@@ -55,7 +55,7 @@ def test_thresholds_over_int4(
     assert (decoded(model, 20) - wanted).norm() < 0.7 * (dense - wanted).norm()
     assert isinstance(model.decoder, Decoder)
     linear = model.decoder.blocks[0].attention.qkv
-    assert isinstance(linear, SparseLinear) and isinstance(linear.columns, cpu_columns.Columns)
+    assert isinstance(linear, SparseLinear) and isinstance(linear.columns, skip_int4.Columns)
     assert model.token_bytes < 0.9 * model.weight_bytes
 
 
@@ -77,7 +77,7 @@ def test_core_neurons_over_int4(
     assert isinstance(model.decoder, CoreDecoder) and model.token_bytes < 0.9 * model.weight_bytes
 
 
-@pytest.mark.skipif(not cpu_columns.usable(), reason="no C compiler")
+@pytest.mark.skipif(not skip_int4.usable(), reason="no C compiler")
 @pytest.mark.parametrize(
     ("method", "options", "short"),
     [

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from optim.prune.run import Report
-from optim.runtime.core_decoder import CoreDecoder
-from optim.runtime.model import Model, load_model
+from optim.runtime.engine.load import Model, load_model
+from optim.runtime.sparsity.core_decoder import CoreDecoder
 
 Prune = Callable[..., Report]
 MakeModel = Callable[..., Path]

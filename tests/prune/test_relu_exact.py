@@ -10,8 +10,8 @@ import torch
 
 from optim.prune.run import Report
 from optim.recipes.errors import OptimError
-from optim.runtime.gated_ffn import GatedFeedForward
-from optim.runtime.model import Model, load_model
+from optim.runtime.engine.load import Model, load_model
+from optim.runtime.sparsity.gated_ffn import GatedFeedForward
 
 Prune = Callable[..., Report]
 MakeModel = Callable[..., Path]

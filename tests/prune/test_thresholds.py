@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from optim.prune.run import Report
-from optim.runtime.model import Model, load_model
-from optim.runtime.side import SIDE
+from optim.runtime.engine.load import Model, load_model
+from optim.runtime.sparsity.side_file import SIDE
 
 Prune = Callable[..., Report]
 MakeModel = Callable[..., Path]

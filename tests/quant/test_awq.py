@@ -10,8 +10,8 @@ from optim.quant import awq
 from optim.quant.awq import Reader, diagonal_blocks, search_clip, search_scale, share_heads
 from optim.quant.block_solver import _sample
 from optim.quant.grid import Grid, make_grid, nearest, ranges, restore, round_to
-from optim.runtime.formats.packed import Scheme
-from optim.runtime.walk import StoredLinear
+from optim.runtime.formats.pack_quantized import Scheme
+from optim.runtime.walk.walk import StoredLinear
 
 SCHEMES = st.builds(
     Scheme, st.sampled_from([2, 3, 4, 8]), st.sampled_from([-1, 16, 32]), st.booleans()

@@ -307,7 +307,7 @@ def test_states_that_do_not_fit(shell: Shell) -> None:
     def full(self: Any, rows: slice, value: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    shell.monkeypatch.setattr("optim.runtime.walk.HiddenStates.__setitem__", full)
+    shell.monkeypatch.setattr("optim.runtime.walk.walk.HiddenStates.__setitem__", full)
     code, err = shell.quantize()
     assert code == 4 and "disk" in err and shell.left() == set()
 
@@ -318,7 +318,7 @@ def test_another_recipe_over_an_unfinished_run(shell: Shell) -> None:
             raise KeyboardInterrupt
         original(self, rows, value)
 
-    from optim.runtime.walk import HiddenStates
+    from optim.runtime.walk.walk import HiddenStates
 
     original = HiddenStates.__setitem__
     shell.monkeypatch.setattr(HiddenStates, "__setitem__", stop)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from optim.quant.fold import Probe, discover, family_groups, fold_checked, query_repeats
-from optim.runtime.architectures import FAMILIES, Group
-from optim.runtime.checkpoint import open_checkpoint
-from optim.runtime.walk import Walk, linear_at, linears
+from optim.runtime.architecture.table import FAMILIES, Group
+from optim.runtime.storage.checkpoint import open_checkpoint
+from optim.runtime.walk.walk import Walk, linear_at, linears
 
 Block = tuple[nn.Module, Probe]
 

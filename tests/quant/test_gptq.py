@@ -8,7 +8,7 @@ from torch import Tensor
 
 from optim.quant import gptq
 from optim.quant.grid import Grid, nearest, restore, round_to
-from optim.runtime.formats.packed import Scheme
+from optim.runtime.formats.pack_quantized import Scheme
 
 
 def _gram(columns: int, seed: int, tokens: int = 400) -> Tensor:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from optim.quant.grid import grouped, make_grid, nearest, ranges, restore, round_to, spread
-from optim.runtime.formats.packed import Scheme, dequantize, pack, unpack
+from optim.runtime.formats.pack_quantized import Scheme, dequantize, pack, unpack
 
 SCHEMES = st.builds(
     Scheme, st.sampled_from([2, 3, 4, 8]), st.sampled_from([-1, 16, 32]), st.booleans()

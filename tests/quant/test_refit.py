@@ -7,7 +7,7 @@ from torch import Tensor
 
 from optim.quant.grid import Grid, nearest, restore
 from optim.quant.refit import refit_scales
-from optim.runtime.formats.packed import Scheme
+from optim.runtime.formats.pack_quantized import Scheme
 
 
 def _error(weight: Tensor, q: Tensor, grid: Grid, gram: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from optim.runtime.checkpoint import Checkpoint, open_checkpoint
-from optim.runtime.text import Tokenizer
+from optim.runtime.storage.checkpoint import Checkpoint, open_checkpoint
+from optim.runtime.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")

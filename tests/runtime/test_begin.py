@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from optim.runtime.checkpoint import open_checkpoint
-from optim.runtime.corpus import calibration_windows, described, evaluation_windows
-from optim.runtime.evaluate import evaluate
-from optim.runtime.text import Tokenizer
+from optim.runtime.measure.quality import evaluate
+from optim.runtime.storage.checkpoint import open_checkpoint
+from optim.runtime.text.tokenizer import Tokenizer
+from optim.runtime.text.windows import calibration_windows, described, evaluation_windows
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from optim.runtime.checkpoint import open_checkpoint
-from optim.runtime.kernels import cpu_w4a8
-from optim.runtime.kernels.native import NoKernel
-from optim.runtime.model import load_model
-from optim.runtime.side import SIDE
-from optim.runtime.verify import verify
+from optim.runtime.engine.load import load_model
+from optim.runtime.kernels.compile import NoKernel
+from optim.runtime.kernels.cpu import w4a8
+from optim.runtime.sparsity.side_file import SIDE
+from optim.runtime.storage.checkpoint import open_checkpoint
+from optim.runtime.storage.verify import verify
 
 ARTIFACTS = Path(__file__).parent.parent / "data" / "artifacts"
 KNOWN = load_file(ARTIFACTS / "logits.safetensors")
@@ -44,7 +44,7 @@ def distances(name: str, folder: Path) -> torch.Tensor:
 def bound(one_thread: None) -> float:
     """How far logits may be from those of the machine that made the artifacts."""
     try:
-        cpu_w4a8.load()
+        w4a8.load()
     except NoKernel:
         return 0.08
     return 0.005

@@ -13,7 +13,7 @@ from optim.runtime.formats.bf12 import MOST_WEIGHTS, PALETTE, PIECES, width
 from optim.runtime.kernels.bf12 import Planes, Splitter, count
 from optim.runtime.storage.lossless.dfloat11_encoder import Counts
 from optim.runtime.storage.lossless.layout import Places, Read, ShapeOf, damaged
-from optim.runtime.tensor_files import TensorInfo
+from optim.runtime.storage.tensors import TensorInfo
 
 MOST_ESCAPES = 0.01  # of a matrix: beyond, bf12 is no gain and it stays bf16
 

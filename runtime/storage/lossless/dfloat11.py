@@ -27,11 +27,11 @@ from optim.runtime.formats.dfloat11 import (
     SPLITS,
     SUFFIXES,
 )
-from optim.runtime.kernels.cpu_df11 import Array
+from optim.runtime.kernels.cpu.df11 import Array
 from optim.runtime.kernels.df11 import codec
 from optim.runtime.storage.lossless.dfloat11_encoder import VERSION, Counts, Encoder
 from optim.runtime.storage.lossless.layout import BLOCK, Places, Read, ShapeOf, damaged
-from optim.runtime.tensor_files import TensorInfo
+from optim.runtime.storage.tensors import TensorInfo
 
 KEY = "dfloat11_config"
 KNOWN = ("0.2.", "0.3.", "0.4.", "0.5.")  # versions whose units are stored alike

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.kernels.cpu_df11 import Array
-from optim.runtime.tensor_files import TensorInfo
+from optim.runtime.kernels.cpu.df11 import Array
+from optim.runtime.storage.tensors import TensorInfo
 
 BLOCK = re.compile(r"((?:.*\.)?(?:layers?|blocks?|h)\.\d+)\.(.+)")
 """A block's tensor: the block, and the name inside."""

@@ -16,7 +16,7 @@ from optim.cli.conversation.chat import Chat
 from optim.cli.conversation.commands import COMMANDS, endings
 from optim.cli.conversation.input import plain
 from optim.cli.conversation.repl import talk
-from optim.runtime.engine import Sampling, Stats
+from optim.runtime.engine.session import Sampling, Stats
 
 TINY = SimpleNamespace(checkpoint=SimpleNamespace(name="tiny", source="./tiny"))
 

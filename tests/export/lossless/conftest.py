@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from optim.runtime.kernels import bf12, cpu_bf12, cpu_df11, numba_bf12, numba_df11
-from optim.runtime.kernels.native import NoKernel
+from optim.runtime.kernels import bf12
+from optim.runtime.kernels.compile import NoKernel
+from optim.runtime.kernels.cpu import bf12 as cpu_bf12
+from optim.runtime.kernels.cpu import df11, numba_bf12, numba_df11
 from optim.runtime.storage.lossless import dfloat11, dfloat11_encoder
 from optim.runtime.storage.lossless.dfloat11 import Unit
-from optim.runtime.tensor_files import TensorInfo
+from optim.runtime.storage.tensors import TensorInfo
 
 OpenUnit = Callable[[Mapping[str, Tensor]], Unit]
 
@@ -41,9 +43,9 @@ def open_unit() -> OpenUnit:
 @pytest.fixture(params=["c", "numba"])
 def codec(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Either implementation of the codecs."""
-    chosen = {"c": (cpu_df11, cpu_bf12), "numba": (numba_df11, numba_bf12)}[request.param]
+    chosen = {"c": (df11, cpu_bf12), "numba": (numba_df11, numba_bf12)}[request.param]
     try:
-        cpu_df11.load()
+        df11.load()
     except NoKernel as reason:
         if request.param == "c":
             pytest.skip(str(reason))

@@ -13,7 +13,7 @@ from optim.recipes.errors import OptimError
 from optim.runtime.formats.bf12 import PIECES, width
 from optim.runtime.kernels.bf12 import Splitter, count, planes_of
 from optim.runtime.storage.lossless.bf12 import Matrix
-from optim.runtime.tensor_files import TensorInfo
+from optim.runtime.storage.tensors import TensorInfo
 
 shared = settings(
     deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60

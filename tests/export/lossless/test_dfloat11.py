@@ -73,13 +73,13 @@ def test_parts_and_several_tensors(codec: ModuleType, open_unit, size: int) -> N
 
 
 def test_both_codecs_write_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from optim.runtime.kernels import cpu_df11, numba_df11
+    from optim.runtime.kernels.cpu import df11, numba_df11
 
-    if not cpu_df11.usable():
+    if not df11.usable():
         pytest.skip("no C compiler")
     weights = torch.randn(70_001, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     made = []
-    for kernel in (cpu_df11, numba_df11):
+    for kernel in (df11, numba_df11):
         monkeypatch.setattr(dfloat11_encoder, "codec", lambda kernel=kernel: kernel)
         made.append(encode([weights[:50_000], weights[50_000:]]))
     assert all(torch.equal(made[0][suffix], made[1][suffix]) for suffix in SUFFIXES)

@@ -18,12 +18,12 @@ from optim.export.lossless.plan import plan
 from optim.export.lossless.unpack import unpack
 from optim.recipes.errors import OptimError
 from optim.recipes.schema import Pack
-from optim.runtime.checkpoint import Checkpoint, open_checkpoint
-from optim.runtime.lossless import LosslessStore, tensor_hash
+from optim.runtime.storage.checkpoint import Checkpoint, open_checkpoint
 from optim.runtime.storage.lossless.dfloat11 import patterns
 from optim.runtime.storage.lossless.layouts import LAYOUTS
-from optim.runtime.tensor_files import Part
-from optim.runtime.verify import verify
+from optim.runtime.storage.lossless.store import LosslessStore, tensor_hash
+from optim.runtime.storage.tensors import Part
+from optim.runtime.storage.verify import verify
 
 Make = Callable[..., Path]
 
@@ -134,7 +134,7 @@ def test_a_killed_run_goes_on_with_the_same_bytes(make_model: Make, tmp_path, mo
 
 def test_a_killed_unpacking_goes_on(make_model: Make, tmp_path: Path, monkeypatch) -> None:
     packed(make_model("llama"), tmp_path / "packed")
-    monkeypatch.setattr("optim.runtime.artifact.SHARD_BYTES", 20_000)
+    monkeypatch.setattr("optim.runtime.storage.workspace.SHARD_BYTES", 20_000)
     unpack(str(tmp_path / "packed"), str(tmp_path / "whole"), quiet)
 
     def killed(at: int, total: int, text: str) -> None:

@@ -15,11 +15,11 @@ from optim.prune.prosparse import held_back, train
 from optim.prune.prosparse import run as prosparse
 from optim.recipes.build import build_recipe
 from optim.recipes.errors import OptimError
-from optim.runtime.checkpoint import open_checkpoint
-from optim.runtime.corpus import evaluation_windows
-from optim.runtime.evaluate import evaluate
-from optim.runtime.model import load_model
-from optim.runtime.verify import verify
+from optim.runtime.engine.load import load_model
+from optim.runtime.measure.quality import evaluate
+from optim.runtime.storage.checkpoint import open_checkpoint
+from optim.runtime.storage.verify import verify
+from optim.runtime.text.windows import evaluation_windows
 
 QUICK = {
     "prune.method": "prosparse",

@@ -9,9 +9,9 @@ from optim.quant.mergequant import balance
 from optim.quant.mergequant.balance import Feeder, choose_divisors, divide_rows, divisors
 from optim.quant.mergequant.sites import _add_share
 from optim.quant.mergequant.steps import clipped_grid, one_step
-from optim.runtime.formats.w4a4 import pack_nibbles
-from optim.runtime.hadamard import mixing
-from optim.runtime.static_linear import StepLinear
+from optim.runtime.decoder.linears.static_int import StepLinear
+from optim.runtime.formats.hadamard import mixing
+from optim.runtime.formats.static_int import pack_nibbles
 
 ALONE = Feeder("up", None)
 

@@ -9,10 +9,10 @@ import torch
 
 from optim.quant.run import plan, quantize
 from optim.recipes.schema import Recipe
-from optim.runtime.checkpoint import open_checkpoint
-from optim.runtime.corpus import evaluation_windows
-from optim.runtime.evaluate import evaluate_windows
-from optim.runtime.formats.w4a4 import read_config
+from optim.runtime.formats.static_int import read_config
+from optim.runtime.measure.quality import evaluate_windows
+from optim.runtime.storage.checkpoint import open_checkpoint
+from optim.runtime.text.windows import evaluation_windows
 
 
 @pytest.fixture(autouse=True)

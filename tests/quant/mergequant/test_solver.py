@@ -16,17 +16,17 @@ from optim.quant.mergequant.steps import Steps, choose_steps, one_step, site_par
 from optim.quant.run import Report, plan, quantize
 from optim.recipes.errors import OptimError
 from optim.recipes.schema import Recipe
-from optim.runtime.architectures import FAMILIES
-from optim.runtime.cache import Policy
-from optim.runtime.checkpoint import open_checkpoint
-from optim.runtime.decoder import Decoder
-from optim.runtime.evaluate import evaluate_windows
-from optim.runtime.formats.w4a4 import Exact, StaticSite, read_config
-from optim.runtime.hadamard import mixing, random_signs
-from optim.runtime.model import load_model
-from optim.runtime.sizes import stored
-from optim.runtime.static import static_walk
-from optim.runtime.walk import Walk
+from optim.runtime.architecture.table import FAMILIES
+from optim.runtime.cache.full import Policy
+from optim.runtime.decoder.decoder import Decoder
+from optim.runtime.engine.load import load_model
+from optim.runtime.formats.hadamard import mixing, random_signs
+from optim.runtime.formats.static_int import Exact, StaticSite, read_config
+from optim.runtime.measure.quality import evaluate_windows
+from optim.runtime.storage.checkpoint import open_checkpoint
+from optim.runtime.storage.size_table import stored
+from optim.runtime.walk.static import static_walk
+from optim.runtime.walk.walk import Walk
 
 ROTATED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "smollm3")
 MIXTURES = ("mixtral", "qwen3_moe")

@@ -7,7 +7,7 @@ import torch
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 
 from optim.recipes.errors import OptimError
-from optim.runtime.formats.packed import Scheme, parse_config, write_config
+from optim.runtime.formats.pack_quantized import Scheme, parse_config, write_config
 
 W4 = Scheme(4, 32, False)
 W3 = Scheme(3, 16, True)

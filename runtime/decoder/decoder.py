@@ -1,0 +1,305 @@
+"""The decoder: embeddings, blocks, head. One definition; a family is a row of architectures.py.
+
+    h = embed(ids)
+    for each block:  h += attention(norm(h));  h += mlp(norm(h))
+    logits = head(norm(h))
+
+with norms before, after or around, in sequence or in parallel, as the family says.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.architecture.shape import Shape
+from optim.runtime.cache import device_position
+from optim.runtime.cache.attention import Rule, attend
+from optim.runtime.cache.device_position import Place
+from optim.runtime.cache.full import Layer, LayeredCache, Policy, StaticCache, static_layers
+from optim.runtime.cache.quantized import packed_layers
+from optim.runtime.cache.streaming import Turn, stream_cache
+from optim.runtime.decoder.layers import FeedForward, HeadNorm, Norm
+from optim.runtime.decoder.linears.base import Linear, Table
+from optim.runtime.decoder.rope import Rope, rotate
+from optim.runtime.kernels.cpu import decode
+from optim.runtime.kernels.cpu import step as cpu_step
+
+POSITION_OFFSET = 2  # OPT's learned positions start at row 2
+CHUNK = 512  # tokens of a prompt computed at a time; bounds the scratch
+
+
+@dataclass(slots=True)
+class Step:
+    """What all blocks share in one forward: where it starts, the rotary angles, the padding.
+
+    One token may have its `place` on the device; `start` means nothing then.
+    """
+
+    start: int
+    angles: dict[str, tuple[Tensor, Tensor]]
+    padding: Tensor | None
+    prefix: int = 0
+    place: Place | None = None
+
+
+@dataclass(slots=True)
+class Attention:
+    """Self-attention with a fused `qkv` linear; `rope` None leaves positions out."""
+
+    qkv: Linear
+    out: Linear
+    heads: int
+    kv_heads: int
+    head_dim: int
+    interleaved: bool
+    norm: HeadNorm | None
+    rope: str | None
+    rule: Rule
+    one_token: cpu_step.Attend | None
+
+    def __call__(self, x: Tensor, cache: Layer, step: Step) -> Tensor:
+        y = self._project(x)
+        alone = x.shape[1] == 1 and not (step.prefix and step.padding is not None)
+        seen = self._one_token(y, cache, step) if alone and step.place is None else None
+        if seen is None:
+            qk, v = y[:, :, : self.heads + self.kv_heads], y[:, :, self.heads + self.kv_heads :]
+            if self.rope is not None:
+                qk = rotate(qk, *step.angles[self.rope])
+            q, k = qk[:, :, : self.heads], qk[:, :, self.heads :]
+            seen = self._attend(q, k, v, cache, step)
+        out: Tensor = self.out(seen)
+        return out
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, cache: Layer, step: Step) -> Tensor:
+        padding, prefix = step.padding, step.prefix
+        if step.place is not None:
+            device_position.write(cache, k, v, step.place)
+            return device_position.attend(q, cache, step.place, self.rule, padding, prefix)
+        cache.write(k, v, step.start)
+        return attend(q, cache, step.start, self.rule, padding, prefix)
+
+    def _one_token(self, y: Tensor, cache: Layer, step: Step) -> Tensor | None:
+        """What one token sees, through a C kernel if one reads this cache: `[B, 1, heads * D]`."""
+        if self.one_token is None or not cpu_step.reads(cache):
+            return None
+        angles = step.angles[self.rope] if self.rope else None
+        return self.one_token(y[:, 0], cache, step.start, angles, step.padding)[:, None]
+
+    def _project(self, x: Tensor) -> Tensor:
+        """Normalized queries and keys, and values: `[B, T, heads + 2 kv_heads, D]`."""
+        b, t, _ = x.shape
+        y: Tensor = self.qkv(x)
+        if self.interleaved:
+            y = y.view(b, t, self.heads, 3, self.head_dim).transpose(2, 3)
+        y = y.reshape(b, t, -1, self.head_dim)
+        if self.norm is None:
+            return y
+        q, k, v = y.split_with_sizes([self.heads, self.kv_heads, self.kv_heads], 2)
+        return torch.cat((*self.norm(q, k), v), 2)
+
+
+@dataclass(slots=True)
+class Block:
+    """One decoder block; a norm that the family lacks is None."""
+
+    attention: Attention
+    mlp: FeedForward
+    before_attention: Norm | None
+    after_attention: Norm | None
+    before_mlp: Norm | None
+    after_mlp: Norm | None
+    parallel: bool
+    residual_scale: float
+    norm_after_add: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights that a decoded token reads, if it leaves nothing out."""
+        return self.attention.qkv.nbytes + self.attention.out.nbytes + self.mlp.nbytes
+
+    @property
+    def skipped_bytes(self) -> float:
+        """Of those, how many were left out on average over the tokens decoded so far."""
+        attention = self.attention
+        read = attention.qkv.skipped_bytes + attention.out.skipped_bytes
+        return read + self.mlp.skipped_bytes
+
+    @property
+    def recordable(self) -> bool:
+        """Whether a recorded step may hold it."""
+        attention = self.attention
+        return attention.qkv.recordable and attention.out.recordable and self.mlp.recordable
+
+    def __call__(self, h: Tensor, cache: Layer, step: Step) -> Tensor:
+        """`h` `[B, T, hidden]` -> the same shape."""
+        a = _norm(self.after_attention, self.attention(self._before(h), cache, step))
+        if self.parallel:
+            return h + a + self.mlp(_norm(self.before_mlp, h))
+        if self.norm_after_add:
+            h = _norm(self.before_attention, h + a)
+            return _norm(self.before_mlp, h + self.mlp(h))
+        h = torch.add(h, a, alpha=self.residual_scale)
+        m = _norm(self.after_mlp, self.mlp(_norm(self.before_mlp, h)))
+        return torch.add(h, m, alpha=self.residual_scale)
+
+    def _before(self, h: Tensor) -> Tensor:
+        return h if self.norm_after_add else _norm(self.before_attention, h)
+
+
+def _norm(norm: Norm | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
+
+
+@dataclass(slots=True)
+class Decoder:
+    """The whole model; tensors are made by build.py."""
+
+    shape: Shape
+    embed: Table
+    positions: Tensor | None
+    project_in: nn.Module | None
+    ropes: dict[str, Rope]
+    blocks: Sequence[Block]
+    norm: Norm | None
+    project_out: nn.Module | None
+    head: Linear
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    one_call: decode.Blocks | None
+    prefix: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Keys and values `[1, P, kv_heads, D]` of each block that every text begins with."""
+
+    @property
+    def prefix_length(self) -> int:
+        """Positions before the first token of a text."""
+        return self.prefix[0][0].shape[1] if self.prefix else 0
+
+    @property
+    def max_context(self) -> int:
+        return self.shape.max_context - self.prefix_length
+
+    @property
+    def skipped_bytes(self) -> float:
+        """Bytes of weights that a token did not read, on average over those decoded so far."""
+        return sum(self.blocks[i].skipped_bytes for i in range(len(self.blocks)))
+
+    def new_cache(
+        self,
+        batch: int,
+        limit: int,
+        device: torch.device,
+        padding: Tensor | None,
+        policy: Policy,
+    ) -> LayeredCache:
+        """An empty cache for `batch` rows of at most `limit` positions.
+
+        OptimError (2) where `policy` does not fit this family, or a batch.
+        """
+        count, heads, dim = len(self.blocks), self.shape.kv_heads, self.shape.head_dim
+        if policy.bits == 16:
+            layers = self.empty_layers(batch, device, self.cache_dtype)
+        else:
+            layers = packed_layers(count, batch, heads, dim, device, policy.bits)
+        if policy.kind == "stream" and self.prefix:
+            what = "the model begins every text with tokens of its own, which a stream would forget"
+            raise OptimError(what, "--kv-policy full", USAGE)
+        if policy.kind == "stream":
+            return stream_cache(layers, self._turns(limit), limit, batch)
+        cache = StaticCache(layers, limit, padding=padding, prefix=self.prefix_length)
+        if self.prefix:
+            cache.reserve(self.prefix_length)
+        for layer, (keys, values) in zip(layers, self.prefix, strict=False):
+            layer.write(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), 0)
+        return cache
+
+    def empty_layers(self, batch: int, device: torch.device, dtype: torch.dtype) -> list[Layer]:
+        """A cache's layers with values as they are, as this decoder's attention wants them."""
+        torch_only = device.type == "cpu" and self.blocks[0].attention.one_token is None
+        sizes = len(self.blocks), batch, self.shape.kv_heads, self.shape.head_dim
+        return static_layers(*sizes, device, dtype, transposed=torch_only)
+
+    def _turns(self, limit: int) -> list[Turn | None]:
+        """How each block's keys are moved to other positions."""
+        if self.positions is not None:
+            what = "a family with learned positions cannot stream"
+            raise OptimError(what, "--kv-policy full", USAGE)
+
+        def turn(rope: Rope) -> Turn:
+            return lambda keys, by: rope.turn(keys, by, limit)
+
+        kinds = [block.attention.rope for block in self.blocks]
+        return [turn(self.ropes[kind]) if kind else None for kind in kinds]
+
+    def __call__(self, ids: Tensor, cache: LayeredCache, all_logits: bool) -> Tensor:
+        """fp32 logits after `ids` `[B, T]`, which follow what is in `cache`: the last, or all T."""
+        end = min(cache.length + ids.shape[1], cache.span) + self.prefix_length
+        logits = []
+        for chunk in torch.split(ids, min(CHUNK, cache.step), 1):
+            if cache.reading is not None:
+                cache.reading(cache.length)
+            h = self._hidden(chunk, cache, end)
+            if all_logits:
+                logits.append(self._logits(h))
+        return torch.cat(logits, 1) if all_logits else self._logits(h[:, -1:])[:, 0]
+
+    def _hidden(self, ids: Tensor, cache: LayeredCache, end: int) -> Tensor:
+        h, step = self._begin(ids, cache, end)
+        if self.one_call is not None and _in_one_call(ids, cache):
+            self.one_call(h, cache.layers, step.start, step.angles)
+        else:
+            for block, layer in zip(self.blocks, cache.layers, strict=True):
+                h = block(h, layer, step)
+        cache.length += ids.shape[1]
+        return h
+
+    def step(self, ids: Tensor, cache: LayeredCache, place: Place) -> Tensor:
+        """fp32 logits `[B, vocab]` after one token `ids` `[B, 1]` at `place`, on any device.
+
+        Nothing about the place is read by the host, and `cache.length` stays as it is.
+        """
+        h, angles = self._enter(ids, place.position[None], cache.padding, 0)
+        step = Step(0, angles, cache.padding, self.prefix_length, place)
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            h = block(h, layer, step)
+        return self._logits(h)[:, 0]
+
+    def _begin(self, ids: Tensor, cache: LayeredCache, end: int) -> tuple[Tensor, Step]:
+        start, t = cache.place(ids.shape[1]), ids.shape[1]
+        places = torch.arange(cache.length, cache.length + t, device=ids.device)[None]
+        h, angles = self._enter(ids, places, cache.padding, end)
+        return h, Step(start, angles, cache.padding, self.prefix_length)
+
+    def _enter(
+        self, ids: Tensor, places: Tensor, padding: Tensor | None, end: int
+    ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """The embedded `ids` `[B, T]` at `places` `[1, T]` of a text of `end`, and the angles."""
+        if padding is not None:
+            places = (places - padding[:, None]).clamp_(min=0)
+        places = places + self.prefix_length
+        h = self.embed[ids].to(self.dtype)
+        if self.shape.embed_scale != 1:
+            h = h * self.shape.embed_scale
+        if self.project_in is not None:
+            h = self.project_in(h)
+        if self.positions is not None:
+            h = h + self.positions[places + POSITION_OFFSET].to(h.dtype)
+        return h, {kind: rope.angles(places, end) for kind, rope in self.ropes.items()}
+
+    def _logits(self, h: Tensor) -> Tensor:
+        h = _norm(self.norm, h)
+        if self.project_out is not None:
+            h = self.project_out(h)
+        logits: Tensor = self.head(h).float()
+        if self.shape.logit_scale != 1:
+            logits = logits * self.shape.logit_scale
+        cap = self.shape.logit_cap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _in_one_call(ids: Tensor, cache: LayeredCache) -> bool:
+    """Whether the C step can go on from this cache."""
+    alone = ids.numel() == 1 and cache.padding is None
+    return alone and all(map(cpu_step.reads, cache.layers))

@@ -1,0 +1,238 @@
+"""From a checkpoint to a decoder: the blocks of its family, and what stands before and after."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.architecture.shape import Layer, Shape, resolve
+from optim.runtime.architecture.table import FAMILIES, Family
+from optim.runtime.architecture.table import Decoder as Facts
+from optim.runtime.cache.attention import Rule
+from optim.runtime.decoder.c_decode import one_call
+from optim.runtime.decoder.decoder import Attention, Block, Decoder
+from optim.runtime.decoder.layers import ACTIVATIONS, MLP, FeedForward, Mixture, Norm, fatrelu
+from optim.runtime.decoder.linears.base import Linear, Table
+from optim.runtime.decoder.linears.source import Form
+from optim.runtime.decoder.linears.static_int import static_reader
+from optim.runtime.decoder.offload import Offloaded
+from optim.runtime.decoder.rope import Rope, ropes
+from optim.runtime.engine.loader import Loader
+from optim.runtime.engine.static import complete
+from optim.runtime.kernels.cpu import step
+from optim.runtime.kernels.cpu.skip_int4 import NOTHING
+from optim.runtime.sparsity.core_decoder import CoreDecoder, core_decoder
+from optim.runtime.sparsity.core_ffn import CoreFeedForward
+from optim.runtime.sparsity.gated_ffn import gated_feed_forward
+from optim.runtime.sparsity.side_file import read_side
+from optim.runtime.storage.checkpoint import Checkpoint
+from optim.runtime.system.machine import release_memory
+
+
+def build(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    form: Form = "planes",
+    offload: bool = False,
+) -> tuple[Decoder | CoreDecoder, int]:
+    """The decoder of `checkpoint` and the bytes of weights that one token reads.
+
+    `form` says how weights that were packed without loss are held: see linear_source.Form. With
+    `offload` blocks stay in the host's memory. Raises OptimError (2) for a tensor that is missing
+    or does not fit the configuration.
+    """
+    config = checkpoint.text_config
+    family = FAMILIES[config["model_type"]]
+    facts = family.decoder
+    shape = resolve(config, facts)
+    loader = Loader(checkpoint, device, dtype, form, side=read_side(checkpoint))
+    head, weight_bytes = _own_head(loader, shape), 0
+    blocks: Any = Offloaded(device) if offload else []
+    for index in range(len(shape.layers)):
+        block = _block(loader, family, shape, index)
+        weight_bytes += block.nbytes
+        blocks.append(block)
+        release_memory()  # what repacking took, before the next takes its own
+    if isinstance(blocks, Offloaded):
+        blocks.begin()
+    embed, head = _ends(loader, facts, head)
+    stem = facts.embed.rpartition(".")[0]
+    project_in, project_out = (_optional(loader, f"{stem}.project_{way}") for way in ("in", "out"))
+    decoder = Decoder(
+        shape=_rounded(shape, facts, checkpoint.tensors[f"{facts.embed}.weight"].dtype),
+        embed=embed,
+        positions=loader.tensor(f"{facts.positions}.weight") if facts.positions else None,
+        project_in=project_in,
+        ropes=_ropes(loader, facts, shape),
+        blocks=blocks,
+        norm=_final_norm(loader, family, shape),
+        project_out=project_out,
+        head=head,
+        dtype=dtype,
+        cache_dtype=_cache_dtype(loader, checkpoint.tensors[f"{facts.embed}.weight"].dtype),
+        one_call=one_call(blocks, shape),
+    )
+    ends = (project_in, project_out, head)
+    weight_bytes += sum(linear.nbytes for linear in ends if linear is not None)
+    if (static := loader.once(static_reader)) is not None:
+        complete(decoder, static)
+    side = loader.side
+    return decoder if side is None else core_decoder(decoder, side), weight_bytes
+
+
+def _cache_dtype(loader: Loader, stored: torch.dtype) -> torch.dtype:
+    """Keys and values of a model of 16 bits take 16: on a CPU fp16, if the C kernel reads it."""
+    if loader.device.type != "cpu":
+        return loader.dtype
+    short = stored != torch.float32 and step.usable() and step.reads_half()
+    return torch.float16 if short else loader.dtype
+
+
+def _ropes(loader: Loader, facts: Facts, shape: Shape) -> dict[str, Rope]:
+    if facts.positions:
+        return {}
+    checkpoint = loader.checkpoint
+    made = ropes(checkpoint.text_config, facts.defaults, shape.head_dim, checkpoint.hf_config)
+    return {kind: rope.to(loader.device) for kind, rope in made.items()}
+
+
+def _rounded(shape: Shape, facts: Facts, stored: torch.dtype) -> Shape:
+    """Gemma multiplies by sqrt(hidden) as its own dtype holds it: 55.5, not 55.43, in bf16."""
+    if not facts.scaled_embedding:
+        return shape
+    return replace(shape, embed_scale=float(torch.tensor(shape.embed_scale, dtype=stored)))
+
+
+def _own_head(loader: Loader, shape: Shape) -> Linear | None:
+    """A head that is not the embedding table. Repacking it takes the most: it comes first."""
+    stored = {name.partition(".")[0] for name in loader.checkpoint.tensors}
+    packed = "lm_head" in stored and not loader.has("lm_head.weight")
+    return loader.linear("lm_head") if packed or not shape.tied else None
+
+
+def _ends(loader: Loader, facts: Facts, head: Linear | None) -> tuple[Table, Linear]:
+    """The embedding table and the head; a tied pair shares one tensor."""
+    if head is not None:
+        return loader.table(facts.embed), head
+    head = loader.linear(facts.embed)
+    table = head.table
+    return loader.table(facts.embed) if table is None else table, head
+
+
+def _optional(loader: Loader, name: str) -> Linear | None:
+    return loader.linear(name) if loader.has(f"{name}.weight") else None
+
+
+def _final_norm(loader: Loader, family: Family, shape: Shape) -> Norm | None:
+    facts = family.decoder
+    if facts.layer_norm and not loader.has(f"{facts.norm}.weight"):
+        return None  # OPT-350m normalizes inside its blocks only
+    return loader.norm(facts.norm, facts, shape.eps, family.norm_offset)
+
+
+def _block(loader: Loader, family: Family, shape: Shape, index: int) -> Block:
+    facts, path = family.decoder, f"{family.decoder.layers}.{index}"
+
+    def norm(name: str | None) -> Norm | None:
+        if name is None:
+            return None
+        return loader.norm(f"{path}.{name}", facts, shape.eps, family.norm_offset)
+
+    return Block(
+        attention=_attention(loader, family, shape, index),
+        mlp=_feed_forward(loader, facts, shape, index),
+        before_attention=norm(facts.attention_norms[0]),
+        after_attention=norm(facts.attention_norms[1]),
+        before_mlp=norm(facts.mlp_norms[0]),
+        after_mlp=norm(facts.mlp_norms[1]),
+        parallel=shape.parallel,
+        residual_scale=shape.residual_scale,
+        norm_after_add=shape.norm_after_add,
+    )
+
+
+def _attention(loader: Loader, family: Family, shape: Shape, index: int) -> Attention:
+    facts, layer = family.decoder, shape.layers[index]
+    path, below = f"{facts.layers}.{index}", loader.rules(index).thresholds
+    return Attention(
+        qkv=loader.linear(*(f"{path}.{n}" for n in facts.qkv), below=below.get("qkv")),
+        out=loader.linear(f"{path}.{facts.out}", below=below.get("out")),
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        interleaved=facts.interleaved,
+        norm=loader.head_norm(f"{path}.self_attn", shape.head_dim, shape.eps, family.norm_offset),
+        rope=layer.rope,
+        rule=Rule(shape.attention_scale, layer.window, shape.attention_cap),
+        one_token=_one_token(loader, shape, layer),
+    )
+
+
+def _one_token(loader: Loader, shape: Shape, layer: Layer) -> step.Attend | None:
+    """The C kernel for decode steps, where it can be used."""
+    if loader.device.type != "cpu" or loader.dtype != torch.float32 or not step.usable():
+        return None
+    if shape.head_dim % step.LANES:
+        return None
+    sizes = shape.heads, shape.kv_heads, shape.head_dim
+    return step.Attend(*sizes, shape.attention_scale, layer.window, shape.attention_cap or 0.0)
+
+
+def _feed_forward(loader: Loader, facts: Facts, shape: Shape, index: int) -> FeedForward:
+    path = f"{facts.layers}.{index}"
+    if not loader.has(f"{path}.mlp.gate.weight"):
+        return _mlp(loader, facts, shape, index)
+    router = loader.linear(f"{path}.mlp.gate")
+    experts = [
+        _expert(loader, facts, shape, f"{path}.mlp.experts.{i}") for i in range(shape.experts)
+    ]
+    return Mixture(router, experts, shape.experts_per_token, shape.normalize_experts)
+
+
+def _mlp(loader: Loader, facts: Facts, shape: Shape, index: int) -> FeedForward:
+    """The feed-forward of a block, with the rules of its side file."""
+    path, rules = f"{facts.layers}.{index}", loader.rules(index)
+    up, down = tuple(f"{path}.{name}" for name in facts.up), f"{path}.{facts.down}"
+    act = _activation(shape.activation, shape.threshold)
+    if rules.gate is not None and facts.gated:
+        return gated_feed_forward(loader.linear, up, down, act, rules.gate)
+    by_input = rules.core is not None and loader.device.type == "cpu"
+    below = NOTHING if by_input else rules.thresholds.get("down")
+    if rules.gate is not None:
+        below = rules.gate
+    mlp = MLP(
+        up=loader.linear(*up, below=rules.thresholds.get("up")),
+        down=loader.linear(down, below=below),
+        act=act,
+        gated=facts.gated,
+    )
+    if rules.core is None or loader.side is None:
+        return mlp
+    return CoreFeedForward(mlp, rules.core, loader.side)
+
+
+def _expert(loader: Loader, facts: Facts, shape: Shape, path: str) -> MLP:
+    """The feed-forward of one expert, whose paths lack the `mlp.`"""
+    up = tuple(name.removeprefix("mlp.") for name in facts.up)
+    down = facts.down.removeprefix("mlp.")
+    return MLP(
+        up=loader.linear(*(f"{path}.{name}" for name in up)),
+        down=loader.linear(f"{path}.{down}"),
+        act=_activation(shape.activation, shape.threshold),
+        gated=facts.gated,
+    )
+
+
+def _activation(name: str, threshold: float) -> Callable[[Tensor], Tensor]:
+    if name not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise OptimError(f"activation {name!r} is not known", f"known are: {known}", USAGE)
+    if name == "relu" and threshold > 0:
+        return partial(fatrelu, threshold=threshold)
+    return ACTIVATIONS[name]

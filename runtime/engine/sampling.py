@@ -1,0 +1,169 @@
+"""From logits to the next token: temperature, top-k, top-p, min-p, repetition penalty.
+
+The order is penalty, temperature, top-k, top-p (arXiv 1904.09751), min-p (arXiv 2407.01082); the
+penalty is CTRL's (arXiv 1909.05858). Temperature 0 takes the likeliest token.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.storage.tensors import load_json
+
+USUAL: dict[str, Any] = {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
+"""For a model whose makers say nothing: what other local runners take, a little cooler."""
+UNSAID: dict[str, Any] = {"temperature": 1.0, "top_k": 50}
+"""What transformers takes for a value that a generation_config.json leaves out."""
+DRAWN = ("temperature", "top_k", "top_p", "min_p")
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How replies are drawn and where they end. OptimError (2) for a value that makes no sense."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    max_tokens: int | None = None
+    """None: as many as fit the context."""
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", tuple(self.stop))
+        _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 is greedy")
+        _check("top_k", self.top_k, self.top_k >= 0, "0 is off")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "1 is off")
+        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "0 is off")
+        penalty = self.repetition_penalty
+        _check("repetition_penalty", penalty, 0 < penalty < math.inf, "1 is off")
+        most = self.max_tokens
+        _check("max_tokens", most, most is None or most >= 1, "give at least 1")
+        seed = self.seed or 0
+        _check("seed", seed, -(2**63) <= seed < 2**63, "give one from 0 to 2**63 - 1")
+        _check("stop", self.stop, all(self.stop), "a stop text has at least one character")
+
+    @property
+    def summary(self) -> str:
+        """In a few words: `greedy`, or `temperature 0.7, top_k 40`."""
+        off = Sampling()
+        kept = [*DRAWN, "repetition_penalty"] if self.temperature else ["repetition_penalty"]
+        said = [f"{k} {getattr(self, k):g}" for k in kept if getattr(self, k) != getattr(off, k)]
+        return ", ".join(said if self.temperature else ["greedy", *said])
+
+
+def own_sampling(folder: Path) -> dict[str, Any]:
+    """The values of `Sampling` that the makers of the model in `folder` advise; {} if none.
+
+    They stand in generation_config.json, read as transformers reads it: `do_sample` false is
+    greedy; of a model that is to be drawn, what is not said is temperature 1 and top_k 50.
+    Raises OptimError (2) for a value that makes no sense.
+    """
+    path = folder / "generation_config.json"
+    said = load_json(path) if path.is_file() else {}
+    found = {k: said[k] for k in (*DRAWN, "repetition_penalty") if said.get(k) is not None}
+    fix = f"correct {path}, or remove it"
+    for key, value in found.items():
+        if type(value) not in (int, float) or (key == "top_k" and type(value) is not int):
+            raise OptimError(f"{path}: {key} cannot be {value!r}", fix, USAGE)
+    if said.get("do_sample") is False:
+        found = {**found, "temperature": 0.0}
+    elif said.get("do_sample") or any(key in found for key in DRAWN):
+        found = UNSAID | found
+    try:
+        Sampling(**found)
+    except OptimError as error:
+        raise OptimError(f"{path}: {error.message}", fix, USAGE) from None
+    return found
+
+
+def default_sampling(folder: Path) -> dict[str, Any]:
+    """How replies of the model in `folder` are drawn where nothing else is asked: as its makers
+    advise, or as is usual. Raises OptimError (2) as `own_sampling` does."""
+    own = own_sampling(folder)
+    return own if "temperature" in own else USUAL | own
+
+
+def _check(name: str, value: object, good: bool, fix: str) -> None:
+    if not good:
+        raise OptimError(f"{name} cannot be {value}", fix, USAGE)
+
+
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Divide positive and multiply negative logits `[V]` of the ids in `seen` by `penalty`."""
+    old = logits[seen]
+    return logits.index_put((seen,), torch.where(old > 0, old / penalty, old * penalty))
+
+
+def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+    """Chances of the candidates and their ids; ids None: candidate i is id i.
+
+    `logits` `[V]` fp32, penalty applied; temperature above 0.
+    """
+    ids = None
+    if sampling.top_k:
+        logits, ids = logits.topk(min(sampling.top_k, logits.numel()))
+    chances = torch.softmax(logits / sampling.temperature, -1)
+    if sampling.top_p < 1:
+        least = _least(chances, sampling.top_p)
+        chances = chances.masked_fill(chances < least, 0)
+    if sampling.min_p:
+        chances = chances.masked_fill(chances < sampling.min_p * chances.max(), 0)
+    return chances / chances.sum(), ids
+
+
+def _least(chances: Tensor, share: float) -> float:
+    """The smallest of the likeliest `chances` `[V]` that reach `share` together.
+
+    What is rarer than `(1 - share) / V` cannot be among them, since all of it is less than
+    `1 - share`: little is left to sort. numpy's sort takes a tenth of torch's on a CPU.
+    """
+    whole = chances.cpu().numpy()
+    falling = np.sort(whole[whole >= (1 - share) / whole.size])[::-1]
+    reached = np.cumsum(falling, dtype=np.float64)
+    last = min(int(np.searchsorted(reached, share)), falling.size - 1)
+    return float(falling[last])
+
+
+def draw(chances: Tensor, random: torch.Generator) -> int:
+    """A place of `chances` `[N]` (at least 0, not all 0), as often as they say.
+
+    The first place whose running sum passes a point below the whole: never one without a chance.
+    (`torch.multinomial` takes ten times as long over a vocabulary.)
+    """
+    sums = chances.double().cumsum(-1)
+    point = torch.rand(1, generator=random, device=chances.device, dtype=torch.float64) * sums[-1]
+    return int(torch.searchsorted(sums, point, right=True))
+
+
+class Sampler:
+    """Draws tokens for one reply; the same seed draws the same."""
+
+    def __init__(self, sampling: Sampling, device: torch.device) -> None:
+        self._sampling = sampling
+        self._random = torch.Generator(device)
+        if sampling.seed is None:
+            self._random.seed()
+        else:
+            self._random.manual_seed(sampling.seed)
+
+    def __call__(self, logits: Tensor, history: Sequence[int]) -> int:
+        """The next id after `history`, from `logits` `[V]`."""
+        s = self._sampling
+        if s.repetition_penalty != 1 and history:
+            seen = torch.tensor(sorted(set(history)), device=logits.device)
+            logits = penalize(logits, seen, s.repetition_penalty)
+        if s.temperature == 0:
+            return int(logits.argmax())
+        chances, ids = distribution(logits, s)
+        drawn = draw(chances, self._random)
+        return drawn if ids is None else int(ids[drawn])

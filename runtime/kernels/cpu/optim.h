@@ -1,0 +1,111 @@
+/* What the C kernels know of one another. */
+#ifndef OPTIM_CPU_H
+#define OPTIM_CPU_H
+#include <stdint.h>
+
+typedef void Task(void *);
+typedef void Parallel(Task *, void *, unsigned threads, unsigned flags); /* GOMP_parallel */
+
+/* One packed linear, w4a8.c. */
+typedef struct {
+    int64_t inputs, outputs;  /* of the layer; memory is padded to whole chunks and blocks */
+    int64_t bits, chunk;      /* stored bits: 4 or 8 */
+    int64_t chunks, scales;   /* chunks of a row; scales of a row (divides chunks) */
+    int64_t scale_is_bf16;
+    const char *weight;       /* [blocks][cols * bits / 32][ROWS] words */
+    const void *scale;        /* [blocks][scales][ROWS] */
+    const uint8_t *zero;      /* [blocks][scales][ROWS], NULL: `middle` everywhere */
+    float middle;
+    const float *bias;        /* [blocks][ROWS] or NULL */
+} Linear;
+
+typedef struct {
+    int8_t *values; /* [tokens][chunks * chunk] */
+    float *scales;  /* [tokens][chunks] */
+    float *sums;    /* [tokens][chunks] */
+} Activations;
+
+/* Token `token` of `x` [tokens][inputs], rounded for `l`. */
+void optim_round(const Linear *l, const float *x, Activations *a, int64_t token);
+/* Outputs of the blocks from..end of `l`, for all tokens: y [tokens][outputs]. */
+void optim_blocks(const Linear *l, const Activations *a, float *y, int64_t tokens, int64_t from,
+                  int64_t end);
+int optim_rows(void); /* outputs of a block */
+
+/* One linear in 4 bits held input by input, skip_int4.c. */
+typedef struct {
+    int64_t inputs, outputs, padded; /* outputs, and those padded to 64 */
+    int64_t lines;                   /* 64-byte lines of an input in a tile: 128 outputs each */
+    int64_t groups, runs;
+    const char *weight;        /* [tiles][inputs][64 lines]; the last tile is as narrow as can be */
+    const uint16_t *scale;     /* bf16 [tiles][groups][128 lines] */
+    const uint8_t *zero;       /* the same, or NULL: 8 */
+    const int32_t *starts;     /* [runs + 1]: inputs that are rounded together, at most 64 */
+    const int32_t *group_of;   /* [runs] */
+    const float *bias;         /* [outputs] or NULL */
+    int64_t used, calls;       /* inputs that were read in so many calls */
+} Columns;
+
+/* The inputs of one token that are read, in pairs, and in pieces that share a scale. */
+typedef struct {
+    int32_t *rows;        /* [pairs][2] */
+    int16_t *values;      /* [pairs]: two int8 */
+    int32_t *from, *group; /* [pieces + 1]: their first pair; [pieces] */
+    float *worth, *total; /* [pieces]: what 1 is worth, the sum of the values */
+    int64_t pairs, pieces;
+} Listed;
+
+int64_t optim_listed_bytes(int64_t inputs);
+/* What of `x` [inputs] is above `threshold`, in `memory` of optim_listed_bytes. */
+void optim_list(Columns *c, const float *x, float threshold, char *memory, Listed *l);
+int64_t optim_lines(const Columns *c); /* the pieces that the outputs come in */
+/* Outputs of the lines from..end: y [outputs]. */
+void optim_columns(const Columns *c, const Listed *l, float *y, int64_t from, int64_t end);
+
+/* Keys, or values, of a packed cache (cache_packed.py). */
+typedef struct {
+    int64_t bits, capacity;
+    uint8_t *codes; /* [rows, capacity, dim * bits / 8] */
+    uint16_t *grid; /* bf16 [rows, capacity, 2]: step, low */
+} Side;
+
+typedef struct {
+    int64_t base; /* positions below it are in the old sides */
+    Side old_keys, old_values, keys, values;
+} Packed;
+
+/* Attention of one new token a row, step.c. */
+typedef struct {
+    int64_t batch, heads, kv_heads, dim, rotary; /* rotary: channels that turn, 0 for none */
+    int64_t capacity, position, window;          /* window 0: everything is seen */
+    int64_t angle_stride;                        /* 0: all rows share cos and sin */
+    int64_t half;                                /* keys and values are fp16, not float */
+    float scale, cap;                            /* cap 0: none */
+    float *qkv;                                  /* [batch, heads + 2 kv, dim], turned in place */
+    const float *cos, *sin;                      /* [rotary] a row; sin signed */
+    void *keys, *values;                         /* [batch kv, capacity, dim] */
+    const Packed *packed;                        /* NULL, or in place of keys and values */
+    const int64_t *padding;                      /* [batch] or NULL */
+    float *out;                                  /* [batch, heads, dim] */
+    float *scratch;                              /* a query head: position + 1 */
+    int64_t next;
+} Step;
+
+/* One row of the batch, one key head, the group of query heads that share it. */
+void optim_attend_head(const Step *p, int64_t unit);
+/* Its parts over a packed cache, attention_quantized.c: rotates q, k and v, and stores the last two; */
+void optim_packed_store(const Step *p, int64_t unit, float *q, float *k, float *v);
+/* scores [group, position + 1] over the n positions from `first` on; */
+void optim_packed_scores(const Step *p, int64_t unit, const float *q, int64_t first, int64_t n,
+                         float *scores);
+/* out [group, dim], rotated back; uses up the scores. */
+void optim_packed_mix(const Step *p, int64_t unit, float *scores, int64_t first, int64_t n,
+                      float *out);
+/* y = x / sqrt(mean(x^2) + eps) * weight, for each row of n; y may be x. */
+void optim_rms_norm(const float *x, const float *weight, float *y, int64_t rows, int64_t n,
+                    float eps);
+/* y = silu(gate) * up, where a row of h is gate and up, n each; tanh: gelu's approximation. */
+void optim_swiglu(const float *h, float *y, int64_t rows, int64_t n);
+void optim_geglu_tanh(const float *h, float *y, int64_t rows, int64_t n);
+
+#endif

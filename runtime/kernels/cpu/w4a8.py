@@ -1,0 +1,166 @@
+"""Packed weights on a CPU through `w4a8.c`: integer dot products, activations in 8 bits.
+
+Each run of 16, 32 or 64 activations of a token is rounded to int8 with its own scale; everything
+else is exact up to float32 rounding. `reference` is the same computation in torch, in float64.
+The relative error this adds to a layer's output is about 0.5 % (tests/runtime/kernels).
+"""
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from optim.runtime.formats.schemes import Scheme
+from optim.runtime.kernels.compile import NoKernel, library, team
+from optim.runtime.system.machine import use_huge_pages
+
+SLICE = 256  # blocks of rows repacked at a time
+
+
+class _Linear(ctypes.Structure):
+    """`Linear` of w4a8.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("inputs", "outputs", "bits", "chunk", "chunks")),
+        *((name, ctypes.c_int64) for name in ("scales", "scale_is_bf16")),
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "zero")),
+        ("middle", ctypes.c_float),
+        ("bias", ctypes.c_void_p),
+    )
+
+
+def supports(scheme: Scheme, device: torch.device) -> bool:
+    """Groups of a multiple of 16, or whole channels."""
+    return device.type == "cpu" and (scheme.group_size % 16 == 0 or scheme.group_size == -1)
+
+
+def chunk_of(scheme: Scheme) -> int:
+    """How many activations share a scale: 64, or fewer where the weights' group asks for it."""
+    if scheme.group_size == -1:
+        return 64
+    return next(chunk for chunk in (64, 32, 16) if scheme.group_size % chunk == 0)
+
+
+class Weight:
+    """One linear `[out, in]` in the kernel's layout; call it with `[tokens, in]`."""
+
+    def __init__(
+        self, q: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, bias: Tensor | None
+    ) -> None:
+        lib = load()
+        self.outputs, self.inputs = q.shape
+        rows, chunk = lib.optim_rows(), chunk_of(scheme)
+        stored = 8 if scheme.bits == 8 else 4
+        flip = lib.optim_flip() if stored == 8 else 0
+        self.weight = _blocks(q, stored, rows, -(-self.inputs // chunk) * chunk, flip)
+        use_huge_pages(self.weight)
+        scale = scale if scale.dtype == torch.bfloat16 else scale.to(torch.float32)
+        self.scale = _per_block(scale, rows)
+        self.zero = None if zero is None else _per_block(zero, rows)
+        self.bias = None if bias is None else _per_block(bias.float().unsqueeze(1), rows)
+        self._run, self._team = lib.optim_linear, team()
+        self._layer = _Linear(
+            inputs=self.inputs,
+            outputs=self.outputs,
+            bits=stored,
+            chunk=chunk,
+            chunks=-(-self.inputs // chunk),
+            scales=scale.shape[1],
+            scale_is_bf16=scale.dtype == torch.bfloat16,
+            weight=self.weight.data_ptr(),
+            scale=self.scale.data_ptr(),
+            zero=None if self.zero is None else self.zero.data_ptr(),
+            middle=2.0 ** (scheme.bits - 1),
+            bias=None if self.bias is None else self.bias.data_ptr(),
+        )
+        self.address = ctypes.addressof(self._layer)
+
+    @property
+    def nbytes(self) -> int:
+        held = (self.weight, self.scale, self.zero, self.bias)
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[tokens, in]` -> float32 `[tokens, out]`, bias included."""
+        x, tokens, threads = x.float().contiguous(), x.shape[0], torch.get_num_threads()
+        y = torch.empty(tokens, self.outputs)
+        if self._run(self.address, x.data_ptr(), y.data_ptr(), tokens, threads, self._team):
+            raise MemoryError
+        return y
+
+
+def reference(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
+    """What the kernel computes, in float64: `[tokens, in]` -> `[tokens, out]`."""
+    chunk = chunk_of(scheme)
+    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % chunk))
+    parts = padded.view(x.shape[0], -1, chunk)
+    peak = parts.abs().amax(-1, keepdim=True)
+    scaled = parts * torch.where(peak > 0, 127 / peak, 0)
+    rounded = (scaled + 0.5 * torch.where(scaled >= 0, 1, -1)).trunc().double() * (peak / 127)
+    weight = q.double().view(q.shape[0], scale.shape[1], -1)
+    weight = weight - (2 ** (scheme.bits - 1) if zero is None else zero.double().unsqueeze(-1))
+    weight = (weight * scale.double().unsqueeze(-1)).view_as(q)
+    return rounded.view(x.shape[0], -1)[:, : x.shape[1]] @ weight.T
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """The compiled kernel, compared with `reference`. Raises NoKernel with the reason."""
+    lib = library("w4a8")
+    lib.optim_linear.argtypes = [
+        *[ctypes.c_void_p] * 3,
+        ctypes.c_int64,
+        ctypes.c_int,
+        ctypes.c_void_p,
+    ]
+    lib.optim_name.restype = ctypes.c_char_p
+    return lib
+
+
+@cache
+def check() -> str:
+    """Runs the kernel on small layers of every kind; returns the instruction set it uses.
+
+    Raises NoKernel if it cannot be built or disagrees with `reference`.
+    """
+    name = str(load().optim_name().decode())
+    generator = torch.Generator().manual_seed(0)
+    for bits in (4, 8):
+        for group in (16, 32, 64, -1):
+            for symmetric in (True, False):
+                error = _error(Scheme(bits, group, symmetric), generator)
+                if not error < 1e-5:
+                    raise NoKernel(f"{name} disagrees with the reference by {error:.1e}")
+    return name
+
+
+def _error(scheme: Scheme, generator: torch.Generator) -> float:
+    inputs, outputs, top = 192, 21, 1 << scheme.bits
+    q = torch.randint(0, top, (outputs, inputs), generator=generator).to(torch.uint8)
+    scale = torch.rand(outputs, scheme.groups(inputs), generator=generator) + 0.1
+    zero = torch.randint(0, top, scale.shape, generator=generator).to(torch.uint8)
+    kept = None if scheme.symmetric else zero
+    x = torch.randn(5, inputs, generator=generator)
+    wanted = reference(x, q, scale, kept, scheme)
+    got = Weight(q, scale, kept, scheme, None)(x)
+    return float((got - wanted).abs().max() / wanted.abs().max())
+
+
+def _blocks(q: Tensor, bits: int, rows: int, columns: int, flip: int) -> Tensor:
+    """uint8 [out, in] -> int32 [blocks, columns*bits/32, rows]: 4 or 8 inputs a word."""
+    parts = torch.split(q, SLICE * rows)
+    blocks = torch.empty(-(-q.shape[0] // rows), columns * bits // 32, rows, dtype=torch.int32)
+    for part, target in zip(parts, torch.split(blocks, SLICE), strict=True):
+        padding = (0, columns - q.shape[1], 0, -part.shape[0] % rows)
+        words = torch.nn.functional.pad(part ^ flip, padding).view(torch.int32)
+        if bits == 4:
+            words = words[:, 0::2] | words[:, 1::2] << 4
+        target.copy_(words.view(-1, rows, words.shape[1]).transpose(1, 2))
+    return blocks
+
+
+def _per_block(values: Tensor, rows: int) -> Tensor:
+    """[out, groups] -> [blocks, groups, rows]."""
+    padded = torch.nn.functional.pad(values, (0, 0, 0, -values.shape[0] % rows))
+    return padded.view(-1, rows, values.shape[1]).transpose(1, 2).contiguous()

@@ -1,0 +1,264 @@
+"""Open a model, whatever it is: a local folder, a `.gguf` file, a hub id, or `demo`.
+
+Only configuration and headers are read at open; `read` then fetches one tensor at a time, so
+nothing here ever holds a model. Tensors are named as in transformers' modeling code (names.py).
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.storage.names import canonical_parts, published_name, text_config
+from optim.runtime.storage.tensors import Part, Store, TensorInfo, load_json, open_files
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from optim.runtime.text.tokenizer import Tokenizer
+
+__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint", "require_plain"]
+
+SIDECARS = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model"),
+    *("chat_template.jinja", "chat_template.json", "generation_config.json"),
+)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+SAMPLES = 64  # places at which a weight file's bytes enter the fingerprint
+SOURCES = "a local folder, a .gguf file, a hub id like Qwen/Qwen3-0.6B, or `demo`"
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """A model's configuration and tensors; `read` is lazy, everything else is in memory."""
+
+    source: str
+    name: str
+    config: dict[str, Any]
+    folder: Path
+    """Where config, tokenizer and the other small files are."""
+    store: Store
+    trust_remote_code: bool = False
+    tensors: dict[str, TensorInfo] = field(init=False)
+    left_out: tuple[str, ...] = field(init=False)
+    """Stored tensors that are no part of the text model, such as a vision tower."""
+    _parts: dict[str, Part] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._parts, self.left_out = canonical_parts(self.store.infos, self.config)
+        self.tensors = {name: self._info(part) for name, part in self._parts.items()}
+
+    def _info(self, part: Part) -> TensorInfo:
+        stored = self.store.infos[part.stored]
+        count = part.span(stored.shape)[1]
+        return TensorInfo(part.shape(stored.shape), stored.dtype, count * stored.dtype.itemsize)
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """`quantization_config` of an already quantized model, else None."""
+        scheme = self.config.get("quantization_config")
+        scheme = scheme or text_config(self.config).get("quantization_config")
+        return scheme if isinstance(scheme, dict) and scheme else None
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The text model's own configuration (`config` itself unless it is a composed model)."""
+        return text_config(self.config)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor by canonical name, on the CPU, in its own dtype.
+
+        Raises OptimError (2) if there is no such tensor or its file is damaged.
+        """
+        if name not in self._parts:
+            raise OptimError(
+                f"{self.source} has no tensor {name}",
+                "the weights may be incomplete, or of another family than config.json says",
+                USAGE,
+            )
+        return self.store.read(self._parts[name])
+
+    @property
+    def layout(self) -> str | None:
+        """`df11` or `bf12` of a model whose weights are packed without loss, else None."""
+        from optim.runtime.storage.lossless.store import LosslessStore
+
+        return self.store.layout if isinstance(self.store, LosslessStore) else None
+
+    def held(self, name: str) -> tuple[str, float] | None:
+        """How a tensor that is packed without loss is stored, and its bytes; else None."""
+        from optim.runtime.storage.lossless.store import LosslessStore
+
+        part = self._parts[name]
+        held = self.store.held(part.stored) if isinstance(self.store, LosslessStore) else None
+        if held is None:
+            return None
+        share = self.tensors[name].nbytes / self.store.infos[part.stored].nbytes
+        return held[0], held[1] * share
+
+    def disk_name(self, canonical: str) -> str:
+        """Name of a tensor in the family's published checkpoints (mixtral: `...w1.weight`)."""
+        return published_name(canonical, str(self.text_config.get("model_type", "")))
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """Where the model is: what no output may replace."""
+        return (self.folder, *self.store.files)
+
+    def tokenizer(self) -> "Tokenizer":
+        """The model's tokenizer and chat template."""
+        from optim.runtime.formats.static_int import read_config
+        from optim.runtime.text.tokenizer import load_tokenizer
+
+        trust = self.trust_remote_code
+        made = load_tokenizer(self.folder, self.config, trust_remote_code=trust)
+        static = read_config(self.quantization)
+        if static is not None and made.begin:
+            made.begun = static.prefix[: len(made.begin)] == made.begin
+        return made
+
+    def hf_config(self) -> "PretrainedConfig":
+        """transformers' configuration object of the text model.
+
+        Raises OptimError (2) for a model type that transformers does not know.
+        """
+        return _hf_config(self)
+
+    def write_sidecars(self, folder: Path) -> None:
+        """Copy tokenizer, chat template and generation_config.json into `folder`."""
+        for name in SIDECARS:
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, folder / name)
+        if self.trust_remote_code:
+            for path in self.folder.glob("*.py"):
+                shutil.copyfile(path, folder / path.name)
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) over config, names, shapes, dtypes and samples of every weight file."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name, info in sorted(self.tensors.items()):
+            digest.update(f"{name} {info.shape} {info.dtype}\n".encode())
+        for path in self.store.files:
+            _sample(path, digest)
+        return digest.hexdigest()
+
+
+def _sample(path: Path, digest: "hashlib._Hash") -> None:
+    size = path.stat().st_size
+    digest.update(f"{path.name} {size}\n".encode())
+    with path.open("rb") as file:
+        for k in range(SAMPLES):
+            file.seek((size - min(size, 4096)) * k // (SAMPLES - 1))
+            digest.update(file.read(4096))
+
+
+def _needs_remote_code(config: dict[str, Any]) -> bool:
+    """Whether transformers itself does not know this model type, but the repository has code."""
+    if "auto_map" not in config:
+        return False
+    from transformers import CONFIG_MAPPING
+
+    return config.get("model_type") not in CONFIG_MAPPING
+
+
+def _hf_config(checkpoint: Checkpoint) -> "PretrainedConfig":
+    from transformers import AutoConfig, PretrainedConfig
+
+    config = dict(checkpoint.config)
+    try:
+        if _needs_remote_code(config):
+            made: PretrainedConfig = AutoConfig.from_pretrained(
+                checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code
+            )
+        else:
+            config.pop("auto_map", None)
+            made = AutoConfig.for_model(str(config.pop("model_type", "")), **config)
+    except Exception as error:  # transformers raises nearly anything on a wrong configuration
+        raise OptimError(
+            f"transformers cannot use the configuration of {checkpoint.source}: {error}",
+            "check model_type in config.json, or install a newer transformers",
+            USAGE,
+        ) from None
+    text: PretrainedConfig = made.get_text_config(decoder=True)
+    return text
+
+
+def require_plain(checkpoint: Checkpoint) -> None:
+    """Refuse (OptimError 2) a model that is already quantized, naming its scheme."""
+    scheme = checkpoint.quantization
+    if scheme is None:
+        return
+    method = scheme.get("quant_method", "unknown")
+    parts = [str(method), str(scheme["format"]) if "format" in scheme else ""]
+    bits = scheme.get("bits", scheme.get("w_bit"))
+    parts.append(f"{bits} bits" if bits else "")
+    raise OptimError(
+        f"{checkpoint.source} is already quantized ({', '.join(part for part in parts if part)})",
+        "start from the original 16-bit model",
+        USAGE,
+    )
+
+
+def _open_folder(folder: Path, source: str, name: str, trust: bool) -> Checkpoint:
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        fix = "merge it into its base model first (peft: merge_and_unload)"
+        raise OptimError(f"{source} is a LoRA adapter, not a model", fix, USAGE)
+    if not (folder / "config.json").is_file():
+        raise OptimError(f"{source} has no config.json", f"give {SOURCES}", USAGE)
+    config = load_json(folder / "config.json")
+    if not isinstance(config.get("model_type"), str):
+        raise OptimError(f"{source}: config.json names no model_type", f"give {SOURCES}", USAGE)
+    if not trust and _needs_remote_code(config):
+        raise OptimError(
+            f"{source} (model type {config['model_type']}) brings its own code, which is not run",
+            "read that code; then pass --trust-remote-code if you trust it",
+            USAGE,
+        )
+    store, config = _open_store(folder, config)
+    return Checkpoint(source, name, config, folder, store, trust)
+
+
+def _open_store(folder: Path, config: dict[str, Any]) -> tuple[Store, dict[str, Any]]:
+    """The weights of a folder, and its configuration without what says how they are packed."""
+    from optim.runtime.storage.lossless.layouts import layout_of, without_layout
+    from optim.runtime.storage.lossless.store import open_lossless
+
+    if layout_of(config) is None:
+        return open_files(folder), config
+    return open_lossless(folder, config), without_layout(config)
+
+
+def open_checkpoint(
+    source: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Checkpoint:
+    """Open `source`: `demo`, a folder, a `.gguf` file, or a hub id (fetched at `revision`).
+
+    Raises OptimError (2) if it is none of them or is damaged, (4) if the hub cannot be reached.
+    """
+    path = Path(os.path.expanduser(source))
+    if source == "demo":
+        from optim.runtime.storage.demo import demo_file
+        from optim.runtime.storage.gguf.store import open_gguf
+
+        return open_gguf(demo_file(), source, "SmolLM2-135M-Instruct")
+    if path.is_dir():
+        return _open_folder(path, source, path.resolve().name, trust_remote_code)
+    if path.is_file() and path.suffix == ".gguf":
+        from optim.runtime.storage.gguf.store import open_gguf
+
+        return open_gguf(path, source, path.stem)
+    if path.is_file():
+        raise OptimError(f"{source} is not a model", f"give {SOURCES}", USAGE)
+    if path.suffix == ".gguf" or not HUB_ID.fullmatch(source):
+        raise OptimError(f"there is no folder or file {source}", f"give {SOURCES}", USAGE)
+    from optim.runtime.storage.hub import fetch
+
+    return _open_folder(fetch(source, revision), source, source.split("/")[1], trust_remote_code)

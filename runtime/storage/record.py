@@ -1,0 +1,53 @@
+"""Keep an evaluation with the artifact it is of: in its manifest and in its model card."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from optim.recipes.errors import MACHINE, USAGE, OptimError
+from optim.runtime.storage.verify import MANIFEST, read_manifest
+
+CARD = "README.md"
+HEADING = "## What it cost"
+
+
+def recordable(source: str) -> Path:
+    """The artifact's folder; OptimError (2) if `source` is none that can be written to."""
+    folder = Path(source)
+    if not (folder / MANIFEST).is_file():
+        fix = "give a folder that `optim quantize` wrote, or leave --record out"
+        raise OptimError(f"{source} has no {MANIFEST} to record in", fix, USAGE)
+    return folder
+
+
+def record(folder: Path, evaluation: dict[str, Any]) -> None:
+    """Put `evaluation` into the manifest and the card, each replaced whole or not at all."""
+    manifest = read_manifest(folder) or {}
+    manifest["evaluation"] = {k: v for k, v in evaluation.items() if v is not None}
+    _replace(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    card = folder / CARD
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    before, found, after = text.partition(HEADING)
+    rest = after.partition("\n## ") if found else ("", "", "")
+    section = f"{HEADING}\n\n{_table(evaluation)}"
+    _replace(card, f"{before.rstrip()}\n\n{section}{''.join(rest[1:])}".rstrip() + "\n")
+
+
+def _table(evaluation: dict[str, Any]) -> str:
+    names = ("perplexity", "base_perplexity", "ppl_ratio", "kl", "kl_error", "same_top", "tokens")
+    rows = [f"| {n} | {evaluation[n]:.6g} |" for n in names if evaluation.get(n) is not None]
+    lines = ["| measure | value |", "|---|---:|", *rows]
+    windows = f"{evaluation['windows']} windows of {evaluation['window']} tokens"
+    windows += ", each after BOS" if evaluation.get("begin") else ""
+    return "\n".join([*lines, "", f"On {evaluation['text']}, {windows} (`optim eval`).", ""])
+
+
+def _replace(path: Path, text: str) -> None:
+    new = path.with_name(path.name + ".new")
+    try:
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise OptimError(f"cannot write {path}: {error.strerror}", code=MACHINE) from error

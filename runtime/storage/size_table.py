@@ -1,0 +1,102 @@
+"""Where a model's bytes are: one row for each group of tensors that are stored alike.
+
+Only headers are read. The pieces of a packed linear (`weight_packed`, `weight_scale`, ...) count as
+one tensor with the linear's own number of weights.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from optim.runtime.formats.pack_quantized import SUFFIXES, SchemeOf
+from optim.runtime.formats.static_int import INPUT_PARTS, read_config
+from optim.runtime.storage.checkpoint import Checkpoint
+from optim.runtime.storage.dense_view import schemes_of
+
+BLOCK = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.\d+\.")
+NUMBER = re.compile(r"\.\d+(?=\.|$)")
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor of the model, however many pieces it is stored in."""
+
+    name: str
+    format: str
+    params: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SizeRow:
+    """The tensors of one group and format, summed."""
+
+    group: str
+    format: str
+    tensors: int
+    params: int
+    nbytes: int
+
+
+def stored(checkpoint: Checkpoint) -> list[Stored]:
+    """Every tensor of the model: what it is stored as, its weights and its bytes."""
+    scheme_of = schemes_of(checkpoint)
+    pieces: dict[str, dict[str, str]] = {}
+    found = []
+    for name, info in checkpoint.tensors.items():
+        module, _, suffix = name.rpartition(".")
+        if suffix in SUFFIXES or suffix in INPUT_PARTS:
+            pieces.setdefault(module, {})[suffix] = name
+            continue
+        kind = str(info.dtype).removeprefix("torch.")
+        held = checkpoint.held(name) or (SHORT.get(kind, kind), info.nbytes)
+        found.append(Stored(name, held[0], math.prod(info.shape), round(held[1])))
+    for module, names in pieces.items():
+        found.append(_packed(checkpoint, module, names, scheme_of))
+    return found
+
+
+def size_rows(tensors: Iterable[Stored]) -> list[SizeRow]:
+    """The size table: a row for each group and format, the largest first."""
+    sums: dict[tuple[str, str], list[int]] = {}
+    for tensor in tensors:
+        row = sums.setdefault((group_of(tensor.name), tensor.format), [0, 0, 0])
+        for column, value in enumerate((1, tensor.params, tensor.nbytes)):
+            row[column] += value
+    rows = [SizeRow(group, kind, *row) for (group, kind), row in sums.items()]
+    return sorted(rows, key=lambda row: -row.nbytes)
+
+
+def group_of(name: str) -> str:
+    """The group of a tensor: norms, biases, a block's part (`mlp.*`), or the module itself."""
+    module, _, last = name.rpartition(".")
+    if last == "bias":
+        return "biases"
+    if "norm" in module.rpartition(".")[2] or module.endswith("ln_f"):
+        return "norms"
+    inside = BLOCK.split(module)[-1]
+    if inside == module:
+        return module.removeprefix("model.") or name
+    parent, dot, _ = NUMBER.sub("", inside).rpartition(".")
+    return f"{parent}.*" if dot else inside
+
+
+def _packed(
+    checkpoint: Checkpoint, module: str, names: dict[str, str], scheme_of: SchemeOf
+) -> Stored:
+    """A packed linear; its number of weights from the shapes of its pieces."""
+    infos = {suffix: checkpoint.tensors[name] for suffix, name in names.items()}
+    nbytes = sum(info.nbytes for info in infos.values())
+    if read_config(checkpoint.quantization) and "weight_packed" in infos:
+        outputs, width = infos["weight_packed"].shape
+        return Stored(f"{module}.weight", "4-bit static", 2 * outputs * width, nbytes)
+    scheme = scheme_of(module)
+    if scheme is None or not {"weight_packed", "weight_scale"} <= infos.keys():
+        return Stored(f"{module}.weight", "unknown", 0, nbytes)
+    outputs, words = infos["weight_packed"].shape
+    inputs = words * 32 // scheme.bits
+    if scheme.group_size > 0:
+        inputs = infos["weight_scale"].shape[1] * scheme.group_size
+    return Stored(f"{module}.weight", str(scheme), outputs * inputs, nbytes)

@@ -1,0 +1,267 @@
+"""Write an artifact so that it is either complete or visibly unfinished.
+
+While a run goes on everything is in `<output>.partial`: the shards under `artifact/`, and a journal
+whose first line says what is being made and every further line what is safely on disk. The same run
+started again goes on after the last journalled step; at the end one rename makes the artifact.
+Nothing in it depends on time or machine, so a resumed run ends with the same bytes.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from optim.recipes.errors import CHECK_FAILED, MACHINE, USAGE, OptimError
+from optim.runtime.storage.tensors import TensorInfo
+from optim.runtime.storage.verify import sha256
+from optim.runtime.system.output import cannot_write, foreign_workspace, refusal, workspace_of
+
+FORMAT_VERSION = 1
+SHARD_BYTES = 2**30
+INDEX = "model.safetensors.index.json"
+
+
+class Workspace:
+    """The unfinished artifact at `<output>.partial`, locked for this process.
+
+    `identity` is what the run makes and from what; `done` the records of the steps already on disk.
+    """
+
+    def __init__(self, output: Path, identity: Mapping[str, Any], force: bool) -> None:
+        self.output = output
+        self.folder = workspace_of(output)
+        self.files = self.folder / "artifact"
+        self.done: list[dict[str, Any]] = []
+        self._journal = self.folder / "journal.jsonl"
+        self._identity = json.loads(json.dumps(identity))
+        self._replace = force
+        for problem in (foreign_workspace(self.folder), None if force else refusal(output, force)):
+            if problem is not None:
+                raise problem
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
+        self._lock = _lock(self.folder)
+        self._restore()
+        problem = refusal(output, force)
+        if problem is not None:
+            self.close() if self._journal.exists() else self.discard()
+            raise problem
+        self.files.mkdir(exist_ok=True)
+        self._resume(force)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """After a failure: kept, to be resumed, unless the input is bad or nothing is done yet."""
+        if error is None:
+            return
+        bad_input = isinstance(error, OptimError) and error.code in (USAGE, CHECK_FAILED)
+        if bad_input or not self.done:
+            self.discard()
+        else:
+            self.close()
+
+    def write_shard(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """Write one safetensors file, whole or not at all; returns its journal facts."""
+        from safetensors.torch import save_file
+
+        path, unfinished = self.files / name, self.files / (name + ".unfinished")
+        try:
+            save_file(tensors, unfinished, metadata={"format": "pt"})
+            _sync(unfinished)
+            os.replace(unfinished, path)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            raise disk_error(path, error) from error
+        sizes = {key: t.numel() * t.element_size() for key, t in tensors.items()}
+        return {"file": name, "sha256": sha256(path), "tensors": sizes}
+
+    def commit(self, record: dict[str, Any]) -> None:
+        """Journal a finished step; after this line is on disk the step is never done again."""
+        record = json.loads(json.dumps(record))
+        try:
+            with self._journal.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise disk_error(self._journal, error) from error
+        self.done.append(record)
+
+    def write_text(self, name: str, text: str) -> None:
+        """One of the artifact's small files."""
+        try:
+            (self.files / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise disk_error(self.files / name, error) from error
+
+    def publish(self) -> None:
+        """Make the artifact appear at `output`, then remove the workspace.
+
+        What stood there moves into the workspace first, in one rename; a run that is killed before
+        the second rename leaves it there, and the next one puts it back. OptimError (1) if
+        something has appeared at `output` that may not be replaced: the workspace is kept.
+        """
+        problem = refusal(self.output, self._replace)
+        if problem is not None:
+            fix = "move it away, and run the same command again: the work is kept"
+            raise OptimError(problem.message, fix)
+        try:
+            if self.output.exists():
+                os.replace(self.output, self._replaced)
+            os.replace(self.files, self.output)
+        except OSError as error:
+            self._restore()
+            raise disk_error(self.output, error) from error
+        self.discard()
+
+    @property
+    def _replaced(self) -> Path:
+        """Where what stood at the output waits until the new artifact is there."""
+        return self.folder / "replaced"
+
+    def _restore(self) -> None:
+        """Put back what was moved away, if nothing came in its place."""
+        if self._replaced.exists() and not self.output.exists():
+            os.replace(self._replaced, self.output)
+
+    def discard(self) -> None:
+        """Remove the workspace and all that is in it."""
+        self._lock.release()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Leave the workspace as it is, to be resumed."""
+        self._lock.release()
+
+    def _resume(self, force: bool) -> None:
+        lines = _read_journal(self._journal)
+        if lines and lines[0] != self._identity:
+            if not force:
+                self.close()
+                raise _other_run(self.output, lines[0], self._identity)
+            lines = []
+        if lines:
+            self.done = lines[1:]
+        else:
+            shutil.rmtree(self.files)
+            self.files.mkdir()
+        # A line cut off by a kill is dropped by writing the journal anew.
+        text = "".join(json.dumps(line) + "\n" for line in [self._identity, *self.done])
+        try:
+            new = self._journal.with_suffix(".new")
+            new.write_text(text)
+            _sync(new)
+            os.replace(new, self._journal)
+        except OSError as error:
+            raise disk_error(self._journal, error) from error
+
+
+def index_of(records: list[dict[str, Any]]) -> str:
+    """The text of model.safetensors.index.json for these shard records."""
+    weights = {name: record["file"] for record in records for name in record["tensors"]}
+    total = sum(size for record in records for size in record["tensors"].values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
+    return json.dumps(index, indent=1)
+
+
+def shards_of(infos: Mapping[str, TensorInfo]) -> Iterator[list[str]]:
+    """The tensors' names in groups of about SHARD_BYTES, a file each."""
+    group, size = list[str](), 0
+    for name, info in infos.items():
+        if group and size + info.nbytes > SHARD_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += info.nbytes
+    yield group
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """sha256 (hex) of a tensor's bytes, row-major, as safetensors stores them."""
+    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(data.data).hexdigest()
+
+
+def identity(source: str, recipe: dict[str, Any], calibration: str | None) -> dict[str, Any]:
+    """What a run is a function of: another identity is another run.
+
+    `source` is the model's fingerprint, `calibration` the hash of the tokens.
+    """
+    from importlib.metadata import version
+
+    return {
+        "source": source,
+        "recipe": recipe,
+        "calibration": calibration,
+        "versions": {name: version(name) for name in ("optim-llm", "torch", "transformers")},
+    }
+
+
+def _lock(folder: Path) -> FileLock:
+    lock = FileLock(folder / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise OptimError(
+            f"{folder} is being written by another run",
+            "wait for it, or choose another -o/--output",
+            USAGE,
+        ) from None
+    return lock
+
+
+def _read_journal(path: Path) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    if path.is_file():
+        for line in path.read_bytes().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+    return lines
+
+
+def _other_run(output: Path, there: Any, here: Any) -> OptimError:
+    before, now = _flatten(there), _flatten(here)
+    keys = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+    changes = ", ".join(f"{k} {before.get(k)} -> {now.get(k)}" for k in keys[:6])
+    return OptimError(
+        f"{output}.partial is an unfinished run of something else ({changes})",
+        "run the old command again to finish it, choose another -o/--output, "
+        "or --force to start over",
+        USAGE,
+    )
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def disk_error(path: Path, error: OSError) -> OptimError:
+    """What to say when a file cannot be written."""
+    return OptimError(
+        f"cannot write {path}: {error.strerror or error}",
+        "free some disk space and run the same command again: it goes on where it stopped",
+        MACHINE,
+    )

@@ -1,0 +1,224 @@
+"""Text to token ids and back: tokenizer, chat template, streaming.
+
+`tokenizers` and a jinja sandbox are used directly where there is a tokenizer.json: importing
+transformers costs seconds and 150 MB. Older vocabularies are converted by transformers.
+
+Control tokens come from templates alone. If a document or a user types `<|im_end|>`, it is encoded
+as the letters it is made of, so it cannot end a turn or open one.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.storage.names import text_config
+from optim.runtime.storage.tensors import AGAIN, load_json
+from optim.runtime.text.chat_template import Message, chat_template, render_template
+
+PRIVATE_USE = range(0xE000, 0xF8FF)
+LOST = "�"
+
+
+@dataclass(slots=True)
+class Tokenizer:
+    """Encodes, decodes, renders chats; made by `load_tokenizer`."""
+
+    backend: Backend = field(repr=False)
+    template: str | None = field(repr=False)
+    names: dict[str, str]
+    """Special tokens by role, as templates name them: `bos_token`, `eos_token`, ..."""
+    bos_id: int | None
+    eos_ids: set[int]
+    begin: tuple[int, ...] = field(init=False)
+    """What the tokenizer puts in front of every text: BOS, or nothing."""
+    begun: bool = False
+    """Whether the model has those already, as an artifact's prefix: then none is put in front."""
+    _control: re.Pattern[str] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        added = self.backend.get_added_tokens_decoder().values()
+        control = sorted((t.content for t in added if t.special), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, control)) or r"(?!)")
+        some = self.backend.encode("a", add_special_tokens=True)
+        put = takewhile(lambda pair: pair[1], zip(some.ids, some.special_tokens_mask, strict=True))
+        self.begin = tuple(token for token, _ in put)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, added tokens included."""
+        return int(self.backend.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat` can be used."""
+        return self.template is not None
+
+    def _ids(self, text: str, special: bool, control: bool) -> list[int]:
+        self.backend.encode_special_tokens = not control
+        return list(self.backend.encode(text, add_special_tokens=special).ids)
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Token ids of a text; with `special` also what the tokenizer puts around one (BOS).
+
+        Control tokens typed in the text stay text.
+        """
+        ids = self._ids(text, special, control=False)
+        return self.after_begin(ids) if special and self.begun else ids
+
+    def after_begin(self, ids: list[int]) -> list[int]:
+        """`ids` without what `begin` put in front of them."""
+        count = len(self.begin)
+        return ids[count:] if tuple(ids[:count]) == self.begin else ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
+        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special))
+
+    def stream(self) -> "Stream":
+        """A decoder that takes one id at a time."""
+        return Stream(self)
+
+    def render(
+        self, messages: Sequence[Message], generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The chat as the template writes it. OptimError (2) if there is none or it refuses."""
+        if self.template is None:
+            fix = "it is a base model: give it a text to go on with, or take its -Instruct sibling"
+            raise OptimError("this model has no chat template", fix, USAGE)
+        settings = {"add_generation_prompt": generation_prompt, **self.names, **variables}
+        return render_template(self.template, messages, settings)
+
+    def chat(
+        self, messages: Sequence[Message], generation_prompt: bool = True, **variables: Any
+    ) -> list[int]:
+        """Token ids of a chat; `variables` go to the template (`enable_thinking=False`).
+
+        Raises OptimError (2) as `render` does.
+        """
+        if any(self._control.search(str(m.get("content", ""))) for m in messages):
+            ids = self._guarded_chat(messages, generation_prompt, variables)
+        else:
+            text = self.render(messages, generation_prompt, **variables)
+            ids = self._ids(text, special=False, control=True)
+        return self.after_begin(ids) if self.begun else ids
+
+    def _guarded_chat(
+        self, messages: Sequence[Message], generation_prompt: bool, variables: dict[str, Any]
+    ) -> list[int]:
+        """`chat` for messages that contain control tokens.
+
+        A mark is put inside each of them before rendering, so the control tokens found afterwards
+        are the template's. The text between those is encoded piece by piece, as the tokenizer does.
+        """
+        typed = "".join(str(m.get("content", "")) for m in messages)
+        mark = next(chr(code) for code in PRIVATE_USE if chr(code) not in typed)
+        split = [
+            {**m, "content": self._control.sub(lambda t: mark.join(t[0]), str(m.get("content")))}
+            for m in messages
+        ]
+        text = self.render(split, generation_prompt, **variables)
+        ids, start = [], 0
+        for found in self._control.finditer(text):
+            ids += self._ids(text[start : found.start()].replace(mark, ""), False, control=False)
+            ids += self._ids(found[0], False, control=True)
+            start = found.end()
+        return ids + self._ids(text[start:].replace(mark, ""), False, control=False)
+
+
+class Stream:
+    """Text of ids that come one at a time; a character comes out when all its bytes are there."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []  # from the last piece given out on: the context of its spaces
+        self._done = 0  # how many of those have been given out
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes; often empty."""
+        self._ids.append(token)
+        return self._take(final=False)
+
+    def flush(self, cut: bool = False) -> str:
+        """What is left at the end: an unfinished character as U+FFFD, none if the text is `cut`."""
+        left = self._take(final=True)
+        return left.rstrip(LOST) if cut else left
+
+    def _take(self, final: bool) -> str:
+        before = self._tokenizer.decode(self._ids[: self._done])
+        now = self._tokenizer.decode(self._ids)
+        if len(now) <= len(before) or (now.endswith(LOST) and not final):
+            return ""
+        self._ids = self._ids[self._done :]
+        self._done = len(self._ids)
+        return now[len(before) :]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return load_json(path) if path.is_file() else {}
+
+
+def _names(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """Special tokens by role; each is a string or an object with its `content`."""
+    found = {}
+    for role, token in (_json(folder / "special_tokens_map.json") | settings).items():
+        value = token.get("content") if isinstance(token, dict) else token
+        if role.endswith("_token") and isinstance(value, str):
+            found[role] = value
+    return found
+
+
+def _numbers(places: list[dict[str, Any]], key: str) -> list[int]:
+    values = [place.get(key) for place in places]
+    flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    return [item for item in flat if type(item) is int]
+
+
+def _converted(folder: Path, trust_remote_code: bool) -> tuple[Backend, dict[str, str]]:
+    """Tokenizer and special tokens of a folder without tokenizer.json, through transformers."""
+    from transformers import AutoTokenizer
+
+    fix = "add the model's tokenizer.json to the folder"
+    try:
+        made: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises nearly anything here
+        raise OptimError(f"{folder} has no usable tokenizer: {error}", fix, USAGE) from None
+    if getattr(made, "backend_tokenizer", None) is None:
+        raise OptimError(f"{folder}: its tokenizer exists as Python code only", fix, USAGE)
+    return made.backend_tokenizer, {role: str(t) for role, t in made.special_tokens_map.items()}
+
+
+def _read(path: Path) -> Backend:
+    try:
+        return Backend.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise OptimError(f"{path} cannot be used: {error}", AGAIN, USAGE) from None
+
+
+def load_tokenizer(
+    folder: Path, config: dict[str, Any], *, trust_remote_code: bool = False
+) -> Tokenizer:
+    """The tokenizer of a model folder; `config` is its config.json.
+
+    Raises OptimError (2) if there is none or it cannot be read.
+    """
+    settings = _json(folder / "tokenizer_config.json")
+    names = _names(folder, settings)
+    if (folder / "tokenizer.json").is_file():
+        backend = _read(folder / "tokenizer.json")
+    else:
+        backend, names = _converted(folder, trust_remote_code)
+    backend.no_truncation()
+    backend.no_padding()
+    places = [config, text_config(config), _json(folder / "generation_config.json")]
+    bos_id = backend.token_to_id(names["bos_token"]) if "bos_token" in names else None
+    if "bos_token" not in settings and bos_id is None:
+        bos_id = next(iter(_numbers(places, "bos_token_id")), None)
+    eos_id = backend.token_to_id(names["eos_token"]) if "eos_token" in names else None
+    eos_ids = set(_numbers(places, "eos_token_id")) | ({eos_id} if eos_id is not None else set())
+    return Tokenizer(backend, chat_template(folder, settings), names, bos_id, eos_ids)

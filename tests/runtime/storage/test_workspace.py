@@ -1,0 +1,219 @@
+"""The workspace: whatever instant a run is cut off at, the next one goes on from what is safe."""
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from optim.recipes.errors import MACHINE, USAGE, OptimError
+from optim.runtime.storage.verify import sha256
+from optim.runtime.storage.workspace import Workspace, index_of, tensor_sha256
+
+IDENTITY = {"source": "abc", "recipe": {"bits": 4, "sym": False}}
+STEPS = 3
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing may catch it and tidy up."""
+
+
+def _tensors(step: int) -> dict[str, Tensor]:
+    return {f"block.{step}.weight": torch.full((4, 4), float(step))}
+
+
+def _run(output: Path, identity: dict[str, Any] = IDENTITY, force: bool = False) -> list[int]:
+    """A whole run of three steps; returns which of them had to be done."""
+    workspace = Workspace(output, identity, force)
+    worked = list(range(len(workspace.done), STEPS))
+    for step in worked:
+        record = workspace.write_shard(f"shard-{step}.safetensors", _tensors(step))
+        workspace.commit(record | {"step": step})
+    workspace.write_text("model.safetensors.index.json", index_of(workspace.done))
+    shards = {record["file"]: record["sha256"] for record in workspace.done}
+    workspace.write_text("optim.json", json.dumps({"format_version": 1, "shards": shards}))
+    workspace.publish()
+    return worked
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _leave(workspace: Workspace) -> None:
+    """What a killed process leaves: the files, without the lock."""
+    workspace.close()
+
+
+def test_a_run_appears_whole(tmp_path: Path) -> None:
+    assert _run(tmp_path / "out") == [0, 1, 2]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    shard = tmp_path / "out" / "shard-1.safetensors"
+    assert torch.equal(load_file(shard)["block.1.weight"], _tensors(1)["block.1.weight"])
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 3 * 64
+    assert index["weight_map"]["block.2.weight"] == "shard-2.safetensors"
+
+
+def test_the_journal_tells_the_shards_hash(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path / "out", IDENTITY, False)
+    record = workspace.write_shard("a.safetensors", _tensors(0))
+    assert record["sha256"] == sha256(workspace.files / "a.safetensors")
+    assert record["tensors"] == {"block.0.weight": 64}
+    workspace.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+def _cut_line(text: bytes) -> bytes:
+    return text[:-9]
+
+
+def _cut_character(text: bytes) -> bytes:
+    return text[:-2] + "é".encode()[:1]
+
+
+def _half_zeros(text: bytes) -> bytes:
+    """What some file systems leave where a file had grown but not been written."""
+    return text[:-20] + bytes(20)
+
+
+@pytest.mark.parametrize("damage", [_cut_line, _cut_character, _half_zeros])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_journal_cut_off_loses_one_step(
+    damage: Callable[[bytes], bytes], steps: int, tmp_path: Path
+) -> None:
+    _run(tmp_path / "whole")
+    workspace = Workspace(tmp_path / "out", IDENTITY, False)
+    for step in range(steps):
+        record = workspace.write_shard(f"shard-{step}.safetensors", _tensors(step))
+        workspace.commit(record | {"step": step})
+    _leave(workspace)
+    journal = tmp_path / "out.partial" / "journal.jsonl"
+    journal.write_bytes(damage(journal.read_bytes()))
+    assert _run(tmp_path / "out") == list(range(steps - 1, STEPS))
+    assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_killed_at_every_system_call(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Die at the n-th fsync or rename, for every n; then go on; the bytes are always the same."""
+    _run(tmp_path / "whole")
+    wanted, original = _bytes(tmp_path / "whole"), getattr(os, call)
+    for nth in range(1, 12):
+        output, left, died = tmp_path / str(nth), [nth], False
+
+        def deadly(*args: Any, left: list[int] = left) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                raise Killed
+            return original(*args)
+
+        monkeypatch.setattr(os, call, deadly)
+        try:
+            _run(output)
+        except Killed:
+            died = True
+        monkeypatch.setattr(os, call, original)
+        if died:
+            assert not output.exists()
+            _run(output)
+        assert _bytes(output) == wanted
+    assert not died  # the last n is beyond the end of a run: every call was tried
+
+
+def test_killed_between_the_two_renames_of_force(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    _run(output, {"old": 1})
+    old, original = _bytes(output), os.replace
+
+    def deadly(source: Path, target: Path) -> None:
+        if Path(target) == output:
+            raise Killed
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", deadly)
+    with pytest.raises(Killed):
+        _run(output, force=True)
+    monkeypatch.setattr(os, "replace", original)
+    assert (tmp_path / "out.partial" / "replaced").is_dir()  # nothing is lost
+    with pytest.raises(OptimError, match="exists"):
+        _run(output)  # without --force: what stood there is back
+    assert _bytes(output) == old and (tmp_path / "out.partial").is_dir()
+    assert _run(output, force=True) == []
+    _run(tmp_path / "whole")
+    assert _bytes(output) == _bytes(tmp_path / "whole")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_an_existing_output_is_left_alone(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    _run(output)
+    before = _bytes(output)
+    with pytest.raises(OptimError, match="exists") as caught:
+        _run(output, {"other": 1})
+    assert caught.value.code == USAGE and "--force" in (caught.value.fix or "")
+    assert _bytes(output) == before and [p.name for p in tmp_path.iterdir()] == ["out"]
+    _run(output, {"other": 1}, force=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_another_recipe_is_refused_with_what_differs(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path / "out", IDENTITY, False)
+    workspace.commit(workspace.write_shard("shard-0.safetensors", _tensors(0)))
+    _leave(workspace)
+    before = _bytes(tmp_path / "out.partial" / "artifact")
+    other = {"source": "abc", "recipe": {"bits": 3, "sym": False}}
+    with pytest.raises(OptimError, match=r"recipe\.bits 4 -> 3") as caught:
+        Workspace(tmp_path / "out", other, False)
+    assert caught.value.code == USAGE and "sym" not in caught.value.message
+    assert _bytes(tmp_path / "out.partial" / "artifact") == before
+    assert _run(tmp_path / "out", other, force=True) == [0, 1, 2]  # starts over
+
+
+def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
+    first = Workspace(tmp_path / "out", IDENTITY, False)
+    with pytest.raises(OptimError, match="another run") as caught:
+        Workspace(tmp_path / "out", IDENTITY, False)
+    assert caught.value.code == USAGE
+    first.close()
+    assert _run(tmp_path / "out") == [0, 1, 2]
+
+
+def test_a_full_disk_leaves_the_finished_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import safetensors.torch
+
+    def full(tensors: Any, path: Path, **_: Any) -> None:
+        Path(path).write_bytes(b"some")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    workspace = Workspace(tmp_path / "out", IDENTITY, False)
+    workspace.commit(workspace.write_shard("shard-0.safetensors", _tensors(0)))
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "save_file", full)
+        with pytest.raises(OptimError, match="No space left") as caught:
+            workspace.write_shard("shard-1.safetensors", _tensors(1))
+    assert caught.value.code == MACHINE and "same command" in (caught.value.fix or "")
+    assert [p.name for p in workspace.files.iterdir()] == ["shard-0.safetensors"]
+    workspace.close()
+    assert _run(tmp_path / "out") == [1, 2]
+
+
+def test_tensor_hash_is_of_the_stored_bytes() -> None:
+    import hashlib
+
+    tensor = torch.randn(3, 4).bfloat16()
+    assert tensor_sha256(tensor.T.contiguous().T) == tensor_sha256(tensor)
+    raw = tensor.view(torch.uint8).numpy().tobytes()
+    assert tensor_sha256(tensor) == hashlib.sha256(raw).hexdigest()
