@@ -28,7 +28,8 @@ from typing import Any
 import torch
 import transformers
 
-from optim.runtime.measure.speed import MARK, Job, engines
+from optim.runtime.measure.job import Job
+from optim.runtime.measure.speed import MARK, engines
 from optim.runtime.storage.demo import demo_file
 from optim.runtime.system.machine import peak_bytes
 

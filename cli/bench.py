@@ -54,7 +54,7 @@ def bench(source: str, asked: Asked, *, as_json: bool, quiet: bool) -> None:
 
 
 def _jobs(source: str, asked: Asked) -> list[Any]:
-    from optim.runtime.measure.speed import Job
+    from optim.runtime.measure.job import Job
 
     lengths = _lengths(asked.prompt_tokens)
     unknown = [peer for peer in asked.peer if peer not in PEERS]

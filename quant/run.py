@@ -23,7 +23,8 @@ from optim.quant.rounding import RoundedLinear
 from optim.recipes.errors import OptimError
 from optim.recipes.schema import MergeQuant, Recipe, Rtn
 from optim.runtime.engine.load import Model, load_model
-from optim.runtime.engine.session import Sampling, generate
+from optim.runtime.engine.sampling import Sampling
+from optim.runtime.engine.session import generate
 from optim.runtime.formats.pack_quantized import Scheme, pack
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.workspace import Workspace, identity, tensor_sha256

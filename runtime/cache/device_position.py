@@ -2,10 +2,10 @@
 
 The host decides where the token goes and writes four numbers. Nothing after that depends on them in
 Python, so that the work can be recorded once and replayed (graph.py). Beside it stands the
-attention of such a token over all that a buffer could hold, in torch; a GPU has a kernel.
+attention of such a token over all that a buffer could hold, in torch: what the GPU's kernel gives.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,28 +98,6 @@ def write(layer: Layer, k: Tensor, v: Tensor, place: Place) -> None:
         codes, grid = quantize(by_rows(x).float() @ layer.rotation, side.bits)
         side.codes.index_copy_(1, place.slot, codes)
         side.grid.index_copy_(1, place.slot, grid)
-
-
-def attend(
-    q: Tensor, layer: Layer, place: Place, rule: Rule, padding: Tensor | None, prefix: int
-) -> Tensor:
-    """What `q` `[B, 1, heads, D]` sees in `layer`, which holds it already: `[B, 1, heads * D]`."""
-    one, rotation = q[:, 0], None
-    if isinstance(layer, PackedLayer):
-        rotation = layer.rotation
-        one = (one.float() @ rotation).to(q.dtype)
-    out = _product(q.device)(one, stores(layer), place.numbers, rule, padding, prefix)
-    if rotation is not None:
-        out = (out.float() @ rotation).to(q.dtype)
-    return out.flatten(1)[:, None]
-
-
-def _product(device: torch.device) -> Callable[..., Tensor]:
-    if device.type != "cuda":
-        return reference
-    from optim.runtime.kernels.triton.attention import attend
-
-    return attend
 
 
 def stores(layer: Layer) -> list[Store]:

@@ -13,8 +13,9 @@ from optim.runtime.architecture.shape import Layer, Shape, resolve
 from optim.runtime.architecture.table import FAMILIES, Family
 from optim.runtime.architecture.table import Decoder as Facts
 from optim.runtime.cache.attention import Rule
+from optim.runtime.decoder.attention import Attention
 from optim.runtime.decoder.c_decode import one_call
-from optim.runtime.decoder.decoder import Attention, Block, Decoder
+from optim.runtime.decoder.decoder import Block, Decoder
 from optim.runtime.decoder.layers import ACTIVATIONS, MLP, FeedForward, Mixture, Norm, fatrelu
 from optim.runtime.decoder.linears.base import Linear, Table
 from optim.runtime.decoder.linears.source import Form

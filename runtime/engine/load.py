@@ -20,7 +20,7 @@ from optim.runtime.engine.build import build
 from optim.runtime.formats.static_int import read_config
 from optim.runtime.sparsity.side_file import SIDE
 from optim.runtime.storage.checkpoint import Checkpoint, open_checkpoint
-from optim.runtime.system.machine import compute_dtype, pick_device, release_code, release_memory
+from optim.runtime.system.machine import compute_dtype, pick_device, release_memory
 
 if TYPE_CHECKING:
     from optim.runtime.text.tokenizer import Tokenizer
@@ -174,7 +174,6 @@ def load_model(
     # Parsing a vocabulary takes 50 MB for a moment: before the weights are there.
     tokenizer = checkpoint.tokenizer() if _has_tokenizer(checkpoint) else None
     release_memory()
-    release_code()
     decoder, weight_bytes = make(checkpoint, place, compute_dtype(place))
     if place.type == "cuda" and isinstance(decoder, Decoder) and recordable(decoder):
         decoder = GraphDecoder(decoder, cuda_graph)

@@ -17,8 +17,6 @@ from optim.runtime.engine.sampling import Sampler, Sampling
 from optim.runtime.engine.stop_text import StopText
 from optim.runtime.storage.size_table import stored
 
-__all__ = ["Sampling", "Session", "Stats", "generate"]
-
 Message = dict[str, str]
 Reading = Callable[[int, int], None]
 """Told, while a prompt is read, how many of its tokens are done and how many there are."""
@@ -80,12 +78,6 @@ class Stats:
         """Tokens a second after the first, which the prefill gives."""
         steps = self.new_tokens - 1
         return steps / self.decode_seconds if steps > 0 and self.decode_seconds else 0.0
-
-    @property
-    def prefill_rate(self) -> float:
-        """Prompt tokens a second."""
-        computed = self.prompt_tokens - self.cached_tokens
-        return computed / self.prefill_seconds if self.prefill_seconds else 0.0
 
 
 class Session:

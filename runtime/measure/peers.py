@@ -3,22 +3,20 @@
 import time
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from optim.recipes.errors import MACHINE, USAGE, OptimError
+from optim.runtime.measure.job import Job
 from optim.runtime.storage.checkpoint import Checkpoint, open_checkpoint, require_plain
 from optim.runtime.system.machine import pick_device
-
-if TYPE_CHECKING:
-    from optim.runtime.measure.speed import Job
 
 
 class Transformers:
     """transformers' own `generate`, in bf16."""
 
-    def __init__(self, job: "Job") -> None:
+    def __init__(self, job: Job) -> None:
         device = pick_device(job.device)
         self._model = _bf16_model(open_checkpoint(job.source)).to(device)
         self.place = f"{device.type}, {torch.get_num_threads()} threads, bf16"
@@ -70,7 +68,7 @@ def _bf16_model(checkpoint: Checkpoint) -> Any:
 class LlamaCpp:
     """llama.cpp through `llama-cpp-python`; runs the .gguf file itself."""
 
-    def __init__(self, job: "Job") -> None:
+    def __init__(self, job: Job) -> None:
         try:
             llama_cpp: Any = import_module("llama_cpp")
         except ImportError as error:

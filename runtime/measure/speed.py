@@ -18,31 +18,14 @@ import torch
 
 from optim.recipes.errors import OptimError
 from optim.runtime.cache.full import Policy
-from optim.runtime.decoder.linears.source import Form
+from optim.runtime.engine.load import load_model
+from optim.runtime.measure.job import Job
+from optim.runtime.measure.peers import LlamaCpp, Transformers
 from optim.runtime.system.machine import peak_bytes, pick_device
 
 WORKER = "import sys; from optim.runtime.measure.speed import worker; worker(sys.stdin, sys.stdout)"
 MARK = "optim-measure:"  # libraries may print to stdout too
 PROBE = 1 << 28  # bytes read to measure bandwidth: larger than any cache
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What to run: `engine` is "optim", "transformers" or "llama.cpp"."""
-
-    source: str
-    engine: str = "optim"
-    prompt_tokens: tuple[int, ...] = (64, 512)
-    new_tokens: int = 64
-    batch: int = 1
-    repeat: int = 3
-    threads: int | None = None
-    device: str = "auto"
-    kv_bits: int = 16
-    kv_policy: str = "full"
-    context: int | None = None
-    form: Form = "planes"
-    offload: bool = False
 
 
 @dataclass(slots=True)
@@ -89,8 +72,6 @@ class OptimEngine:
     """Our own loop: prefill, then `new` greedy steps."""
 
     def __init__(self, job: Job) -> None:
-        from optim.runtime.engine.load import load_model
-
         self._model = load_model(
             job.source,
             device=job.device,
@@ -128,8 +109,6 @@ def _wait(device: torch.device) -> None:
 
 def engines() -> dict[str, Callable[[Job], Engine]]:
     """What can run a job, by name."""
-    from optim.runtime.measure.peers import LlamaCpp, Transformers
-
     return {"optim": OptimEngine, "transformers": Transformers, "llama.cpp": LlamaCpp}
 
 

@@ -3,7 +3,6 @@
 Nothing but the piece at hand is in memory. The file has its name only when it is whole.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -89,11 +88,3 @@ def _header(entries: Entries, sizes: Mapping[str, int], metadata: Mapping[str, s
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def bytes_sha256(pieces: Any) -> str:
-    """sha256 (hex) over buffers, one after the other."""
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(memoryview(piece).cast("B"))
-    return digest.hexdigest()

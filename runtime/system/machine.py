@@ -10,7 +10,7 @@ import torch
 
 from optim.recipes.errors import MACHINE, USAGE, OptimError
 
-MADV_DONTNEED, MADV_HUGEPAGE, MADV_COLLAPSE = 4, 14, 25  # of Linux's madvise
+MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # of Linux's madvise
 HUGE_PAGE = 1 << 21
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 KEPT_BLOCK, KEPT_HEAP = 32 << 20, 64 << 20  # 32 MB is the most glibc takes
@@ -68,22 +68,6 @@ def reuse_memory() -> None:
     if option is not None:
         option(M_MMAP_THRESHOLD, KEPT_BLOCK)
         option(M_TRIM_THRESHOLD, KEPT_HEAP)
-
-
-def release_code() -> None:
-    """Let go of the code that torch ran only while it was imported: 40 MB of resident memory.
-
-    These pages are clean copies of the library's file. What is needed again is mapped again.
-    """
-    if sys.platform != "linux":
-        return
-    with suppress(OSError, AttributeError, ValueError):
-        advise = ctypes.CDLL(None).madvise
-        for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
-            place, access, *_ = line.split()
-            if access == "r-xp" and "/libtorch" in line:
-                start, end = (int(address, 16) for address in place.split("-"))
-                advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED)
 
 
 def use_huge_pages(tensor: torch.Tensor) -> None:

@@ -15,7 +15,8 @@ import pytest
 import optim.cli.run as module
 from optim.cli.run import RunOptions, run
 from optim.recipes.errors import OptimError
-from optim.runtime.engine.session import Sampling, Stats
+from optim.runtime.engine.sampling import Sampling
+from optim.runtime.engine.session import Stats
 
 
 class FakeSession:

@@ -57,42 +57,6 @@ def _norm_codes(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _swiglu_codes(  # type: ignore[no-untyped-def]
-    h,  # [M, 2 N]: gate, up
-    left,  # float32 [A, A]
-    right,  # float32 [B, B]
-    gain,  # float32 [N]
-    offset,  # float32 [N]
-    codes,  # int8 [M, N]
-    sums,  # int32 [M]
-    N,
-    A,
-    B,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    BLOCK_A: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    a, b = tl.arange(0, BLOCK_A), tl.arange(0, BLOCK_B)
-    at = a[:, None] * B + b[None, :]
-    ok = (a < A)[:, None] & (b < B)[None, :]
-    gate = tl.load(h + row * 2 * N + at, ok, other=0).to(tl.float32)
-    up = tl.load(h + row * 2 * N + N + at, ok, other=0).to(tl.float32)
-    u = gate * tl.sigmoid(gate) * up
-    lefts = (a < A)[:, None] & (a < A)[None, :]
-    rights = (b < B)[:, None] & (b < B)[None, :]
-    le = tl.load(left + a[:, None] * A + a[None, :], lefts, other=0)
-    ri = tl.load(right + b[None, :] * B + b[:, None], rights, other=0)  # transposed
-    mixed = tl.dot(le, tl.dot(u, ri, input_precision="ieee"), input_precision="ieee")
-    z = mixed * tl.load(gain + at, ok, other=0) + tl.load(offset + at, ok, other=0)
-    q = tl.minimum(tl.maximum(tl.floor(z), LOW), HIGH)
-    q = tl.where(ok, q, 0).to(tl.int32)
-    tl.store(codes + row * N + at, q.to(tl.int8), ok)
-    tl.store(sums + row, tl.sum(tl.sum(q, 1), 0))
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _product(  # type: ignore[no-untyped-def]
     packed,  # uint8 [N, H], H = K / 2
     codes,  # int8 [M, K]
@@ -153,36 +117,6 @@ def norm_codes(
         SPLIT=index is not None,
         BLOCK_N=triton.next_power_of_2(width),
         BLOCK_K=triton.next_power_of_2(columns),
-    )
-    return codes, sums
-
-
-def swiglu_codes(
-    h: Tensor, left: Tensor, right: Tensor, gain: Tensor, offset: Tensor, bits: int
-) -> tuple[Tensor, Tensor]:
-    """silu(gate) * up of `h` `[M, 2 N]`, mixed, quantized: codes int8 `[M, N]`, sums int32 `[M]`.
-
-    `left` `[a, a]`, `right` `[b, b]` float32 with a * b = N (hadamard.Mixing without signs).
-    """
-    rows, width = h.shape[0], h.shape[1] // 2
-    low, high = limits(bits)
-    codes = torch.empty(rows, width, dtype=torch.int8, device=h.device)
-    sums = torch.empty(rows, dtype=torch.int32, device=h.device)
-    _swiglu_codes[(rows,)](
-        h.contiguous(),
-        left.contiguous(),
-        right.contiguous(),
-        gain,
-        offset,
-        codes,
-        sums,
-        width,
-        left.shape[0],
-        right.shape[0],
-        LOW=low,
-        HIGH=high,
-        BLOCK_A=max(16, triton.next_power_of_2(left.shape[0])),
-        BLOCK_B=max(16, triton.next_power_of_2(right.shape[0])),
     )
     return codes, sums
 

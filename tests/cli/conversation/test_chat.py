@@ -16,7 +16,8 @@ from optim.cli.conversation.chat import Chat
 from optim.cli.conversation.commands import COMMANDS, endings
 from optim.cli.conversation.input import plain
 from optim.cli.conversation.repl import talk
-from optim.runtime.engine.session import Sampling, Stats
+from optim.runtime.engine.sampling import Sampling
+from optim.runtime.engine.session import Stats
 
 TINY = SimpleNamespace(checkpoint=SimpleNamespace(name="tiny", source="./tiny"))
 

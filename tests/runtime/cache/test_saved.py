@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from optim.recipes.errors import OptimError
 from optim.runtime.cache.full import Policy
 from optim.runtime.engine.load import Model, load_model
-from optim.runtime.engine.session import Sampling, Session
+from optim.runtime.engine.sampling import Sampling
+from optim.runtime.engine.session import Session
 
 POLICIES = [Policy(bits, kind) for bits in (16, 8, 4) for kind in ("full", "stream")]
 

@@ -7,7 +7,6 @@ triton = pytest.importorskip("triton")
 
 from optim.runtime.decoder.linears import static_int as static_linear  # noqa: E402
 from optim.runtime.decoder.linears.static_int import StepLinear, StepNorm  # noqa: E402
-from optim.runtime.formats.hadamard import mixing  # noqa: E402
 from optim.runtime.formats.static_int import (  # noqa: E402
     Exact,
     StaticSite,
@@ -73,21 +72,6 @@ def test_modules_take_what_the_kernels_give(monkeypatch: pytest.MonkeyPatch) -> 
     )
     assert norm(x).dtype == torch.int8
     assert torch.allclose(linear(norm(x)), wanted, atol=1e-5)
-
-
-@pytest.mark.parametrize("width", [96, 640])
-def test_feed_forward_codes(width: int) -> None:
-    generator = G().manual_seed(2)
-    h = torch.randn(3, 2 * width, generator=generator)
-    mix = mixing(width).to(torch.device("cpu"), torch.float32)
-    gain = torch.full((width,), 40.0)
-    site = StaticSite({"gain": gain, "shift": torch.zeros(width)}, 8, mix, Exact())
-    gate, up = h.chunk(2, -1)
-    wanted = site(torch.nn.functional.silu(gate) * up)[0]
-    codes, sums = triton_w4a8.swiglu_codes(h, mix.left, mix.right, gain, site.offset, 8)
-    assert (codes.float() - wanted).abs().max() <= 1
-    assert (codes.float() != wanted).float().mean() < 2e-3
-    assert torch.equal(sums, codes.sum(1, dtype=torch.int32))
 
 
 @pytest.mark.gpu
