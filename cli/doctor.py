@@ -1,7 +1,8 @@
-"""`optim doctor`: versions, memory, devices, and one self-test for each kernel.
+"""`optim doctor`: versions, memory, devices, a self-test of each kernel, and a proof of each path.
 
 A kernel is a file of `runtime/kernels`; its `check()` compares it with its reference on small odd
 shapes and returns what it runs on, or raises NoKernel with the reason why it cannot be used here.
+A path is a kind of model, decoded with a cache in one of the ways of this machine (paths.py).
 """
 
 import os
@@ -15,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from optim.cli import ui
+from optim.cli.paths import Proof, prove
+from optim.recipes.errors import CHECK_FAILED, OptimError
 
 PACKAGES = ("optim-llm", "torch", "triton", "transformers", "safetensors", "tokenizers", "numba")
 
 
 def doctor(as_json: bool) -> None:
-    """Print what this machine can run."""
+    """Print what this machine can run; raises OptimError (3) if a path does not hold."""
+    proofs = _prove()
     found = {
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -31,11 +35,29 @@ def doctor(as_json: bool) -> None:
         "gpus": _gpus(),
         "packed_without_loss": _packed(),
         "kernels": [result for name in _kernels() if (result := _check(name))],
+        "paths": [proof.as_dict() for proof in proofs],
     }
     if as_json:
         ui.emit(found)
     else:
         _show(found)
+        _show_paths(proofs)
+    if wrong := [proof for proof in proofs if not proof.holds]:
+        first = wrong[0]
+        what = (
+            f"{len(wrong)} of {len(proofs)} paths do not hold, such as {first.model} {first.route}"
+        )
+        fix = "do not trust such models here, and report it with `optim doctor --json`"
+        raise OptimError(what, fix, CHECK_FAILED)
+
+
+def _prove() -> list[Proof]:
+    ui.wait_quietly()
+    ui.status("proving every path, some 15 s ...")
+    try:
+        return prove()
+    finally:
+        ui.status()
 
 
 def _version(package: str) -> str | None:
@@ -143,3 +165,18 @@ def _show(found: dict[str, Any]) -> None:
     ui.table(("machine", ""), rows, left=2)
     kernels = ((k["name"], "works" if k["works"] else "no", k["detail"]) for k in found["kernels"])
     ui.table(("kernel", "here", "detail"), kernels, left=3)
+
+
+def _show_paths(proofs: list[Proof]) -> None:
+    """A row for each model and route: of all caches the largest difference."""
+    rows = []
+    for model, route in dict.fromkeys((proof.model, proof.route) for proof in proofs):
+        some = [p for p in proofs if (p.model, p.route) == (model, route)]
+        worst = max(some, key=lambda proof: proof.share)
+        detail = worst.problem or f"at most {worst.bound:g}"
+        holds = "holds" if all(proof.holds for proof in some) else "NO"
+        rows.append((model, route, holds, str(len(some)), f"{worst.share:.1g}", detail))
+    ui.say(
+        "logits beside those of torch alone: the largest difference, as a share of a row's length"
+    )
+    ui.table(("path", "route", "here", "caches", "difference", ""), rows, left=3)
