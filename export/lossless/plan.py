@@ -23,12 +23,13 @@ from optim.runtime.storage.lossless.layout import BLOCK
 from optim.runtime.storage.lossless.layouts import LAYOUTS
 from optim.runtime.storage.lossless.store import LosslessStore
 from optim.runtime.storage.tensors import TensorInfo
+from optim.runtime.system.file_names import file_stems
 from optim.runtime.system.output import check_output
 
 CASTABLE = (torch.float32, torch.float16, torch.float64)
 NOT_WEIGHTS = ("weight_scale", "weight_zero_point", "scales", "qzeros", "qweight", "bias")
 ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj")
-REST = "model"  # file of what belongs to no block
+REST = "rest"  # what belongs to no block; no name that other programs look for
 MOST_WEIGHTS = 2**31 - 1  # of a unit: both layouts count in int32
 
 
@@ -178,7 +179,7 @@ def _shards(infos: dict[str, TensorInfo], chosen: Sequence[str], joins: bool) ->
         block = match[1] if match else None
         packed = name in chosen
         own = block or (name.removesuffix(".weight") if packed else REST)
-        shard = shards.setdefault(own, Shard(f"{own.replace('.', '_')}.safetensors"))
+        shard = shards.setdefault(own, Shard(""))
         if not packed:
             shard.raw.append(name)
             continue
@@ -187,6 +188,8 @@ def _shards(infos: dict[str, TensorInfo], chosen: Sequence[str], joins: bool) ->
         whole = whole and size + math.prod(infos[name].shape) <= MOST_WEIGHTS
         alone = name.removesuffix(".weight") if joins else name
         shard.units.setdefault(own if whole else alone, []).append(name)
+    for own, stem in file_stems(shards).items():
+        shards[own].file = f"{stem}.safetensors"
     return sorted(shards.values(), key=lambda shard: _natural(shard.file))
 
 

@@ -12,6 +12,7 @@ expert is always one linear each: `model.layers.3.mlp.experts.7.gate_proj.weight
 import re
 from typing import Any
 
+from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.storage.tensors import Part, TensorInfo
 
 W_NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -34,7 +35,7 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
 def is_stack(name: str, info: TensorInfo, hidden: Any) -> bool:
     """Whether this is a fused expert tensor in the plain [E, out, in] layout."""
     match = STACK.fullmatch(name)
-    if match is None or len(info.shape) != 3:
+    if match is None or len(info.shape) != 3 or not info.nbytes:
         return False
     return bool(info.shape[1 if match[2] == "down_proj" else 2] == hidden)
 
@@ -85,11 +86,15 @@ def canonical_parts(
         name = plain_name(stored, model_type, composed)
         if name is None:
             left_out.append(stored)
-        elif is_stack(name, info, hidden):
+            continue
+        found = {name: Part(stored)}
+        if is_stack(name, info, hidden):
             split = split_stack(name, info)
-            parts.update({key: Part(stored, p.expert, p.rows) for key, p in split.items()})
-        else:
-            parts[name] = Part(stored)
+            found = {key: Part(stored, p.expert, p.rows) for key, p in split.items()}
+        if twice := next(iter(found.keys() & parts.keys()), None):
+            message = f"two stored tensors, {stored} and {parts[twice].stored}, are both {twice}"
+            raise OptimError(message, "fetch the model again", USAGE)
+        parts |= found
     return parts, tuple(left_out)
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,10 @@ from optim.recipes.errors import USAGE, OptimError
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
 SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
-MAX_HEADER = 100 * 2**20
+MAX_JSON = 32 << 20
+"""Bytes of a header or another JSON file: Python takes up to 25 times as much to hold it."""
+MAX_DIMS = 16
+MAX_SIZE = 2**63
 AGAIN = "copy or download the file again"
 
 DTYPES = {
@@ -94,6 +98,8 @@ def damaged(path: Path, why: str) -> NoReturn:
 def load_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. OptimError if it is missing, not JSON, or not an object."""
     try:
+        if path.stat().st_size > MAX_JSON:
+            raise ValueError(f"it is larger than {MAX_JSON >> 20} MB")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise OptimError(f"{path} is missing", AGAIN, USAGE) from None
@@ -116,7 +122,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER):
+        if size < 8 or length > min(size - 8, MAX_JSON):
             damaged(path, f"a header of {length} bytes in a file of {size}")
         try:
             entries = json.loads(file.read(length), object_pairs_hook=_no_duplicates)
@@ -132,11 +138,15 @@ def _entry(path: Path, name: str, entry: Any, room: int) -> tuple[TensorInfo, in
     """One checked header entry: its info, and where its bytes begin in the data."""
     try:
         kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        numbers_ok = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        if not isinstance(entry["shape"], list):
+            raise TypeError
+        numbers_ok = all(type(n) is int and 0 <= n < MAX_SIZE for n in (*shape, begin, end))
     except (KeyError, TypeError, ValueError):
         damaged(path, f"the entry of {name} is malformed")
     if not isinstance(kind, str) or kind not in DTYPES:
         raise OptimError(f"{path}: {name} has the unknown dtype {kind!r}", code=USAGE)
+    if len(shape) > MAX_DIMS:
+        damaged(path, f"{name} has {len(shape)} dimensions")
     nbytes = math.prod(shape) * DTYPES[kind].itemsize if numbers_ok else -1
     if not numbers_ok or end - begin != nbytes:
         damaged(path, f"{name} has shape {list(shape)} but bytes {begin} to {end}")
@@ -212,6 +222,7 @@ class TorchFiles:
         """The mapped tensors of one file; only the last file stays open."""
         if self._open and self._open[0] == path:
             return self._open[1]
+        _check_zip(path)
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError:
@@ -220,18 +231,52 @@ class TorchFiles:
                 "use the safetensors files of the model",
                 USAGE,
             ) from None
-        except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-            damaged(path, str(error).splitlines()[0] if str(error) else "not a torch zip file")
-        if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        except Exception as error:  # a pickle of odd content raises nearly anything
+            damaged(path, str(error).partition("\n")[0] or type(error).__name__)
+        if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
             damaged(path, "it does not hold a dictionary of tensors")
+        for name, tensor in state.items():
+            if not _is_plain(tensor):
+                damaged(path, f"{name} is not a plain tensor that lies within its file")
         self._open = (path, state)
         return state
 
     def read(self, part: Part) -> Tensor:
         """The tensor, copied out of the mapping."""
-        tensor = self._load(self._where[part.stored])[part.stored]
+        tensor = self._load(self._where[part.stored])[part.stored].detach()
         tensor = tensor if part.expert is None else tensor[part.expert]
         return tensor[slice(*part.rows)].clone() if part.rows else tensor.contiguous().clone()
+
+
+def _check_zip(path: Path) -> None:
+    """Refuse a file that is no zip archive, or whose parts grow as they are read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+    except Exception as error:  # zipfile raises what struct and codecs do, too
+        damaged(path, f"it is not a torch zip file ({error})")
+    for part in parts:
+        if part.compress_type != zipfile.ZIP_STORED or part.file_size > part.compress_size:
+            damaged(path, f"its part {part.filename} is compressed")
+        if part.filename.endswith(".pkl") and part.file_size > MAX_JSON:
+            damaged(path, f"its part {part.filename} is larger than {MAX_JSON >> 20} MB")
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether it is a dense tensor on the CPU whose last element is within its storage."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+        return False
+    if tensor.device.type != "cpu" or tensor.dtype not in DTYPES.values():
+        return False
+    if not tensor.numel():
+        return True
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps)
+    if tensor.numel() * tensor.itemsize > max(tensor.untyped_storage().nbytes(), 1):
+        return False  # a view that repeats itself: a terabyte of one stored number
+    return min(tensor.stride(), default=0) >= 0 and (last + 1) * tensor.itemsize <= int(
+        tensor.untyped_storage().nbytes()
+    )
 
 
 def _indexed(folder: Path, index: Path) -> tuple[list[Path], set[str]]:
@@ -241,8 +286,9 @@ def _indexed(folder: Path, index: Path) -> tuple[list[Path], set[str]]:
         damaged(index, "it has no weight_map")
     names = sorted({str(shard) for shard in weight_map.values()})
     for name in names:
-        if Path(name).name != name or "\\" in name or name in ("", ".", ".."):
-            damaged(index, f"it names the shard {name!r}, which is not a file of this folder")
+        plain = Path(name).name == name and "\\" not in name and name not in ("", ".", "..")
+        if not plain or len(name) > 100:
+            damaged(index, f"it names the shard {name[:100]!r}, which is no file of this folder")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

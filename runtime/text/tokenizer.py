@@ -18,11 +18,13 @@ from tokenizers import Tokenizer as Backend
 
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.storage.names import text_config
-from optim.runtime.storage.tensors import AGAIN, load_json
+from optim.runtime.storage.tensors import load_json
 from optim.runtime.text.chat_template import Message, chat_template, render_template
+from optim.runtime.text.tokenizer_file import guarded, read_backend
 
 PRIVATE_USE = range(0xE000, 0xF8FF)
 LOST = "�"
+CHECK = "is it valid text, and tokenizer.json that of the model?"
 
 
 @dataclass(slots=True)
@@ -61,7 +63,9 @@ class Tokenizer:
 
     def _ids(self, text: str, special: bool, control: bool) -> list[int]:
         self.backend.encode_special_tokens = not control
-        return list(self.backend.encode(text, add_special_tokens=special).ids)
+        what = "the tokenizer cannot encode this text"
+        made = guarded(lambda: self.backend.encode(text, add_special_tokens=special), what, CHECK)
+        return list(made.ids)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Token ids of a text; with `special` also what the tokenizer puts around one (BOS).
@@ -78,7 +82,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
-        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special))
+        what = "the tokenizer cannot decode these tokens"
+        return str(guarded(lambda: self.backend.decode(list(ids), skip_special), what, CHECK))
 
     def stream(self) -> "Stream":
         """A decoder that takes one id at a time."""
@@ -184,20 +189,14 @@ def _converted(folder: Path, trust_remote_code: bool) -> tuple[Backend, dict[str
     from transformers import AutoTokenizer
 
     fix = "add the model's tokenizer.json to the folder"
-    try:
-        made: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises nearly anything here
-        raise OptimError(f"{folder} has no usable tokenizer: {error}", fix, USAGE) from None
+    made: Any = guarded(
+        lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code),
+        f"{folder} has no usable tokenizer",
+        fix,
+    )
     if getattr(made, "backend_tokenizer", None) is None:
         raise OptimError(f"{folder}: its tokenizer exists as Python code only", fix, USAGE)
     return made.backend_tokenizer, {role: str(t) for role, t in made.special_tokens_map.items()}
-
-
-def _read(path: Path) -> Backend:
-    try:
-        return Backend.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise OptimError(f"{path} cannot be used: {error}", AGAIN, USAGE) from None
 
 
 def load_tokenizer(
@@ -210,7 +209,7 @@ def load_tokenizer(
     settings = _json(folder / "tokenizer_config.json")
     names = _names(folder, settings)
     if (folder / "tokenizer.json").is_file():
-        backend = _read(folder / "tokenizer.json")
+        backend = read_backend(folder / "tokenizer.json")
     else:
         backend, names = _converted(folder, trust_remote_code)
     backend.no_truncation()
