@@ -70,7 +70,7 @@ def _version(package: str) -> str | None:
 def _cpu() -> dict[str, Any]:
     import torch
 
-    from optim.runtime.system.machine import has_bf16_units
+    from optim.runtime.system.instructions import has_bf16_units
 
     names = _fields("/proc/cpuinfo")
     return {

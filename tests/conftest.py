@@ -3,12 +3,16 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from optim.runtime.system import instructions
 
 # Read when Triton is first imported; `TRITON_INTERPRET=0 pytest -m gpu` runs kernels on a card.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -52,6 +56,9 @@ TABLE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 OUTSIDE = {"starcoder2": ("Starcoder2", {}), "stablelm": ("StableLm", {})}
 
+LEVELS = instructions.levels() or [""]
+"""The levels of instructions that this machine has; elsewhere what the compiler makes of it."""
+
 MakeModel = Callable[..., Path]
 
 
@@ -65,6 +72,45 @@ def family(request: pytest.FixtureRequest) -> str:
 def table_family(request: pytest.FixtureRequest) -> str:
     """Every family of the table."""
     return str(request.param)
+
+
+def pytest_report_header() -> list[str]:
+    """A green run says where it was green."""
+    return [instructions.described(), f"OPTIM_ISA levels: {' '.join(instructions.levels()) or '-'}"]
+
+
+@contextmanager
+def _another_machine() -> Iterator[pytest.MonkeyPatch]:
+    """What is changed in here about the machine, kernels look at anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        _forget_kernels()
+        yield patch
+    _forget_kernels()
+
+
+def _forget_kernels() -> None:
+    """Clear what modules remember of the machine."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("optim."):
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
+
+
+@pytest.fixture(scope="module", params=LEVELS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every level of instructions that this machine has, one after the other."""
+    with _another_machine() as patch:
+        patch.setenv("OPTIM_ISA", request.param)
+        yield request.param
+
+
+@pytest.fixture
+def another_machine() -> Iterator[pytest.MonkeyPatch]:
+    """To change what the machine has, before any kernel looks."""
+    with _another_machine() as patch:
+        patch.delenv("OPTIM_ISA", raising=False)
+        yield patch
 
 
 @pytest.fixture

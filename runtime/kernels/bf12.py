@@ -16,7 +16,7 @@ from optim.runtime.formats.bf12 import PALETTE, width
 from optim.runtime.kernels.compile import NoKernel
 from optim.runtime.kernels.cpu import bf12
 from optim.runtime.kernels.cpu import bf16 as cpu_bf16
-from optim.runtime.kernels.cpu.df11 import Array
+from optim.runtime.kernels.door import Array
 
 
 def codec() -> ModuleType:

@@ -3,15 +3,11 @@
 import ctypes
 import resource
 import sys
-from contextlib import suppress
-from pathlib import Path
 
 import torch
 
 from optim.recipes.errors import MACHINE, USAGE, OptimError
 
-MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # of Linux's madvise
-HUGE_PAGE = 1 << 21
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 KEPT_BLOCK, KEPT_HEAP = 32 << 20, 64 << 20  # 32 MB is the most glibc takes
 
@@ -27,15 +23,6 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise OptimError(f"this machine has no {name}", "use --device cpu", MACHINE)
     return device
-
-
-def has_bf16_units() -> bool:
-    """Whether the CPU multiplies bf16 in hardware; without, torch is ten times slower in it."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -68,15 +55,3 @@ def reuse_memory() -> None:
     if option is not None:
         option(M_MMAP_THRESHOLD, KEPT_BLOCK)
         option(M_TRIM_THRESHOLD, KEPT_HEAP)
-
-
-def use_huge_pages(tensor: torch.Tensor) -> None:
-    """Ask for pages of 2 MB under a large CPU tensor: it is read a fifth faster. No promise."""
-    first = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-    size = (tensor.data_ptr() + tensor.nbytes) // HUGE_PAGE * HUGE_PAGE - first
-    if sys.platform != "linux" or tensor.device.type != "cpu" or size <= 0:
-        return
-    with suppress(OSError, AttributeError):
-        advise = ctypes.CDLL(None).madvise
-        for advice in (MADV_HUGEPAGE, MADV_COLLAPSE):
-            advise(ctypes.c_void_p(first), ctypes.c_size_t(size), advice)

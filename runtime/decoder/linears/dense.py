@@ -17,7 +17,7 @@ from optim.runtime.decoder.linears.source import Source
 from optim.runtime.decoder.linears.sparse import sparse_dense
 from optim.runtime.kernels.cpu import bf16 as cpu_bf16
 from optim.runtime.kernels.cpu import skip_dense
-from optim.runtime.system.machine import use_huge_pages
+from optim.runtime.kernels.huge_pages import use_huge_pages
 
 SLICE = 1 << 20  # weights widened at a time: 4 MB in fp32
 FEW = 16  # rows up to which reading bf16 again for every few tokens is faster than widening

@@ -5,13 +5,12 @@ for those rows, and for inputs that are zero elsewhere.
 """
 
 import copy
-import ctypes
 
 import torch
 from torch import Tensor
 
 from optim.runtime.kernels.cpu import skip_int4, w4a8
-from optim.runtime.system.machine import use_huge_pages
+from optim.runtime.kernels.huge_pages import use_huge_pages
 
 
 def gather_rows(weight: w4a8.Weight, rows: Tensor) -> w4a8.Weight:
@@ -23,12 +22,8 @@ def gather_rows(weight: w4a8.Weight, rows: Tensor) -> w4a8.Weight:
     small.scale = _lanes(weight.scale, rows)
     small.zero = None if weight.zero is None else _lanes(weight.zero, rows)
     small.bias = None if weight.bias is None else _lanes(weight.bias, rows)
-    small._layer = type(weight._layer).from_buffer_copy(weight._layer)
-    small._layer.outputs = len(rows)
-    for name in ("weight", "scale", "zero", "bias"):
-        held = getattr(small, name)
-        setattr(small._layer, name, None if held is None else held.data_ptr())
-    small.address = ctypes.addressof(small._layer)
+    small.layer = type(weight.layer).from_buffer_copy(weight.layer)
+    small.point()
     return small
 
 

@@ -3,7 +3,6 @@
 #define OPTIM_CPU_ATTENTION_H
 #include <math.h>
 #include <stdint.h>
-#include <stdlib.h>
 
 #include "simd_half.h"
 
@@ -21,6 +20,22 @@ static inline float expo(float x) {
     p = p * r * r + r + 1.0f;
     union { int32_t i; float f; } two = {((int32_t)n + 127) << 23};
     return p * two.f;
+}
+
+/* The same, eight at a time. The float 1.5 * 2^23 + n has n in its lowest bits. */
+static inline wide expo8(wide x) {
+    const wide least = (wide){0} - 87.0f;
+    const lanes small = x < least;
+    x = (wide)(((lanes)x & ~small) | ((lanes)least & small));
+    const wide shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+    const wide r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    wide p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * (wide)(((lanes)shifted + (127 - 0x4B400000)) << 23);
 }
 
 static inline void turn(float *x, const float *cos, const float *sin, int64_t r) {
@@ -44,34 +59,6 @@ static inline void turn_group(float *q, int64_t group, float *k, int64_t d, cons
 static inline int64_t first_seen(int64_t end, int64_t window, int64_t padding) {
     const int64_t first = window && end > window ? end - window : 0;
     return padding > first ? padding : first;
-}
-
-/* Room for so many scores, kept by the thread from call to call; NULL if there is no memory. */
-static inline float *room_for(int64_t scores) {
-    static _Thread_local float *room;
-    static _Thread_local int64_t held;
-    if (held < scores) {
-        free(room);
-        room = malloc((scores + 4096) * sizeof(float));
-        held = room ? scores + 4096 : 0;
-    }
-    return room;
-}
-
-/* The same, eight at a time. The float 1.5 * 2^23 + n has n in its lowest bits. */
-static inline wide expo8(wide x) {
-    const wide least = (wide){0} - 87.0f;
-    const lanes small = x < least;
-    x = (wide)(((lanes)x & ~small) | ((lanes)least & small));
-    const wide shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
-    const wide r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    wide p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return p * (wide)(((lanes)shifted + (127 - 0x4B400000)) << 23);
 }
 
 /* s[j] becomes e^(scale * s[j] - the largest of them), capped first; returns 1 / their sum. */

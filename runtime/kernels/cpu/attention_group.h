@@ -8,9 +8,9 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "optim.h"
 #include "simd_half.h"
 
-#define ALWAYS static inline __attribute__((always_inline))
 enum { HEADS = 3, POSITIONS = 4, COLUMNS = 4 };
 typedef float quad __attribute__((vector_size(16)));
 
@@ -19,7 +19,7 @@ typedef float quad __attribute__((vector_size(16)));
 enum { FLOATS, HALFS, CODES8, CODES4 };
 
 /* Numbers i .. i + WIDE of a line. */
-ALWAYS wide eight(const void *lines, int64_t line, int64_t i, int64_t d, const int kind) {
+INLINE wide eight(const void *lines, int64_t line, int64_t i, int64_t d, const int kind) {
     const uint8_t *codes = (const uint8_t *)lines + line * d / (kind == CODES4 ? 2 : 1);
     if (kind == FLOATS) return *(const wide_at *)((const float *)lines + line * d + i);
     if (kind == HALFS) return widen8((const uint16_t *)lines + line * d + i);
@@ -28,7 +28,7 @@ ALWAYS wide eight(const void *lines, int64_t line, int64_t i, int64_t d, const i
 }
 
 /* Lanes 0 and 1, 2 and 3, .. added, of a and b by turns of two. */
-ALWAYS wide pairs(wide a, wide b) {
+INLINE wide pairs(wide a, wide b) {
 #if defined(__clang__)
     return __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14) +
            __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
@@ -39,7 +39,7 @@ ALWAYS wide pairs(wide a, wide b) {
 }
 
 /* to[0..4] = the sums of the lanes of four vectors. */
-ALWAYS void sums(const wide *v, float *to) {
+INLINE void sums(const wide *v, float *to) {
     const wide c = pairs(pairs(v[0], v[1]), pairs(v[2], v[3]));
     quad low, high;
     memcpy(&low, &c, sizeof low);
@@ -49,7 +49,7 @@ ALWAYS void sums(const wide *v, float *to) {
 }
 
 /* y[h * stride + j] = q[h] . line j, of `heads` heads and `count` lines of d, a multiple of WIDE. */
-ALWAYS void scores_of(const float *q, const void *lines, const int kind, int64_t d, int64_t count,
+INLINE void scores_of(const float *q, const void *lines, const int kind, int64_t d, int64_t count,
                       const int heads, float *y, int64_t stride) {
     for (int64_t j = 0; j < count; j += POSITIONS) {
         const int64_t left = count - j < POSITIONS ? count - j : POSITIONS;
@@ -74,7 +74,7 @@ ALWAYS void scores_of(const float *q, const void *lines, const int kind, int64_t
 }
 
 /* y[h * d ..] += the sum over j of w[h * stride + j] * line j, of columns i .. i + columns * WIDE. */
-ALWAYS void values_of(const float *w, int64_t stride, const void *lines, const int kind, int64_t d,
+INLINE void values_of(const float *w, int64_t stride, const void *lines, const int kind, int64_t d,
                       int64_t count, const int heads, const int columns, int64_t i, float *y) {
     wide sum[HEADS][COLUMNS];
 #pragma GCC unroll 4
@@ -95,7 +95,7 @@ ALWAYS void values_of(const float *w, int64_t stride, const void *lines, const i
 }
 
 /* Both over a group of any size. d is a multiple of WIDE, of 2 * WIDE where codes have 4 bits. */
-ALWAYS void group_scores(const float *q, const void *lines, const int kind, int64_t d,
+INLINE void group_scores(const float *q, const void *lines, const int kind, int64_t d,
                          int64_t count, int64_t group, float *y, int64_t stride) {
     for (; group > 0; group -= HEADS, q += HEADS * d, y += HEADS * stride)
         if (group == 1)
@@ -106,7 +106,7 @@ ALWAYS void group_scores(const float *q, const void *lines, const int kind, int6
             scores_of(q, lines, kind, d, count, HEADS, y, stride);
 }
 
-ALWAYS void values_in(const float *w, int64_t stride, const void *lines, const int kind, int64_t d,
+INLINE void values_in(const float *w, int64_t stride, const void *lines, const int kind, int64_t d,
                       int64_t count, const int heads, float *y) {
     int64_t i = 0;
     for (; i + COLUMNS * WIDE <= d; i += COLUMNS * WIDE)
@@ -114,7 +114,7 @@ ALWAYS void values_in(const float *w, int64_t stride, const void *lines, const i
     for (; i < d; i += WIDE) values_of(w, stride, lines, kind, d, count, heads, 1, i, y);
 }
 
-ALWAYS void group_values(const float *w, int64_t stride, const void *lines, const int kind,
+INLINE void group_values(const float *w, int64_t stride, const void *lines, const int kind,
                          int64_t d, int64_t count, int64_t group, float *y) {
     for (; group > 0; group -= HEADS, w += HEADS * stride, y += HEADS * d)
         if (group == 1)

@@ -3,20 +3,14 @@
  * Queries, and the new key and value, are rotated by blockwise Hadamard butterflies; the new ones
  * are rounded to 8 bits and stored. A head's size is a multiple of 16.
  */
+#include <math.h>
 #include <string.h>
 
 #include "optim.h"
 #include "attention_group.h"
 
-static inline float from_bf16(uint16_t x) {
-    union { uint32_t i; float f; } two = {(uint32_t)x << 16};
-    return two.f;
-}
-
-static inline uint16_t to_bf16(float x) { /* to nearest, ties to even */
-    union { float f; uint32_t i; } two = {x};
-    return (two.i + 0x7FFF + ((two.i >> 16) & 1)) >> 16;
-}
+SIZE_OF(Side)
+SIZE_OF(Packed)
 
 /* By blocks of the largest power of two that divides `dim`. */
 static void hadamard(float *x, int64_t dim) {
@@ -33,7 +27,7 @@ static void hadamard(float *x, int64_t dim) {
 }
 
 /* Rounds `x` on its own grid of 256 steps, as position `at` of row `u`. */
-static void put(const Side *s, int64_t u, int64_t at, const float *x, int64_t dim) {
+static void store_rounded(const Side *s, int64_t u, int64_t at, const float *x, int64_t dim) {
     float low = x[0], high = x[0];
     for (int64_t i = 1; i < dim; i++) low = x[i] < low ? x[i] : low;
     for (int64_t i = 1; i < dim; i++) high = x[i] > high ? x[i] : high;
@@ -95,8 +89,8 @@ void optim_packed_store(const Step *p, int64_t u, float *q, float *k, float *v) 
     for (int64_t g = 0; g < p->heads / p->kv_heads; g++) hadamard(q + g * d, d);
     hadamard(k, d);
     hadamard(v, d);
-    put(&p->packed->keys, u, at, k, d);
-    put(&p->packed->values, u, at, v, d);
+    store_rounded(&p->packed->keys, u, at, k, d);
+    store_rounded(&p->packed->values, u, at, v, d);
 }
 
 void optim_packed_scores(const Step *p, int64_t u, const float *q, int64_t first, int64_t n,

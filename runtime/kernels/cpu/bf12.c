@@ -22,6 +22,8 @@ typedef struct {
     int64_t rows, cols;
 } Planes;
 
+SIZE_OF(Planes)
+
 int64_t optim_bf12_width(int64_t cols) { return cols / GROUP * (GROUP / 2) + (cols % GROUP + 1) / 2; }
 
 /* bytes[256] += how often each high byte comes. */
@@ -40,10 +42,11 @@ void optim_bf12_count(const uint16_t *w, int64_t n, int64_t *bytes) {
 }
 
 /* Rows of weights into planes. name[256]: place in the palette, or PALETTE for an escape, of which
- * `at` (counted from `first`) and `escaped` get their part. Returns the number of escapes. */
+ * `at` (counted from `first`) and `escaped`, which have `room`, get their part. Returns the number of
+ * escapes, -1 if there are more. */
 int64_t optim_bf12_split(const uint16_t *w, int64_t rows, int64_t cols, const uint8_t *name,
                          uint8_t *low, uint8_t *high, int64_t first, int32_t *at,
-                         uint8_t *escaped) {
+                         uint8_t *escaped, int64_t room) {
     const int64_t width = optim_bf12_width(cols);
     int64_t count = 0;
     for (int64_t row = 0; row < rows; row++, w += cols, low += cols, high += width) {
@@ -61,6 +64,7 @@ int64_t optim_bf12_split(const uint16_t *w, int64_t rows, int64_t cols, const ui
         }
         for (int64_t k = 0; missing & PALETTE && k < cols; k++)
             if (name[w[k] >> 8] == PALETTE) {
+                if (count == room) return -1;
                 at[count] = (int32_t)(first + row * cols + k);
                 escaped[count++] = (uint8_t)(w[k] >> 8);
             }
@@ -119,9 +123,9 @@ static void group(const Planes *p, const uint8_t *low, const uint8_t *high, uint
 }
 #endif
 
-static void ask(const uint8_t *low, const uint8_t *high) {
-    __builtin_prefetch(low + AHEAD);
-    __builtin_prefetch(high + AHEAD / 2);
+static void fetch_ahead(const uint8_t *low, const uint8_t *high) {
+    __builtin_prefetch(low + PREFETCH_WEIGHTS);
+    __builtin_prefetch(high + PREFETCH_WEIGHTS / 2);
 }
 
 static void expand(const Planes *p, int64_t row, uint16_t *out) {
@@ -130,7 +134,7 @@ static void expand(const Planes *p, int64_t row, uint16_t *out) {
     int32_t e = p->escapes[row];
     int64_t k = 0;
     for (; k + GROUP <= p->cols; k += GROUP) {
-        ask(low + k, high + k / 2);
+        fetch_ahead(low + k, high + k / 2);
         group(p, low + k, high + k / 2, out + k);
     }
     tail(p, low + k, high + k / 2, p->cols - k, out + k);
@@ -146,14 +150,13 @@ typedef struct {
     const Planes *planes;
     const float *x, *split; /* [tokens][cols]; its even columns, then the odd */
     float *y;               /* [tokens][outputs], of which this matrix fills its rows */
-    int64_t outputs, tokens, next, failed;
+    int64_t outputs, tokens, failed;
 } Job;
 
 enum { ONCE = 2 }; /* tokens for which a row is decoded once: their sums fit the registers */
 
-/* One row times `n` tokens from `t` on; `scratch` is for the row, or what is patched of it. */
-static inline __attribute__((always_inline)) void product(const Job *j, int64_t row, int64_t t,
-                                                          const int n, uint16_t *scratch) {
+/* One row times `n` tokens from `t` on; `room` is for the row, or what is patched of it. */
+INLINE void product(const Job *j, int64_t row, int64_t t, const int n, uint16_t *room) {
     const Planes *p = j->planes;
     const int64_t cols = p->cols, half = cols / 2;
     const float *x = j->x + t * cols, *even = j->split + t * 2 * half, *odd = even + half;
@@ -168,13 +171,13 @@ static inline __attribute__((always_inline)) void product(const Job *j, int64_t 
     int32_t e = p->escapes[row];
     for (; k + GROUP <= cols; k += GROUP) {
         const __m256i names = apart(high + k / 2);
-        ask(low + k, high + k / 2);
+        fetch_ahead(low + k, high + k / 2);
         Pair w[2] = {decode_32(palette, low + k, names),
                      decode_32(palette, low + k + 32, _mm256_srli_epi16(names, 4))};
         if (__builtin_expect(e < last && p->at[e] < first + k + GROUP, 0)) {
-            memcpy(scratch, w, sizeof w);
-            patch(p, &e, last, first + k, first + k + GROUP, scratch);
-            memcpy(w, scratch, sizeof w);
+            memcpy(room, w, sizeof w);
+            patch(p, &e, last, first + k, first + k + GROUP, room);
+            memcpy(w, room, sizeof w);
         }
         for (int i = 0; i < n; i++)
             for (int part = 0; part < 2; part++) {
@@ -182,49 +185,39 @@ static inline __attribute__((always_inline)) void product(const Job *j, int64_t 
                 add_32(&s[i], (words)w[part].p, (words)w[part].q, even + at, odd + at);
             }
     }
-    tail(p, low + k, high + k / 2, cols - k, scratch);
-    patch(p, &e, last, first + k, first + cols, scratch);
+    tail(p, low + k, high + k / 2, cols - k, room);
+    patch(p, &e, last, first + k, first + cols, room);
 #else
-    expand(p, row, scratch);
+    expand(p, row, room);
 #endif
     for (int i = 0; i < n; i++)
-        y[i * j->outputs] = rest_of_row(s[i], scratch, x + i * cols + k, even + i * 2 * half + k / 2,
+        y[i * j->outputs] = rest_of_row(s[i], room, x + i * cols + k, even + i * 2 * half + k / 2,
                                         odd + i * 2 * half + k / 2, cols - k);
 }
 
-static void one_output(const Job *j, int64_t row, uint16_t *scratch) {
+static void one_output(const Job *j, int64_t row, uint16_t *room) {
     int64_t t = 0;
-    for (; t + ONCE <= j->tokens; t += ONCE) product(j, row, t, ONCE, scratch);
-    for (; t < j->tokens; t++) product(j, row, t, 1, scratch);
+    for (; t + ONCE <= j->tokens; t += ONCE) product(j, row, t, ONCE, room);
+    for (; t < j->tokens; t++) product(j, row, t, 1, room);
 }
 
-static void rows_task(void *data) {
+static void some_rows(void *data, int64_t from, int64_t end) {
     Job *j = data;
-    const Planes *p = j->planes;
-    int64_t from;
-    uint16_t *row = malloc((p->cols + GROUP) * sizeof(uint16_t));
-    if (!row) j->failed = 1;
-    while (row && (from = __atomic_fetch_add(&j->next, EACH, __ATOMIC_RELAXED)) < p->rows) {
-        const int64_t end = from + EACH < p->rows ? from + EACH : p->rows;
-        for (int64_t i = from; i < end; i++) one_output(j, i, row);
-    }
-    free(row);
+    uint16_t *row = scratch(OF_THE_THREAD, (j->planes->cols + GROUP) * sizeof(uint16_t));
+    if (!row) __atomic_store_n(&j->failed, 1, __ATOMIC_RELAXED);
+    for (int64_t i = from; row && i < end; i++) one_output(j, i, row);
 }
 
 /* x [tokens][cols] times the rows of `count` matrices, one after the other: y [tokens][outputs].
  * Returns nonzero if there is no memory. */
 int optim_bf12(const Planes *planes, int64_t count, const float *x, float *y, int64_t outputs,
-               int64_t tokens, int threads, Parallel *parallel) {
+               int64_t tokens, int threads, Team *team) {
     float *split = split_columns(x, tokens, planes->cols);
-    int failed = split == NULL;
+    int64_t failed = split == NULL;
     for (const Planes *p = planes; !failed && p < planes + count; y += p->rows, p++) {
-        Job job = {p, x, split, y, outputs, tokens, 0, 0};
-        if (parallel && threads > 1 && p->rows > EACH)
-            parallel(rows_task, &job, threads, 0);
-        else
-            rows_task(&job);
-        failed = (int)job.failed;
+        Job job = {p, x, split, y, outputs, tokens, 0};
+        share(some_rows, &job, p->rows, EACH, threads, team);
+        failed = job.failed;
     }
-    free(split);
-    return failed;
+    return (int)failed;
 }

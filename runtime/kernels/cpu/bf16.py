@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from optim.runtime.kernels.compile import NoKernel, library, team, works
+from optim.runtime.kernels.door import address
 
 FEW_TOKENS = 4  # beyond, widening the weight once and a dense product is faster
 
@@ -22,10 +23,14 @@ def usable() -> bool:
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T: float32 `[tokens, in]`, contiguous bf16 `[out, in]` -> float32 `[tokens, out]`."""
     x = x.contiguous()
-    (tokens, inputs), outputs = x.shape, weight.shape[0]
+    tokens, (outputs, inputs) = x.shape[0], weight.shape
     y = torch.empty(tokens, outputs)
     run, threads = load().optim_bf16, torch.get_num_threads()
-    pointers = weight.data_ptr(), x.data_ptr(), y.data_ptr()
+    pointers = (
+        address(weight, torch.bfloat16, outputs * inputs),
+        address(x, torch.float32, tokens * inputs),
+        address(y, torch.float32, tokens * outputs),
+    )
     if run(*pointers, outputs, inputs, tokens, threads, team()):
         raise MemoryError
     return y

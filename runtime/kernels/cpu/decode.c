@@ -10,15 +10,18 @@
  */
 #include <math.h>
 #include <sched.h>
-#include <stdlib.h>
+#include <string.h>
 
 #include "optim.h"
+#include "parallel.h"
 
 typedef struct {
     const Linear *whole;
     Columns *columns; /* where `whole` is NULL */
     float threshold;
 } Reader;
+
+SIZE_OF(Reader)
 
 typedef struct {
     const float *before_attention, *after_attention; /* RMS weights [hidden]; after_*: or NULL */
@@ -33,6 +36,8 @@ typedef struct {
     int64_t window; /* 0: everything is seen */
 } Block;
 
+SIZE_OF(Block)
+
 typedef struct {
     int64_t count, hidden;
     int64_t tanh_gelu;             /* else silu */
@@ -41,6 +46,8 @@ typedef struct {
     Step step;
     const Block *blocks;
 } Decoder;
+
+SIZE_OF(Decoder)
 
 typedef struct {
     int64_t next, done;
@@ -66,7 +73,7 @@ static void zero_below(float *restrict x, int64_t n, float threshold) {
     for (int64_t i = 0; i < n; i++) x[i] = fabsf(x[i]) <= threshold ? 0 : x[i];
 }
 
-static void take(const Run *r, const Reader *l) {
+static void read_input(const Run *r, const Reader *l) {
     if (l->whole && l->threshold >= 0) zero_below(r->x, l->whole->inputs, l->threshold);
     if (l->whole)
         optim_round(l->whole, r->x, (Activations *)&r->act, 0);
@@ -74,7 +81,7 @@ static void take(const Run *r, const Reader *l) {
         optim_list(l->columns, r->x, l->threshold, r->memory, r->listed);
 }
 
-static void give(const Run *r, const Reader *l, int64_t from, int64_t end) {
+static void multiply(const Run *r, const Reader *l, int64_t from, int64_t end) {
     if (l->whole)
         optim_blocks(l->whole, &r->act, r->y, 1, from, end);
     else
@@ -84,11 +91,11 @@ static void give(const Run *r, const Reader *l, int64_t from, int64_t end) {
 static void begin_attention(const Run *r, const Block *b, int64_t from, int64_t end) {
     (void)from, (void)end;
     optim_rms_norm(r->d->h, b->before_attention, r->x, 1, r->d->hidden, r->d->eps);
-    take(r, &b->qkv);
+    read_input(r, &b->qkv);
 }
 
 static void qkv(const Run *r, const Block *b, int64_t from, int64_t end) {
-    give(r, &b->qkv, from, end);
+    multiply(r, &b->qkv, from, end);
 }
 
 static void heads(const Run *r, const Block *b, int64_t from, int64_t end) {
@@ -109,11 +116,11 @@ static void heads(const Run *r, const Block *b, int64_t from, int64_t end) {
 
 static void begin_out(const Run *r, const Block *b, int64_t from, int64_t end) {
     (void)from, (void)end;
-    take(r, &b->out);
+    read_input(r, &b->out);
 }
 
 static void out(const Run *r, const Block *b, int64_t from, int64_t end) {
-    give(r, &b->out, from, end);
+    multiply(r, &b->out, from, end);
 }
 
 /* h += y, normalized where the family does that. */
@@ -127,21 +134,21 @@ static void begin_mlp(const Run *r, const Block *b, int64_t from, int64_t end) {
     (void)from, (void)end;
     add(r, b->after_attention);
     optim_rms_norm(r->d->h, b->before_mlp, r->x, 1, r->d->hidden, r->d->eps);
-    take(r, &b->up);
+    read_input(r, &b->up);
 }
 
 static void up(const Run *r, const Block *b, int64_t from, int64_t end) {
-    give(r, &b->up, from, end);
+    multiply(r, &b->up, from, end);
 }
 
 static void begin_down(const Run *r, const Block *b, int64_t from, int64_t end) {
     (void)from, (void)end;
     (r->d->tanh_gelu ? optim_geglu_tanh : optim_swiglu)(r->y, r->x, 1, b->middle);
-    take(r, &b->down);
+    read_input(r, &b->down);
 }
 
 static void down(const Run *r, const Block *b, int64_t from, int64_t end) {
-    give(r, &b->down, from, end);
+    multiply(r, &b->down, from, end);
 }
 
 static void end_mlp(const Run *r, const Block *b, int64_t from, int64_t end) {
@@ -149,7 +156,7 @@ static void end_mlp(const Run *r, const Block *b, int64_t from, int64_t end) {
     add(r, b->after_mlp);
 }
 
-static void rest(int64_t *spins) {
+static void wait_a_little(int64_t *spins) {
     if (++*spins > SPINS)
         sched_yield();
 #if defined(__x86_64__)
@@ -158,7 +165,7 @@ static void rest(int64_t *spins) {
 #endif
 }
 
-static void pass(const Run *r, const Block *b, Stage *s, Piece *piece, int64_t pieces) {
+static void run_stage(const Run *r, const Block *b, Stage *s, Piece *piece, int64_t pieces) {
     const int64_t share = pieces / (r->threads == 1 ? 1 : r->threads * 4);
     const int64_t each = share > 0 ? share : 1;
     int64_t from, spins = 0;
@@ -167,7 +174,7 @@ static void pass(const Run *r, const Block *b, Stage *s, Piece *piece, int64_t p
         piece(r, b, from, end);
         __atomic_fetch_add(&s->done, end - from, __ATOMIC_RELEASE);
     }
-    while (__atomic_load_n(&s->done, __ATOMIC_ACQUIRE) < pieces) rest(&spins);
+    while (__atomic_load_n(&s->done, __ATOMIC_ACQUIRE) < pieces) wait_a_little(&spins);
 }
 
 static int64_t pieces_of(const Reader *l) {
@@ -179,23 +186,23 @@ static void walk(void *data) {
     const Run *r = data;
     Stage *s = r->stages;
     for (const Block *b = r->d->blocks; b < r->d->blocks + r->d->count; b++) {
-        pass(r, b, s++, begin_attention, 1);
-        pass(r, b, s++, qkv, pieces_of(&b->qkv));
-        pass(r, b, s++, heads, r->d->step.kv_heads);
-        pass(r, b, s++, begin_out, 1);
-        pass(r, b, s++, out, pieces_of(&b->out));
-        pass(r, b, s++, begin_mlp, 1);
-        pass(r, b, s++, up, pieces_of(&b->up));
-        pass(r, b, s++, begin_down, 1);
-        pass(r, b, s++, down, pieces_of(&b->down));
-        pass(r, b, s++, end_mlp, 1);
+        run_stage(r, b, s++, begin_attention, 1);
+        run_stage(r, b, s++, qkv, pieces_of(&b->qkv));
+        run_stage(r, b, s++, heads, r->d->step.kv_heads);
+        run_stage(r, b, s++, begin_out, 1);
+        run_stage(r, b, s++, out, pieces_of(&b->out));
+        run_stage(r, b, s++, begin_mlp, 1);
+        run_stage(r, b, s++, up, pieces_of(&b->up));
+        run_stage(r, b, s++, begin_down, 1);
+        run_stage(r, b, s++, down, pieces_of(&b->down));
+        run_stage(r, b, s++, end_mlp, 1);
     }
 }
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* One token through all blocks: `d->h` in and out. Returns nonzero if there is no memory. */
-int optim_decode(Decoder *d, int threads, Parallel *parallel) {
+int optim_decode(Decoder *d, int threads, Team *team) {
     const Step *p = &d->step;
     const int64_t attended = p->heads * p->dim, scores = p->heads * (p->position + 1);
     int64_t middle = 0;
@@ -205,23 +212,23 @@ int optim_decode(Decoder *d, int threads, Parallel *parallel) {
                                  2 * middle);
     const int64_t rounded = widest + 64; /* whole chunks */
     const int64_t listed = optim_listed_bytes(widest);
-    Stage *stages = calloc(d->count * STAGES, sizeof(Stage));
+    const size_t stages = d->count * STAGES * sizeof(Stage);
     const int64_t all = widest + given + scores + 2 * rounded;
-    float *floats = malloc(all * sizeof(float) + listed + rounded);
-    if (stages && floats) {
-        Listed list;
-        Run run = {d, stages, floats, floats + widest, {0}, &list, NULL, parallel ? threads : 1};
-        d->step.scratch = run.y + given;
-        run.act.scales = d->step.scratch + scores;
-        run.act.sums = run.act.scales + rounded;
-        run.memory = (char *)(run.act.sums + rounded);
-        run.act.values = (int8_t *)(run.memory + listed);
-        if (run.threads > 1)
-            parallel(walk, &run, threads, 0);
-        else
-            walk(&run);
-    }
-    free(stages);
-    free(floats);
-    return !(stages && floats);
+    char *memory = scratch(OF_THE_CALL, stages + all * sizeof(float) + listed + rounded);
+    if (!memory) return 1;
+    Listed list;
+    Run run = {.d = d, .stages = memset(memory, 0, stages), .listed = &list};
+    run.threads = team ? threads : 1;
+    run.x = (float *)(memory + stages);
+    run.y = run.x + widest;
+    d->step.scratch = run.y + given;
+    run.act.scales = d->step.scratch + scores;
+    run.act.sums = run.act.scales + rounded;
+    run.memory = (char *)(run.act.sums + rounded);
+    run.act.values = (int8_t *)(run.memory + listed);
+    if (run.threads > 1)
+        team(walk, &run, (unsigned)threads, 0);
+    else
+        walk(&run);
+    return 0;
 }

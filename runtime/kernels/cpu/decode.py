@@ -16,6 +16,8 @@ from optim.runtime.cache.full import Layer
 from optim.runtime.kernels.compile import NoKernel, library, team
 from optim.runtime.kernels.cpu import skip_int4, w4a8
 from optim.runtime.kernels.cpu import step as cpu_step
+from optim.runtime.kernels.cpu.attention_quantized import CPacked, CSide
+from optim.runtime.kernels.door import Struct, WrongTensor, address
 
 Angles = tuple[Tensor, Tensor]
 
@@ -62,11 +64,14 @@ class BlockWeights:
 
 
 NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "query_norm", "key_norm")
+HEAD_NORMS = ("query_norm", "key_norm")
 LINEARS = ("qkv", "out", "up", "down")
 
 
-class _Reader(ctypes.Structure):
+class CReader(Struct):
     """`Reader` of decode.c."""
+
+    NAME = "Reader"
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("whole", "columns")),
@@ -74,20 +79,24 @@ class _Reader(ctypes.Structure):
     )
 
 
-class _Block(ctypes.Structure):
+class CBlock(Struct):
     """`Block` of decode.c."""
+
+    NAME = "Block"
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in NORMS),
-        *((name, _Reader) for name in LINEARS),
+        *((name, CReader) for name in LINEARS),
         ("middle", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("cos", "sin", "keys", "values", "packed")),
         *((name, ctypes.c_int64) for name in ("capacity", "window")),
     )
 
 
-class _Decoder(ctypes.Structure):
+class CDecoder(Struct):
     """`Decoder` of decode.c."""
+
+    NAME = "Decoder"
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("count", "hidden", "tanh_gelu")),
@@ -104,16 +113,20 @@ class Blocks:
     def __init__(self, weights: Sequence[BlockWeights], sizes: Sizes) -> None:
         """Raises NoKernel where the C code cannot be built."""
         self._run, self._team, self._weights = load().optim_decode, team(), weights
-        self._blocks = (_Block * len(weights))(*map(_block, weights))
-        self._decoder = _Decoder(
+        self._array = (CBlock * len(weights))()
+        self._blocks = list(self._array)  # what `point` keeps is kept by these
+        self._sizes = sizes
+        for block, of in zip(self._blocks, weights, strict=True):
+            _fill(block, of, sizes)
+        self._decoder = CDecoder(
             count=len(weights),
             hidden=sizes.hidden,
             tanh_gelu=sizes.tanh_gelu,
             eps=sizes.eps,
             residual=sizes.residual,
-            blocks=ctypes.addressof(self._blocks),
+            blocks=ctypes.addressof(self._array),
         )
-        step = self._decoder.step
+        self._step = step = self._decoder.step
         step.batch, step.heads, step.kv_heads, step.dim = 1, sizes.heads, sizes.kv_heads, sizes.dim
         step.scale, step.cap = sizes.scale, sizes.cap
         self._address = ctypes.addressof(self._decoder)
@@ -130,38 +143,41 @@ class Blocks:
         `layers` of a cache, which `cpu_step.reads` and which have room for `position`; `angles` cos
         and signed sin `[1, 1, 1, rotary]` of every rotary kind.
         """
-        step = self._decoder.step
-        turns: dict[str | None, tuple[int, int | None, int | None]] = {None: (0, None, None)}
-        for kind, (cos, sin) in angles.items():
-            turns[kind] = cos.shape[-1], cos.data_ptr(), sin.data_ptr()
+        step, sizes = self._step, self._sizes
         step.position, step.half = position, cpu_step.is_half(layers[0])
-        held = []
         for block, weights, layer in zip(self._blocks, self._weights, layers, strict=True):
-            rotary, block.cos, block.sin = turns[weights.rope]
-            step.rotary = rotary or step.rotary
-            held.append(cpu_step.point(block, layer, position))
-        self._decoder.h = h.data_ptr()
+            if weights.rope is not None:
+                step.rotary = cpu_step.turns(block, angles[weights.rope], 1, sizes.dim)
+            if cpu_step.is_half(layer) != step.half:
+                raise WrongTensor("some layers of a cache are fp16, others not")
+            cpu_step.point(block, layer, position, sizes.kv_heads, sizes.dim)
+        self._decoder.h = address(h, torch.float32, sizes.hidden)
         if self._run(self._address, torch.get_num_threads(), self._team):
             raise MemoryError
-        del held
 
 
-def _block(weights: BlockWeights) -> _Block:
-    def address(tensor: Tensor | None) -> int | None:
-        return None if tensor is None else tensor.data_ptr()
-
-    return _Block(
-        window=weights.window or 0,
-        middle=weights.down.weight.inputs,
-        **{name: address(getattr(weights, name)) for name in NORMS},
-        **{name: _reader(getattr(weights, name)) for name in LINEARS},
-    )
-
-
-def _reader(reader: Reader) -> _Reader:
-    whole = isinstance(reader.weight, w4a8.Weight)
-    address = reader.weight.address
-    return _Reader(address if whole else None, None if whole else address, reader.threshold)
+def _fill(block: CBlock, weights: BlockWeights, sizes: Sizes) -> None:
+    """What does not change from token to token. Raises WrongTensor where sizes disagree."""
+    attended, middle = sizes.heads * sizes.dim, weights.down.weight.inputs
+    wide = {
+        "qkv": (sizes.hidden, attended + 2 * sizes.kv_heads * sizes.dim),
+        "out": (attended, sizes.hidden),
+        "up": (sizes.hidden, 2 * middle),
+        "down": (middle, sizes.hidden),
+    }
+    for name, shape in wide.items():
+        reader: Reader = getattr(weights, name)
+        found = reader.weight.inputs, reader.weight.outputs
+        if found != shape:
+            raise WrongTensor(f"{name} maps {found[0]} to {found[1]}, not {shape[0]} to {shape[1]}")
+        whole = isinstance(reader.weight, w4a8.Weight)
+        address = reader.weight.address
+        made = CReader(address if whole else None, None if whole else address, reader.threshold)
+        setattr(block, name, made)
+    for name in NORMS:
+        size = sizes.dim if name in HEAD_NORMS else sizes.hidden
+        block.point(name, getattr(weights, name), torch.float32, size)
+    block.middle, block.window = middle, weights.window or 0
 
 
 @cache
@@ -171,6 +187,11 @@ def load() -> ctypes.CDLL:
     skip_int4.check()
     if not cpu_step.usable():
         raise NoKernel("the kernels of a decode step do not work here")
-    lib = library("decode", "w4a8", "skip_int4", "step", "attention_quantized")
+    structs = (
+        *(CDecoder, CBlock, CReader, cpu_step.CStep, CPacked, CSide),
+        *(w4a8.CLinear, skip_int4.CColumns),
+    )
+    others = "w4a8", "skip_int4", "step", "attention_quantized"
+    lib = library("decode", *others, structs=structs)
     lib.optim_decode.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
     return lib

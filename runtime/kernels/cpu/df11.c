@@ -5,10 +5,10 @@
  * through a small buffer. The decoder looks up 11 bits at a time, which hold nearly four symbols,
  * and works on six blocks at once: each waits for its own last lookup.
  */
-#include <stdlib.h>
 #include <string.h>
 
 #include "optim.h"
+#include "parallel.h"
 
 enum { WINDOW = 64, BLOCK = 512 * WINDOW, INDEX = 11, EACH = 5, SYMBOLS = 6, STREAMS = 6 };
 enum { CHILD = 0x8000, ROOM = (EACH + 1) * SYMBOLS };
@@ -38,10 +38,12 @@ typedef struct {
     int64_t element; /* weights so far */
 } Writer;
 
+SIZE_OF(Writer)
+
 typedef struct {
     const uint64_t *packed; /* [256]: code << 8 | its length */
     uint64_t word;
-    int64_t bits, window, first;
+    int64_t bits, window, first, room; /* windows from `room` on have no place */
     uint64_t *stream;
     uint8_t *gaps;
     uint32_t *positions;
@@ -54,6 +56,10 @@ static inline void put(Pen *p, uint64_t entry, int64_t element) {
     if (over < 0) {
         p->word = p->word << length | value;
         p->bits += length;
+        return;
+    }
+    if (p->window + 1 >= p->room) { /* more than was counted: nothing is written beyond the end */
+        p->room = 0;
         return;
     }
     const uint64_t full = p->word << (length - over) | value >> over;
@@ -89,17 +95,18 @@ static void put_all(Pen *p, const uint16_t *w, int64_t n, int64_t element) {
 
 /* Appends `n` weights. code[256] right-aligned, length[256] in bits. Gets whole windows into
  * `stream`, a byte each into sm, the first code's bit of window k into gaps[k] and the first element
- * of block k into positions[k]. Returns the windows written. */
+ * of block k into positions[k]. `room`: windows, counted from the first of all, that they hold.
+ * Returns the windows written, -1 if there are more. */
 int64_t optim_df11_encode(const uint16_t *w, int64_t n, const uint32_t *code,
                           const uint8_t *length, Writer *s, uint64_t *stream, uint8_t *sm,
-                          uint8_t *gaps, uint32_t *positions) {
+                          uint8_t *gaps, uint32_t *positions, int64_t room) {
     uint64_t packed[256];
     for (int v = 0; v < 256; v++) packed[v] = (uint64_t)code[v] << 8 | length[v];
     for (int64_t i = 0; i < n; i++) sm[i] = (uint8_t)((w[i] >> 8 & 0x80) | (w[i] & 0x7f));
-    Pen pen = {packed, s->word, s->bits, s->window, s->window, stream, gaps, positions};
+    Pen pen = {packed, s->word, s->bits, s->window, s->window, room, stream, gaps, positions};
     put_all(&pen, w, n, s->element);
     s->word = pen.word, s->bits = pen.bits, s->window = pen.window, s->element += n;
-    return pen.window - pen.first;
+    return pen.room ? pen.window - pen.first : -1;
 }
 
 typedef struct {
@@ -115,7 +122,7 @@ typedef struct {
     uint16_t *out;
     const uint16_t *walk; /* [nodes][256]: length << 8 | symbol, CHILD | node, or 0 */
     const Entry *table;
-    int64_t blocks, next, bad; /* bad: the first block that did not hold, else -1 */
+    int64_t bad; /* a block that did not hold, else -1 */
 } Job;
 
 typedef struct {
@@ -171,7 +178,7 @@ static int slow(const Job *j, Stream *s) {
 static int fast(const Stream *s) { return s->stop - s->to >= ROOM && s->at < s->end; }
 
 /* EACH lookups in each of `n` streams; 0 if there is no code where one of them is. */
-static inline __attribute__((always_inline)) int lookups(const Job *j, Stream *s, const int n) {
+INLINE int lookups(const Job *j, Stream *s, const int n) {
     const Entry *const table = j->table; /* in a register: the bytes written may alias `j` */
     uint64_t bits[STREAMS];
     uint8_t *to[STREAMS];
@@ -221,11 +228,11 @@ static void merge(const uint8_t *restrict sm, const uint8_t *restrict e, uint16_
         out[i] = (uint16_t)((sm[i] & 0x80) << 8 | e[i] << 7 | (sm[i] & 0x7f));
 }
 
-static void some_blocks(Job *j, int64_t from, int64_t count, uint8_t *scratch) {
+static void together_or_alone(Job *j, int64_t from, int64_t count, uint8_t *room) {
     Stream s[STREAMS];
     for (int64_t k = 0; k < STREAMS; k++) { /* where blocks are lacking, one is done again */
         const int64_t b = from + (k < count ? k : 0);
-        uint8_t *to = scratch + k * (BLOCK + ROOM);
+        uint8_t *to = room + k * (BLOCK + ROOM);
         s[k] = (Stream){j->start[b], 8 * (j->bytes - 7), to,
                         to + j->element[b + 1] - j->element[b]};
     }
@@ -233,39 +240,30 @@ static void some_blocks(Job *j, int64_t from, int64_t count, uint8_t *scratch) {
     for (int64_t k = 0; k < count; k++) {
         const int64_t b = from + k, at = j->element[b];
         if (!begun || !alone(j, s + k) || s[k].at < j->low[b] || s[k].at > j->high[b]) {
-            j->bad = b;
+            __atomic_store_n(&j->bad, b, __ATOMIC_RELAXED);
             return;
         }
-        merge(j->sm + at, scratch + k * (BLOCK + ROOM), j->out + at, j->element[b + 1] - at);
+        merge(j->sm + at, room + k * (BLOCK + ROOM), j->out + at, j->element[b + 1] - at);
     }
 }
 
-static void blocks_task(void *data) {
+static void some_blocks(void *data, int64_t from, int64_t end) {
     Job *j = data;
-    int64_t from;
-    uint8_t *scratch = malloc(STREAMS * (BLOCK + ROOM));
-    while ((from = __atomic_fetch_add(&j->next, STREAMS, __ATOMIC_RELAXED)) < j->blocks) {
-        const int64_t left = j->blocks - from;
-        if (!scratch) j->bad = from;
-        if (j->bad >= 0) break;
-        some_blocks(j, from, left < STREAMS ? left : STREAMS, scratch);
-    }
-    free(scratch);
+    uint8_t *room = scratch(OF_THE_THREAD, STREAMS * (BLOCK + ROOM));
+    if (!room) __atomic_store_n(&j->bad, from, __ATOMIC_RELAXED);
+    for (; from < end && __atomic_load_n(&j->bad, __ATOMIC_RELAXED) < 0; from += STREAMS)
+        together_or_alone(j, from, end - from < STREAMS ? end - from : STREAMS, room);
 }
 
 /* Returns -1, or a block that does not decode as it should. */
 int64_t optim_df11_decode(const uint8_t *stream, int64_t bytes, const int64_t *start,
                           const int64_t *low, const int64_t *high, const int64_t *element,
                           int64_t blocks, const uint8_t *sm, uint16_t *out, const uint16_t *walk,
-                          int threads, Parallel *parallel) {
-    Entry *table = malloc(sizeof(Entry) << INDEX);
+                          int threads, Team *team) {
+    Entry *table = scratch(OF_THE_CALL, sizeof(Entry) << INDEX);
     if (!table) return 0;
     fill(walk, table);
-    Job job = {stream, bytes, start, low, high, element, sm, out, walk, table, blocks, 0, -1};
-    if (parallel && threads > 1 && blocks > 4 * STREAMS)
-        parallel(blocks_task, &job, threads, 0);
-    else
-        blocks_task(&job);
-    free(table);
+    Job job = {stream, bytes, start, low, high, element, sm, out, walk, table, -1};
+    share(some_blocks, &job, blocks, STREAMS, blocks > 4 * STREAMS ? threads : 1, team);
     return job.bad;
 }

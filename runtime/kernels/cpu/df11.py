@@ -10,17 +10,19 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from optim.runtime.formats.dfloat11 import BLOCK_BITS, CHILD
 from optim.runtime.kernels.compile import NoKernel, library, team, works
+from optim.runtime.kernels.door import Array, Struct, WrongTensor, array_address
 
-Array = npt.NDArray[Any]
 WINDOW_BITS = 64
 
 
-class State(ctypes.Structure):
+class State(Struct):
     """`Writer` of df11.c: the unfinished window, and how far the stream has come."""
+
+    NAME = "Writer"
 
     _fields_ = (
         ("word", ctypes.c_uint64),
@@ -41,24 +43,31 @@ class Stream:
 
 def count(weights: Array, exponents: Array, rest: Array) -> None:
     """Add to int64 `[256]` each how often every exponent and every rest comes."""
-    load().optim_df11_count(_at(weights), weights.size, _at(exponents), _at(rest))
+    counts = [array_address(array, np.int64, 256, write=True) for array in (exponents, rest)]
+    load().optim_df11_count(array_address(weights, np.uint16, weights.size), weights.size, *counts)
 
 
 def encode(weights: Array, stream: Stream) -> tuple[Array, Array]:
     """Append `weights`: (finished bytes of the stream, sign and mantissa), both uint8."""
-    words = np.empty(weights.size // 2 + 2, np.uint64)
-    rest = np.empty(weights.size, np.uint8)
+    size, state = weights.size, stream.state
+    words = np.empty(size // 2 + 2, np.uint64)
+    rest = np.empty(size, np.uint8)
+    gaps, positions = stream.gaps.size, stream.positions.size
+    room = min(gaps, positions * BLOCK_BITS // WINDOW_BITS, state.window + words.size)
     written = load().optim_df11_encode(
-        _at(weights),
-        weights.size,
-        _at(stream.codes),
-        _at(stream.lengths),
-        ctypes.byref(stream.state),
-        _at(words),
-        _at(rest),
-        _at(stream.gaps),
-        _at(stream.positions),
+        array_address(weights, np.uint16, size),
+        size,
+        array_address(stream.codes, np.uint32, 256),
+        array_address(stream.lengths, np.uint8, 256),
+        ctypes.byref(state),
+        array_address(words, np.uint64, words.size, write=True),
+        array_address(rest, np.uint8, size, write=True),
+        array_address(stream.gaps, np.uint8, gaps, write=True),
+        array_address(stream.positions, np.uint32, positions, write=True),
+        room,
     )
+    if written < 0:
+        raise WrongTensor(f"there is room for {room} windows, and more came")
     return words[:written].view(np.uint8), rest
 
 
@@ -71,35 +80,35 @@ def decode(
     largest bit at which its last code may end; `elements` int64 `[blocks + 1]` where in `rest` each
     begins; `walk` uint16 `[nodes, 256]` of dfloat11.
     """
-    out = np.empty(rest.size, np.uint16)
-    pointers = [_at(array) for array in (*bounds, elements)]
+    out, blocks = np.empty(rest.size, np.uint16), elements.size - 1
+    steps, children = np.diff(elements), walk[walk >= CHILD] - np.uint16(CHILD)
+    if elements[-1] != rest.size or (steps < 0).any() or (steps > BLOCK_BITS).any():
+        raise WrongTensor(f"blocks of {steps.min()} to {steps.max()} weights, {rest.size} in all")
+    if (bounds[0] < 0).any() or (children >= len(walk)).any():
+        raise WrongTensor("a block before the stream, or a table that is not there")
     bad = load().optim_df11_decode(
-        _at(stream),
+        array_address(stream, np.uint8, stream.size),
         stream.size,
-        *pointers,
-        elements.size - 1,
-        _at(rest),
-        _at(out),
-        _at(walk),
+        *(array_address(array, np.int64, blocks) for array in bounds),
+        array_address(elements, np.int64, blocks + 1),
+        blocks,
+        array_address(rest, np.uint8, rest.size),
+        array_address(out, np.uint16, rest.size, write=True),
+        array_address(walk, np.uint16, walk.size),
         torch.get_num_threads(),
         team(),
     )
     return out, int(bad)
 
 
-def _at(array: Array) -> int:
-    assert array.flags.c_contiguous
-    return array.ctypes.data
-
-
 @cache
 def load() -> ctypes.CDLL:
     """The compiled kernel. Raises NoKernel with the reason."""
-    lib = library("df11")
+    lib = library("df11", structs=(State,))
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     lib.optim_df11_count.argtypes = [pointer, integer, pointer, pointer]
     lib.optim_df11_count.restype = None
-    lib.optim_df11_encode.argtypes = [pointer, integer, *[pointer] * 7]
+    lib.optim_df11_encode.argtypes = [pointer, integer, *[pointer] * 7, integer]
     lib.optim_df11_encode.restype = integer
     blocks: list[type[Any]] = [pointer, integer, *[pointer] * 4, integer]
     lib.optim_df11_decode.argtypes = [*blocks, *[pointer] * 3, ctypes.c_int, pointer]

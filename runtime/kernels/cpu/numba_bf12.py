@@ -1,11 +1,11 @@
-"""What `cpu_bf12` does but the product, in numba: for machines without a C compiler."""
+"""What `bf12.py` does but the product, in numba: for machines without a C compiler."""
 
 from typing import Any
 
 import numba
 import numpy as np
 
-from optim.runtime.kernels.cpu.df11 import Array
+from optim.runtime.kernels.door import Array
 
 
 def count(weights: Array, high_bytes: Array) -> None:

@@ -3,7 +3,8 @@
 import numba
 import numpy as np
 
-from optim.runtime.kernels.cpu.df11 import Array, Stream
+from optim.runtime.kernels.cpu.df11 import Stream
+from optim.runtime.kernels.door import Array
 
 CHILD = 0x8000
 

@@ -2,9 +2,33 @@
 #ifndef OPTIM_CPU_H
 #define OPTIM_CPU_H
 #include <stdint.h>
+#include <string.h>
 
-typedef void Task(void *);
-typedef void Parallel(Task *, void *, unsigned threads, unsigned flags); /* GOMP_parallel */
+#define INLINE static inline __attribute__((always_inline))
+/* How Python knows that its picture of a structure is as large as C's. */
+#define SIZE_OF(type) \
+    int64_t optim_sizeof_##type(void) { return sizeof(type); }
+
+/* Rounds `count` activations to 8 bits that share a scale, x = a * peak / 127, halves away from zero;
+ * returns the peak. Where it is no finite, normal number the a are zero, and the scale carries what it
+ * is (zero, infinity, NaN) into the sum. A constant count lets the compiler unroll. */
+INLINE float round_int8(const float *x, const int64_t count, int8_t *a) {
+    int32_t top = 0; /* the order of |x| is that of its bits: NaN ends up on top */
+    for (int64_t i = 0; i < count; i++) {
+        int32_t word;
+        memcpy(&word, x + i, 4);
+        word &= 0x7fffffff;
+        top = word > top ? word : top;
+    }
+    float peak;
+    memcpy(&peak, &top, 4);
+    const float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;
+    for (int64_t i = 0; i < count; i++) {
+        const float v = inverse == 0.0f ? 0.0f : x[i] * inverse;
+        a[i] = (int8_t)(int32_t)(v + (v >= 0 ? 0.5f : -0.5f));
+    }
+    return peak;
+}
 
 /* One packed linear, w4a8.c. */
 typedef struct {
@@ -88,7 +112,6 @@ typedef struct {
     const int64_t *padding;                      /* [batch] or NULL */
     float *out;                                  /* [batch, heads, dim] */
     float *scratch;                              /* a query head: position + 1 */
-    int64_t next;
 } Step;
 
 /* One row of the batch, one key head, the group of query heads that share it. */

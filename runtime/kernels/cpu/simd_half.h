@@ -1,12 +1,40 @@
-/* Vectors of eight floats, from fp16 or codes in memory. FAST_HALF 0: the CPU cannot convert fp16 itself. */
+/* Vectors of eight floats, from fp16, bf16 or codes in memory. FAST_HALF 0: the CPU cannot convert
+ * fp16 itself. */
 #ifndef OPTIM_CPU_HALF_H
 #define OPTIM_CPU_HALF_H
 #include <stdint.h>
+#include <string.h>
+
+#include "optim.h"
 
 enum { WIDE = 8 };
 typedef float wide __attribute__((vector_size(4 * WIDE)));
 typedef float wide_at __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
 typedef int32_t lanes __attribute__((vector_size(4 * WIDE)));
+typedef uint32_t words __attribute__((vector_size(4 * WIDE)));
+
+INLINE wide load_wide(const void *p) {
+    wide v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE float lane_sum(wide v) {
+    float sum = 0;
+    for (int i = 0; i < WIDE; i++) sum += v[i];
+    return sum;
+}
+
+/* A bf16 is the upper half of a float. */
+INLINE float from_bf16(uint16_t x) {
+    union { uint32_t i; float f; } two = {(uint32_t)x << 16};
+    return two.f;
+}
+
+INLINE uint16_t to_bf16(float x) { /* to nearest, ties to even */
+    union { float f; uint32_t i; } two = {x};
+    return (two.i + 0x7FFF + ((two.i >> 16) & 1)) >> 16;
+}
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -23,7 +51,6 @@ static inline uint16_t narrow(float x) {
 }
 
 #elif defined(__aarch64__)
-#include <string.h>
 #define FAST_HALF 1
 static inline wide widen8(const uint16_t *x) {
     typedef __fp16 half8 __attribute__((vector_size(16)));

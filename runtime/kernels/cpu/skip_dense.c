@@ -7,17 +7,14 @@
  * Weights are float or bf16, x is float; 4-bit weights: skip_int4.c.
  */
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 
-#include "optim.h"
+#include "simd_half.h"
+#include "parallel.h"
 
 enum { BF16 = 0, FLOAT = 1 };
 enum { TILE = 64, STRIP = 2048 };  /* outputs that weights are padded to; outputs at a time */
 enum { EACH = 4 };                 /* rows at a time */
-
-typedef float floats __attribute__((vector_size(32)));
-typedef uint32_t words __attribute__((vector_size(32)));
 
 typedef struct {
     int64_t kind, inputs, outputs, stride; /* stride: bytes of a row */
@@ -25,28 +22,22 @@ typedef struct {
     const float *bias;     /* [outputs] or NULL */
 } Sparse;
 
+SIZE_OF(Sparse)
+
 typedef struct {
     const Sparse *s;
     const int32_t *rows; /* [count], ascending */
     const float *x;      /* [count] */
-    int64_t count, strip, next;
+    int64_t count;
     float *y;
 } Job;
-
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE floats load(const void *p) {
-    floats v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
 
 INLINE const char *row_of(const Job *j, const char *base, int64_t i) {
     return base + j->rows[i < j->count ? i : j->count - 1] * j->s->stride;
 }
 
 /* EACH rows from i on; past the end the last one times zero. */
-INLINE void take(const Job *j, const char *base, int64_t i, const char **row, float *x) {
+INLINE void rows_at(const Job *j, const char *base, int64_t i, const char **row, float *x) {
     for (int r = 0; r < EACH; r++) {
         row[r] = row_of(j, base, i + r);
         x[r] = i + r < j->count ? j->x[i + r] : 0;
@@ -56,22 +47,22 @@ INLINE void take(const Job *j, const char *base, int64_t i, const char **row, fl
 /* ---- bf16 and float: a strip of outputs stays in the cache, EACH rows are added at a time ---- */
 
 static void bf16_rows(const Job *j, int64_t at, int64_t n, float *out) {
-    floats acc[STRIP / 8]; /* even outputs of 16, then odd */
+    wide acc[STRIP / 8]; /* even outputs of 16, then odd */
     memset(acc, 0, n * sizeof(float));
     const char *base = j->s->weight + 2 * at;
     for (int64_t i = 0; i < j->count; i += EACH) {
         const char *row[EACH], *later[EACH];
         float x[EACH];
-        take(j, base, i, row, x);
+        rows_at(j, base, i, row, x);
         for (int r = 0; r < EACH; r++) later[r] = row_of(j, base, i + EACH + r);
         for (int64_t k = 0; k < n / 16; k++) {
-            floats a = acc[2 * k], b = acc[2 * k + 1];
+            wide a = acc[2 * k], b = acc[2 * k + 1];
             for (int r = 0; r < EACH; r++) {
                 words w;
                 __builtin_prefetch(later[r] + 32 * k);
                 memcpy(&w, row[r] + 32 * k, sizeof w);
-                a += x[r] * (floats)(w << 16);
-                b += x[r] * (floats)(w & 0xffff0000u);
+                a += x[r] * (wide)(w << 16);
+                b += x[r] * (wide)(w & 0xffff0000u);
             }
             acc[2 * k] = a, acc[2 * k + 1] = b;
         }
@@ -89,32 +80,29 @@ static void float_rows(const Job *j, int64_t at, int64_t n, float *out) {
     for (int64_t i = 0; i < j->count; i += EACH) {
         const char *row[EACH];
         float x[EACH];
-        take(j, base, i, row, x);
+        rows_at(j, base, i, row, x);
         for (int64_t k = 0; k < n; k += 8) {
-            floats a = load(out + k);
-            for (int r = 0; r < EACH; r++) a += x[r] * load(row[r] + 4 * k);
+            wide a = load_wide(out + k);
+            for (int r = 0; r < EACH; r++) a += x[r] * load_wide(row[r] + 4 * k);
             memcpy(out + k, &a, sizeof a);
         }
     }
 }
 
-/* Outputs at .. at + strip, `strip` a multiple of TILE; weights are padded to whole tiles. */
-static void strip(const Job *j, int64_t at) {
+/* The outputs from..end, at most STRIP; weights are padded to whole tiles. */
+static void strip(const Job *j, int64_t from, int64_t end) {
     const Sparse *s = j->s;
-    const int64_t left = s->outputs - at, want = left < j->strip ? left : j->strip;
-    const int64_t n = (want + TILE - 1) / TILE * TILE;
+    const int64_t n = (end - from + TILE - 1) / TILE * TILE;
     float out[STRIP] __attribute__((aligned(32)));
-    (s->kind == BF16 ? bf16_rows : float_rows)(j, at, n, out);
+    (s->kind == BF16 ? bf16_rows : float_rows)(j, from, n, out);
     if (s->bias)
-        for (int64_t k = 0; k < want; k++) out[k] += s->bias[at + k];
-    memcpy(j->y + at, out, want * sizeof(float));
+        for (int64_t k = from; k < end; k++) out[k - from] += s->bias[k];
+    memcpy(j->y + from, out, (end - from) * sizeof(float));
 }
 
-static void strips_task(void *data) {
-    Job *j = data;
-    int64_t at;
-    while ((at = __atomic_fetch_add(&j->next, j->strip, __ATOMIC_RELAXED)) < j->s->outputs)
-        strip(j, at);
+static void strips(void *data, int64_t from, int64_t end) {
+    for (int64_t at = from; at < end; at += STRIP)
+        strip(data, at, at + STRIP < end ? at + STRIP : end);
 }
 
 /* ---- what is active ---- */
@@ -131,27 +119,13 @@ static int64_t list(const float *x, int64_t n, float threshold, int32_t *rows, f
 /* x [inputs] -> y [outputs]; inputs up to `threshold` in size are left out. Returns how many were
  * used, -1 if there is no memory. */
 int64_t optim_sparse(const Sparse *s, const float *x, float *y, float threshold, int threads,
-                     Parallel *parallel) {
-    static _Thread_local char *scratch;
-    static _Thread_local int64_t held;
-    const int64_t n = s->inputs + 1;
-    if (held < n) {
-        free(scratch);
-        scratch = malloc(n * 8);
-        held = scratch ? n : 0;
-        if (!scratch) return -1;
-    }
-    int32_t *rows = (int32_t *)scratch;
+                     Team *team) {
+    const int64_t n = s->inputs + 1, each = s->outputs / (2 * threads) / TILE * TILE;
+    int32_t *rows = scratch(OF_THE_CALL, n * (sizeof(int32_t) + sizeof(float)));
+    if (!rows) return -1;
     float *values = (float *)(rows + n);
-    Job job = {s, rows, values, 0, STRIP, 0, y};
-    job.count = list(x, s->inputs, threshold, rows, values);
-    if (parallel && threads > 1 && s->outputs >= 4 * TILE) {
-        const int64_t share = s->outputs / (2 * threads) / TILE * TILE;
-        job.strip = share < 2 * TILE ? 2 * TILE : share > STRIP ? STRIP : share;
-        parallel(strips_task, &job, threads, 0);
-    } else {
-        strips_task(&job);
-    }
+    Job job = {s, rows, values, list(x, s->inputs, threshold, rows, values), y};
+    share(strips, &job, s->outputs, each < 2 * TILE ? 2 * TILE : each, threads, team);
     return job.count;
 }
 
@@ -162,101 +136,75 @@ typedef struct {
     const int32_t *rows;
     const float *x; /* [inputs]; BF16: even ones, then odd */
     float *y;
-    int64_t count, next;
+    int64_t count;
 } Dots;
 
 enum { SHARE = 16 }; /* rows a thread takes */
 
-static float total(floats v) {
-    float sum = 0;
-    for (int i = 0; i < 8; i++) sum += v[i];
-    return sum;
-}
-
 static float dot_float(const float *w, const float *x, int64_t n) {
-    floats a = {0}, b = {0};
+    wide a = {0}, b = {0};
     int64_t k = 0;
     for (; k + 16 <= n; k += 16) {
-        a += load(w + k) * load(x + k);
-        b += load(w + k + 8) * load(x + k + 8);
+        a += load_wide(w + k) * load_wide(x + k);
+        b += load_wide(w + k + 8) * load_wide(x + k + 8);
     }
-    float y = total(a + b);
+    float y = lane_sum(a + b);
     for (; k < n; k++) y += w[k] * x[k];
     return y;
 }
 
 static float dot_bf16(const uint16_t *w, const float *even, const float *odd, int64_t n) {
-    floats a = {0}, b = {0};
+    wide a = {0}, b = {0};
     int64_t k = 0;
     for (; k + 16 <= n; k += 16) {
         words v;
         memcpy(&v, w + k, sizeof v);
-        a += load(even + k / 2) * (floats)(v << 16);
-        b += load(odd + k / 2) * (floats)(v & 0xffff0000u);
+        a += load_wide(even + k / 2) * (wide)(v << 16);
+        b += load_wide(odd + k / 2) * (wide)(v & 0xffff0000u);
     }
-    float y = total(a + b);
-    for (; k < n; k++) {
-        const uint32_t word = (uint32_t)w[k] << 16;
-        float value;
-        memcpy(&value, &word, 4);
-        y += value * (k % 2 ? odd : even)[k / 2];
-    }
+    float y = lane_sum(a + b);
+    for (; k < n; k++) y += from_bf16(w[k]) * (k % 2 ? odd : even)[k / 2];
     return y;
 }
 
-static void dots_task(void *data) {
+static void some_dots(void *data, int64_t from, int64_t end) {
     Dots *j = data;
     const Sparse *s = j->s;
-    int64_t from;
-    while ((from = __atomic_fetch_add(&j->next, SHARE, __ATOMIC_RELAXED)) < j->count) {
-        const int64_t end = from + SHARE < j->count ? from + SHARE : j->count;
-        for (int64_t i = from; i < end; i++) {
-            const char *row = s->weight + j->rows[i] * s->stride;
-            const char *later = s->weight + j->rows[i + 1 < j->count ? i + 1 : i] * s->stride;
-            for (int64_t b = 0; b < s->stride; b += 64) __builtin_prefetch(later + b);
-            const float *odd = j->x + (s->inputs + 1) / 2;
-            j->y[i] = s->kind == FLOAT
-                          ? dot_float((const float *)row, j->x, s->inputs)
-                          : dot_bf16((const uint16_t *)row, j->x, odd, s->inputs);
-        }
+    const float *odd = j->x + (s->inputs + 1) / 2;
+    for (int64_t i = from; i < end; i++) {
+        const char *row = s->weight + j->rows[i] * s->stride;
+        const char *later = s->weight + j->rows[i + 1 < j->count ? i + 1 : i] * s->stride;
+        for (int64_t b = 0; b < s->stride; b += 64) __builtin_prefetch(later + b);
+        j->y[i] = s->kind == FLOAT ? dot_float((const float *)row, j->x, s->inputs)
+                                   : dot_bf16((const uint16_t *)row, j->x, odd, s->inputs);
     }
 }
 
-/* h[i] *= W[rows[i]] . x for the listed rows of `up`, held row by row: float or bf16. */
-static int times_up(const Sparse *up, const float *x, const int32_t *rows, float *h, int64_t count,
-                    int threads, Parallel *parallel) {
+/* h[i] *= W[rows[i]] . x for the listed rows of `up`, held row by row: float or bf16. `room` has
+ * inputs + 1 + count numbers. */
+static void times_up(const Sparse *up, const float *x, const int32_t *rows, float *h, int64_t count,
+                     float *room, int threads, Team *team) {
     const int64_t half = (up->inputs + 1) / 2;
-    float *scratch = malloc((2 * half + count) * sizeof(float));
-    if (!scratch) return 1;
-    float *y = scratch + 2 * half;
+    float *y = room + 2 * half;
     for (int64_t k = 0; k < up->inputs; k++)
-        scratch[up->kind == BF16 ? k / 2 + k % 2 * half : k] = x[k];
-    Dots job = {up, rows, scratch, y, count, 0};
-    if (parallel && threads > 1 && count > SHARE)
-        parallel(dots_task, &job, threads, 0);
-    else
-        dots_task(&job);
+        room[up->kind == BF16 ? k / 2 + k % 2 * half : k] = x[k];
+    Dots job = {up, rows, room, y, count};
+    share(some_dots, &job, count, SHARE, threads, team);
     for (int64_t i = 0; i < count; i++) h[i] *= y[i] + (up->bias ? up->bias[rows[i]] : 0);
-    free(scratch);
-    return 0;
 }
 
 /* y = down (gate * (up x)), where gate [neurons] is act(gate(x)): neurons whose gate is up to
  * `threshold` in size are not looked at. `up` row by row (float, bf16), `down` input by input.
  * Returns how many were used, -1 if there is no memory. */
 int64_t optim_gated(const Sparse *up, const Sparse *down, const float *x, const float *gate,
-                    float *y, float threshold, int threads, Parallel *parallel) {
-    const int64_t n = down->inputs;
-    int32_t *rows = malloc((n + 1) * (sizeof(int32_t) + 2 * sizeof(float)));
+                    float *y, float threshold, int threads, Team *team) {
+    const int64_t n = down->inputs + 1, numbers = 3 * n + up->inputs + 1;
+    int32_t *rows = scratch(OF_ITS_CALLER, n * sizeof(int32_t) + numbers * sizeof(float));
     if (!rows) return -1;
-    float *h = (float *)(rows + n + 1), *whole = h + n + 1;
-    const int64_t count = list(gate, n, threshold, rows, h);
-    int64_t used = times_up(up, x, rows, h, count, threads, parallel) ? -1 : count;
-    if (used >= 0) {
-        memset(whole, 0, n * sizeof(float));
-        for (int64_t i = 0; i < count; i++) whole[rows[i]] = h[i];
-        if (optim_sparse(down, whole, y, 0, threads, parallel) < 0) used = -1;
-    }
-    free(rows);
-    return used;
+    float *h = (float *)(rows + n), *whole = h + n, *room = whole + n;
+    const int64_t count = list(gate, down->inputs, threshold, rows, h);
+    times_up(up, x, rows, h, count, room, threads, team);
+    memset(whole, 0, down->inputs * sizeof(float));
+    for (int64_t i = 0; i < count; i++) whole[rows[i]] = h[i];
+    return optim_sparse(down, whole, y, 0, threads, team) < 0 ? -1 : count;
 }

@@ -11,14 +11,17 @@ from torch import Tensor
 
 from optim.runtime.kernels.compile import NoKernel, library, team, works
 from optim.runtime.kernels.cpu.skip_int4 import NOTHING
-from optim.runtime.system.machine import use_huge_pages
+from optim.runtime.kernels.door import Struct, WrongTensor, address
+from optim.runtime.kernels.huge_pages import use_huge_pages
 
 TILE = 64  # outputs, as in skip_dense.c
 KINDS = {torch.bfloat16: 0, torch.float32: 1}
 
 
-class _Sparse(ctypes.Structure):
+class CSparse(Struct):
     """`Sparse` of skip_dense.c."""
+
+    NAME = "Sparse"
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("kind", "inputs", "outputs", "stride")),
@@ -35,14 +38,9 @@ class Columns:
         self.inputs, self.outputs = weight.shape[0], outputs
         self.weight, self.bias = weight, None if bias is None else bias.float().contiguous()
         use_huge_pages(weight)
-        self._sparse = _Sparse(
-            kind=KINDS[weight.dtype],
-            inputs=self.inputs,
-            outputs=outputs,
-            stride=weight.stride(0) * weight.element_size(),
-            weight=weight.data_ptr(),
-            bias=None if self.bias is None else self.bias.data_ptr(),
-        )
+        self._sparse = _sparse(self.inputs, outputs, weight, self.bias)
+        if weight.shape[1] != outputs + -outputs % TILE:
+            raise WrongTensor(f"{outputs} outputs in columns of {weight.shape[1]}")
         self.address = ctypes.addressof(self._sparse)
         self._run, self._team = load().optim_sparse, team()
         self.used = self.calls = 0
@@ -59,7 +57,9 @@ class Columns:
     def __call__(self, x: Tensor, threshold: float = NOTHING) -> Tensor:
         """x float32 `[in]` -> `[out]`, without the inputs up to `threshold` in size."""
         x, y, threads = x.contiguous(), torch.empty(self.outputs), torch.get_num_threads()
-        used = self._run(self.address, x.data_ptr(), y.data_ptr(), threshold, threads, self._team)
+        given = address(x, torch.float32, self.inputs)
+        made = address(y, torch.float32, self.outputs)
+        used = self._run(self.address, given, made, threshold, threads, self._team)
         if used < 0:
             raise MemoryError
         self.used += used
@@ -74,15 +74,18 @@ class Rows:
         """`weight` contiguous `[out, in]`, `bias` `[out]`."""
         self.weight, self.bias = weight, None if bias is None else bias.float().contiguous()
         use_huge_pages(weight)
-        self._sparse = _Sparse(
-            kind=KINDS[weight.dtype],
-            inputs=weight.shape[1],
-            outputs=weight.shape[0],
-            stride=weight.stride(0) * weight.element_size(),
-            weight=weight.data_ptr(),
-            bias=None if self.bias is None else self.bias.data_ptr(),
-        )
+        self.outputs, self.inputs = weight.shape
+        self._sparse = _sparse(self.inputs, self.outputs, weight, self.bias)
         self.address = ctypes.addressof(self._sparse)
+
+
+def _sparse(inputs: int, outputs: int, weight: Tensor, bias: Tensor | None) -> CSparse:
+    """`weight` lies line by line, whole."""
+    made = CSparse(kind=KINDS[weight.dtype], inputs=inputs, outputs=outputs)
+    made.stride = weight.shape[1] * weight.element_size()
+    made.point("weight", weight, weight.dtype, weight.shape[0] * weight.shape[1])
+    made.point("bias", bias, torch.float32, outputs)
+    return made
 
 
 def gated(up: Rows, down: Columns, x: Tensor, gate: Tensor, threshold: float) -> tuple[Tensor, int]:
@@ -91,7 +94,13 @@ def gated(up: Rows, down: Columns, x: Tensor, gate: Tensor, threshold: float) ->
     x float32 `[in]`, gate float32 `[neurons]`; returns `[out]` and how many neurons were used.
     """
     x, gate, y = x.contiguous(), gate.contiguous(), torch.empty(down.outputs)
-    pointers = x.data_ptr(), gate.data_ptr(), y.data_ptr()
+    if up.outputs != down.inputs:
+        raise WrongTensor(f"{up.outputs} neurons go up, {down.inputs} down")
+    pointers = (
+        address(x, torch.float32, up.inputs),
+        address(gate, torch.float32, down.inputs),
+        address(y, torch.float32, down.outputs),
+    )
     threads = torch.get_num_threads()
     used = load().optim_gated(up.address, down.address, *pointers, threshold, threads, team())
     if used < 0:
@@ -112,7 +121,7 @@ def layout(weight: Tensor) -> Tensor:
 @cache
 def load() -> ctypes.CDLL:
     """The compiled kernel. Raises NoKernel with the reason."""
-    lib = library("skip_dense")
+    lib = library("skip_dense", structs=(CSparse,))
     pointer = ctypes.c_void_p
     lib.optim_sparse.argtypes = [*[pointer] * 3, ctypes.c_float, ctypes.c_int, pointer]
     lib.optim_sparse.restype = ctypes.c_int64

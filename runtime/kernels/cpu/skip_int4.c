@@ -10,19 +10,19 @@
  *     y[o] += scale * worth * (sum over the piece of q a - zero * sum a)
  */
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "optim.h"
+#include "parallel.h"
 #if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
 #endif
 
 enum { HALF = 64, LINE = 2 * HALF, MOST = 64 }; /* outputs; lines of a tile */
 enum { RUN = 64, PAIRS = 2 };                  /* inputs of a run; pairs that are added at a time */
-enum { AHEAD = 16 << 10 };                     /* bytes: what memory takes to answer */
+enum { PREFETCH_BYTES = 16 << 10 }; /* what is asked for so far ahead has come when it is read */
 
-#define INLINE static inline __attribute__((always_inline))
+SIZE_OF(Columns)
 
 /* ---- what is active ---- */
 
@@ -34,23 +34,11 @@ typedef struct {
 } Active;
 
 /* `count` inputs as w4a8.c rounds a chunk, and whether they are kept. Returns the largest. */
-INLINE float rounded(const float *x, int64_t count, float threshold, int8_t *values, int8_t *kept) {
-    int32_t top = 0; /* the order of |x| is that of its bits: NaN ends up on top */
-    for (int64_t k = 0; k < count; k++) {
-        int32_t word;
-        memcpy(&word, x + k, 4);
-        word &= 0x7fffffff;
-        top = word > top ? word : top;
-    }
-    float peak;
-    memcpy(&peak, &top, 4);
-    const float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;
-    for (int64_t k = 0; k < count; k++) {
-        const float v = x[k] * inverse;
-        values[k] = (int8_t)(int32_t)(v + (v >= 0 ? 0.5f : -0.5f));
+INLINE float rounded(const float *x, const int64_t count, float threshold, int8_t *values,
+                     int8_t *kept) {
+    for (int64_t k = 0; k < count; k++)
         kept[k] = !(fabsf(x[k]) <= threshold); /* what is not a number is kept */
-    }
-    return peak;
+    return round_int8(x, count, values);
 }
 
 /* The inputs from..end above the threshold. */
@@ -241,7 +229,7 @@ static void some_lines(const Columns *c, const Listed *l, int64_t t, int64_t fro
     const int64_t first = from * LINE, stop = end * LINE < width ? end * LINE : width;
     Part part = {.l = l, .stride = width / 2, .halves = (stop - first) / HALF};
     part.weight = c->weight + tile / 2 * c->inputs + first / 2;
-    part.ahead = AHEAD / ((stop - first) / 2) + 1;
+    part.ahead = PREFETCH_BYTES / ((stop - first) / 2) + 1;
     memset(out, 0, (stop - first) * sizeof(float));
     for (int64_t p = 0; p < l->pieces; p++) {
         const int64_t at = tile * c->groups + l->group[p] * width + first;
@@ -270,41 +258,25 @@ typedef struct {
     const Columns *c;
     const Listed *l;
     float *y;
-    int64_t each, next;
 } Job;
 
-static void lines_task(void *data) {
+static void lines_of(void *data, int64_t from, int64_t end) {
     Job *j = data;
-    const int64_t lines = optim_lines(j->c);
-    int64_t from;
-    while ((from = __atomic_fetch_add(&j->next, j->each, __ATOMIC_RELAXED)) < lines)
-        optim_columns(j->c, j->l, j->y, from, from + j->each < lines ? from + j->each : lines);
+    optim_columns(j->c, j->l, j->y, from, end);
 }
 
 /* x [tokens, inputs] -> y [tokens, outputs]; inputs up to `threshold` in size are left out. Returns
  * nonzero if there is no memory. */
 int optim_columns_run(Columns *c, const float *x, float *y, int64_t tokens, float threshold,
-                      int threads, Parallel *parallel) {
-    static _Thread_local char *scratch;
-    static _Thread_local int64_t held;
-    if (held < c->inputs) {
-        free(scratch);
-        scratch = malloc(optim_listed_bytes(c->inputs));
-        held = scratch ? c->inputs : 0;
-        if (!scratch) return 1;
-    }
+                      int threads, Team *team) {
+    char *memory = scratch(OF_THE_CALL, optim_listed_bytes(c->inputs));
+    if (!memory) return 1;
     const int64_t lines = optim_lines(c);
-    const int many = parallel && threads > 1 && lines > 1;
     for (int64_t t = 0; t < tokens; t++) {
         Listed listed;
-        optim_list(c, x + t * c->inputs, threshold, scratch, &listed);
-        Job job = {c, &listed, y + t * c->outputs, lines, 0};
-        if (many) {
-            job.each = (lines + 2 * threads - 1) / (2 * threads);
-            parallel(lines_task, &job, threads, 0);
-        } else {
-            lines_task(&job);
-        }
+        optim_list(c, x + t * c->inputs, threshold, memory, &listed);
+        Job job = {c, &listed, y + t * c->outputs};
+        share(lines_of, &job, lines, (lines + 2 * threads - 1) / (2 * threads), threads, team);
     }
     return 0;
 }

@@ -18,7 +18,8 @@ from torch import Tensor
 from optim.runtime.formats.schemes import Scheme
 from optim.runtime.kernels.compile import NoKernel, library, team, works
 from optim.runtime.kernels.cpu import w4a8
-from optim.runtime.system.machine import use_huge_pages
+from optim.runtime.kernels.door import Struct, WrongTensor, address
+from optim.runtime.kernels.huge_pages import use_huge_pages
 
 NOTHING = -1.0  # a threshold that skips nothing, not even zeros
 CHUNK = 64  # inputs that are rounded together, at most
@@ -27,8 +28,10 @@ LINES = 64  # lines of 64 bytes, 128 outputs, of a tile
 NARROW = 2
 
 
-class CColumns(ctypes.Structure):
+class CColumns(Struct):
     """`Columns` of optim.h."""
+
+    NAME = "Columns"
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("inputs", "outputs", "padded", "lines")),
@@ -61,22 +64,22 @@ class Columns:
         self.bias = None if bias is None else bias.float().contiguous()
         self._starts, self._group_of = _runs(groups, chunk)
         use_huge_pages(tensors["weight"])
-        zero = tensors.get("zero")
-        self._columns = CColumns(
+        count, padded, runs = len(groups) - 1, outputs + -outputs % HALF, len(self._group_of)
+        self._columns = columns = CColumns(
             inputs=self.inputs,
             outputs=outputs,
-            padded=outputs + -outputs % HALF,
+            padded=padded,
             lines=lines,
-            groups=len(groups) - 1,
-            runs=len(self._group_of),
-            weight=tensors["weight"].data_ptr(),
-            scale=tensors["scale"].data_ptr(),
-            zero=None if zero is None else zero.data_ptr(),
-            starts=self._starts.data_ptr(),
-            group_of=self._group_of.data_ptr(),
-            bias=None if self.bias is None else self.bias.data_ptr(),
+            groups=count,
+            runs=runs,
         )
-        self.address = ctypes.addressof(self._columns)
+        columns.point("weight", tensors["weight"], torch.uint8, self.inputs * padded // 2)
+        columns.point("scale", tensors["scale"], torch.bfloat16, count * padded)
+        columns.point("zero", tensors.get("zero"), torch.uint8, count * padded)
+        columns.point("starts", self._starts, torch.int32, runs + 1)
+        columns.point("group_of", self._group_of, torch.int32, runs)
+        columns.point("bias", self.bias, torch.float32, outputs)
+        self.address = ctypes.addressof(columns)
         self._run, self._team = load().optim_columns_run, team()
 
     @property
@@ -121,8 +124,9 @@ class Columns:
         """
         x, threads = x.contiguous(), torch.get_num_threads()
         y, tokens = torch.empty(*x.shape[:-1], self.outputs), x.numel() // self.inputs
-        given = self.address, x.data_ptr(), y.data_ptr(), tokens
-        if self._run(*given, threshold, threads, self._team):
+        given = address(x, torch.float32, tokens * self.inputs)
+        made = address(y, torch.float32, tokens * self.outputs)
+        if self._run(self.address, given, made, tokens, threshold, threads, self._team):
             raise MemoryError
         return y
 
@@ -162,6 +166,8 @@ def supports(scheme: Scheme) -> bool:
 def _runs(groups: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     """Groups cut into chunks: starts int32 [runs + 1], and the group of each run int32 [runs]."""
     bounds = groups.tolist()
+    if bounds[0] or bounds != sorted(bounds) or not 0 < chunk <= CHUNK:
+        raise WrongTensor(f"groups {bounds} of inputs, {chunk} rounded together")
     cut = [
         (at, group)
         for group, (first, end) in enumerate(pairwise(bounds))
@@ -201,7 +207,7 @@ def _tiled(rows: Tensor, step: int) -> Tensor:
 @cache
 def load() -> ctypes.CDLL:
     """The compiled kernel. Raises NoKernel with the reason."""
-    lib = library("skip_int4")
+    lib = library("skip_int4", structs=(CColumns,))
     pointer = ctypes.c_void_p
     numbers = ctypes.c_int64, ctypes.c_float, ctypes.c_int
     lib.optim_columns_run.argtypes = [*[pointer] * 3, *numbers, pointer]

@@ -7,18 +7,20 @@
  *     out[m][n] = sum_k u[n][k] codes[m][k] - 8 sums[m]
  */
 #include "optim.h"
+#include "parallel.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
-#define MOST 4 /* tokens at a time: the nibbles of a row are spread once for all of them */
+enum { MOST = 4 };  /* tokens at a time: the nibbles of a row are spread once for all of them */
+enum { EACH = 64 }; /* rows a thread takes */
 
 typedef struct {
     const uint8_t *packed;
     const int8_t *codes;
     const int32_t *sums;
     float *out;
-    int64_t tokens, outputs, half, rows_each, next;
+    int64_t tokens, outputs, half;
 } Job;
 
 const char *optim_static_name(void) {
@@ -71,27 +73,19 @@ static inline void one_row(const Job *j, int64_t n, int64_t m, const int count) 
     }
 }
 
-static void rows_task(void *data) {
+static void some_rows(void *data, int64_t from, int64_t end) {
     Job *j = data;
-    for (;;) {
-        int64_t from = __atomic_fetch_add(&j->next, j->rows_each, __ATOMIC_RELAXED);
-        if (from >= j->outputs) return;
-        int64_t end = from + j->rows_each < j->outputs ? from + j->rows_each : j->outputs;
-        for (int64_t m = 0; m < j->tokens; m += MOST)
-            for (int64_t n = from; n < end; n++) switch (j->tokens - m) {
-                case 1: one_row(j, n, m, 1); break;
-                case 2: one_row(j, n, m, 2); break;
-                case 3: one_row(j, n, m, 3); break;
-                default: one_row(j, n, m, MOST);
-            }
-    }
+    for (int64_t m = 0; m < j->tokens; m += MOST)
+        for (int64_t n = from; n < end; n++) switch (j->tokens - m) {
+            case 1: one_row(j, n, m, 1); break;
+            case 2: one_row(j, n, m, 2); break;
+            case 3: one_row(j, n, m, 3); break;
+            default: one_row(j, n, m, MOST);
+        }
 }
 
 void optim_static(const uint8_t *packed, const int8_t *codes, const int32_t *sums, float *out,
-                  int64_t tokens, int64_t outputs, int64_t half, int threads, Parallel *parallel) {
-    Job job = {packed, codes, sums, out, tokens, outputs, half, 64, 0};
-    if (parallel && threads > 1 && outputs > 64)
-        parallel(rows_task, &job, (unsigned)threads, 0);
-    else
-        rows_task(&job);
+                  int64_t tokens, int64_t outputs, int64_t half, int threads, Team *team) {
+    Job job = {packed, codes, sums, out, tokens, outputs, half};
+    share(some_rows, &job, outputs, EACH, threads, team);
 }

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from optim.runtime.formats.static_int import accumulate, pack_nibbles
 from optim.runtime.kernels.compile import NoKernel, library, team, works
+from optim.runtime.kernels.door import address
 
 
 @cache
@@ -25,15 +26,16 @@ def product(codes: Tensor, packed: Tensor) -> Tensor:
     """int8 codes `[M, K]`, nibbles uint8 `[N, K/2]` -> sum_k (u - 8) code, float32 `[M, N]`."""
     codes = codes.contiguous()
     sums = codes.sum(1, dtype=torch.int32)
-    out = torch.empty(codes.shape[0], packed.shape[0])
+    tokens, (outputs, half) = codes.shape[0], packed.shape
+    out = torch.empty(tokens, outputs)
     load().optim_static(
-        packed.data_ptr(),
-        codes.data_ptr(),
-        sums.data_ptr(),
-        out.data_ptr(),
-        codes.shape[0],
-        packed.shape[0],
-        packed.shape[1],
+        address(packed, torch.uint8, outputs * half),
+        address(codes, torch.int8, tokens * 2 * half),
+        address(sums, torch.int32, tokens),
+        address(out, torch.float32, tokens * outputs),
+        tokens,
+        outputs,
+        half,
         torch.get_num_threads(),
         team(),
     )
@@ -57,4 +59,4 @@ def check() -> str:
         u[0] = 15
         if not torch.equal(product(codes, pack_nibbles(u)), accumulate(codes, u).float()):
             raise NoKernel(f"{name} is not exact")
-    return f"{name}; static integers; 4-bit AWQ (cpu_w4a8) decodes faster here"
+    return f"{name}; static integers; 4-bit AWQ (w4a8) decodes faster here"

@@ -9,6 +9,9 @@
 #include "attention.h"
 #include "attention_group.h"
 #include "simd_half.h"
+#include "parallel.h"
+
+SIZE_OF(Step)
 
 static const void *line_of(const Step *p, const void *from, int64_t u, int64_t at) {
     return (const char *)from + (u * p->capacity + at) * p->dim * (p->half ? 2 : 4);
@@ -77,25 +80,18 @@ void optim_attend_head(const Step *p, int64_t u) {
     for (int64_t i = 0; i < group * d; i++) out[i] *= shares[i / d];
 }
 
-static void units(void *data) {
-    Step *p = data;
-    int64_t u;
-    while ((u = __atomic_fetch_add(&p->next, 1, __ATOMIC_RELAXED)) < p->batch * p->kv_heads)
-        optim_attend_head(p, u);
+static void units(void *step, int64_t from, int64_t end) {
+    for (int64_t u = from; u < end; u++) optim_attend_head(step, u);
 }
 
 int optim_reads_half(void) { return FAST_HALF; }
 
 /* Returns nonzero if there is no memory. */
-int optim_attend(Step *p, int threads, Parallel *parallel) {
+int optim_attend(Step *p, int threads, Team *team) {
     const int64_t work = p->batch * p->heads * (p->position + 1);
-    p->scratch = room_for(work);
+    p->scratch = scratch(OF_THE_CALL, work * sizeof(float));
     if (!p->scratch) return 1;
-    p->next = 0;
-    if (parallel && threads > 1 && work > 2048)
-        parallel(units, p, threads, 0);
-    else
-        units(p);
+    share(units, p, p->batch * p->kv_heads, 1, work > 2048 ? threads : 1, team);
     return 0;
 }
 

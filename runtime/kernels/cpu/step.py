@@ -6,7 +6,6 @@ The references are `optim.runtime.decoder.layers.rms_norm` and
 
 import ctypes
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,14 +13,17 @@ from torch import Tensor
 from optim.runtime.cache.full import Layer, LayerCache
 from optim.runtime.cache.quantized import PackedLayer, packed_layers
 from optim.runtime.kernels.compile import NoKernel, library, team, works
-from optim.runtime.kernels.cpu.attention_quantized import WIDTH, Packed, packed
+from optim.runtime.kernels.cpu.attention_quantized import WIDTH, CPacked, CSide
+from optim.runtime.kernels.door import Struct, WrongTensor, address
 
 CPU = torch.device("cpu")
 LANES = 8  # of which a head's size is a multiple
 
 
-class CStep(ctypes.Structure):
-    """`Step` of step.c."""
+class CStep(Struct):
+    """`Step` of optim.h."""
+
+    NAME = "Step"
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "dim", "rotary")),
@@ -31,7 +33,6 @@ class CStep(ctypes.Structure):
         ("cap", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("qkv", "cos", "sin", "keys", "values")),
         *((name, ctypes.c_void_p) for name in ("packed", "padding", "out", "scratch")),
-        ("next", ctypes.c_int64),
     )
 
 
@@ -61,25 +62,32 @@ class Attend:
         `padding` int64 `[B]`.
         """
         step, batch = self._step, qkv.shape[0]
-        out = torch.empty(batch, step.heads * step.dim)
+        heads, dim = step.heads, step.dim
+        out = torch.empty(batch, heads * dim)
         step.batch, step.position = batch, position
         step.half = is_half(layer)
-        held = point(step, layer, position)
-        self._turn(angles)
-        step.qkv, step.out = qkv.data_ptr(), out.data_ptr()
-        step.padding = None if padding is None else padding.data_ptr()
+        point(step, layer, position, batch * step.kv_heads, dim)
+        step.rotary = turns(step, angles, batch, dim)
+        step.angle_stride = 0 if angles is None or angles[0].shape[0] == 1 else step.rotary
+        count = batch * (heads + 2 * step.kv_heads) * dim
+        step.qkv = address(qkv, torch.float32, count)
+        step.out = address(out, torch.float32, batch * heads * dim)
+        step.point("padding", padding, torch.int64, batch)
         if self._run(self._address, torch.get_num_threads(), self._team):
             raise MemoryError
-        del held
         return out
 
-    def _turn(self, angles: tuple[Tensor, Tensor] | None) -> None:
-        step = self._step
-        step.rotary = 0
-        if angles is not None:
-            cos, sin = angles
-            step.rotary, step.cos, step.sin = cos.shape[-1], cos.data_ptr(), sin.data_ptr()
-            step.angle_stride = 0 if cos.shape[0] == 1 else cos.shape[-1]
+
+def turns(target: Struct, angles: tuple[Tensor, Tensor] | None, batch: int, dim: int) -> int:
+    """Show C the angles, cos and signed sin `[1 or batch, .., rotary]`; how many channels turn."""
+    if angles is None:
+        return 0
+    rotary, rows = angles[0].shape[-1], angles[0].shape[0]
+    if rotary % 2 or rotary > dim or rows not in (1, batch):
+        raise WrongTensor(f"angles {list(angles[0].shape)} for {batch} heads of {dim}")
+    for name, values in zip(("cos", "sin"), angles, strict=True):
+        target.point(name, values, torch.float32, rows * rotary)
+    return rotary
 
 
 def reads(layer: Layer) -> bool:
@@ -94,25 +102,30 @@ def is_half(layer: Layer) -> bool:
     return isinstance(layer, LayerCache) and layer.keys.dtype == torch.float16
 
 
-def point(target: Any, layer: Layer, position: int) -> Packed | None:
-    """Show a C structure where `layer` lies. What is returned must live as long as that is used."""
+def point(target: Struct, layer: Layer, position: int, rows: int, dim: int) -> None:
+    """Show C where `layer` lies: `rows` vectors of `dim` a position, with room for `position`."""
     if isinstance(layer, PackedLayer):
         layer.place(position, 1)
-        sides = packed(layer)
+        sides: CPacked = target.__dict__.setdefault("sides", CPacked())
+        sides.follow(layer, position, rows, dim)
         target.packed = ctypes.addressof(sides)
-        return sides
+        return
     assert isinstance(layer, LayerCache)
-    target.packed, target.capacity = None, layer.values.shape[1]
-    target.keys, target.values = layer.keys.data_ptr(), layer.values.data_ptr()
-    return None
+    capacity, dtype = layer.values.shape[1], torch.float16 if is_half(layer) else torch.float32
+    if position >= capacity:
+        raise WrongTensor(f"a cache of {capacity} positions has no room for {position}")
+    target.packed, target.capacity = None, capacity
+    target.point("keys", layer.keys, dtype, rows * capacity * dim)
+    target.point("values", layer.values, dtype, rows * capacity * dim)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight; fp32 contiguous `x` `[..., n]`, `weight` `[n]`."""
     y = torch.empty_like(x)
     n = weight.shape[0]
-    pointers = x.data_ptr(), weight.data_ptr(), y.data_ptr()
-    load().optim_rms_norm(*pointers, x.numel() // n, n, eps)
+    count = x.numel() // n * n
+    places = address(x, torch.float32, count), address(weight, torch.float32, n)
+    load().optim_rms_norm(*places, address(y, torch.float32, count), x.numel() // n, n, eps)
     return y
 
 
@@ -120,14 +133,16 @@ def swiglu(h: Tensor) -> Tensor:
     """silu(gate) * up of fp32 contiguous `h` `[..., 2n]`, gate first: `[..., n]`."""
     n = h.shape[-1] // 2
     y = torch.empty(*h.shape[:-1], n)
-    load().optim_swiglu(h.data_ptr(), y.data_ptr(), y.numel() // n, n)
+    rows = y.numel() // n
+    given, made = address(h, torch.float32, rows * 2 * n), address(y, torch.float32, rows * n)
+    load().optim_swiglu(given, made, rows, n)
     return y
 
 
 @cache
 def load() -> ctypes.CDLL:
     """The compiled kernel. Raises NoKernel with the reason."""
-    lib = library("step", "attention_quantized")
+    lib = library("step", "attention_quantized", structs=(CStep, CPacked, CSide))
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     lib.optim_attend.argtypes = [pointer, ctypes.c_int, pointer]
     lib.optim_rms_norm.argtypes = [*[pointer] * 3, integer, integer, ctypes.c_float]

@@ -15,7 +15,7 @@ from torch import Tensor
 from optim.runtime.formats.schemes import Scheme
 from optim.runtime.kernels.compile import NoKernel
 from optim.runtime.kernels.torch_tiles import by_tiles
-from optim.runtime.system.machine import has_bf16_units
+from optim.runtime.system.instructions import has_bf16_units
 
 GROUPS = (32, 64, 128, 256)
 PADDING = 64  # rows; a multiple of every block the operator uses

@@ -10,41 +10,29 @@
  * nibbles of its bytes, 4-7 in the high ones). A 4-bit product pair is at most 2*15*127, so
  * 32 inputs (8 pairs a lane) stay below 2^15 where the sums are 16 bits wide (AVX2).
  */
-#include <stdlib.h>
-
 #include "optim.h"
 #include "simd_int.h"
+#include "parallel.h"
 
 typedef struct {
     const Linear *layer;
     const float *x;
     float *y;
     Activations act;
-    int64_t tokens, blocks_each, next;
+    int64_t tokens;
 } Job;
+
+SIZE_OF(Linear)
 
 int optim_rows(void) { return ROWS; }
 int optim_flip(void) { return FLIP; }
 const char *optim_name(void) { return NAME; }
 
-static void quantize_chunk(const float *x, int64_t count, int64_t chunk, int8_t *out, float *scale,
-                           float *sum) {
-    int32_t top = 0, total = 0; /* the order of |x| is that of its bits: NaN ends up on top */
-    for (int64_t i = 0; i < count; i++) {
-        int32_t word;
-        memcpy(&word, x + i, 4);
-        word &= 0x7fffffff;
-        top = word > top ? word : top;
-    }
-    float peak;
-    memcpy(&peak, &top, 4);
-    float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;
-    for (int64_t i = 0; i < count; i++) {
-        float v = x[i] * inverse;
-        int32_t r = (int32_t)(v + (v >= 0 ? 0.5f : -0.5f));
-        out[i] = (int8_t)r;
-        total += r;
-    }
+INLINE void round_chunk(const float *x, const int64_t count, int64_t chunk, int8_t *out, float *scale,
+                        float *sum) {
+    const float peak = round_int8(x, count, out);
+    int32_t total = 0;
+    for (int64_t i = 0; i < count; i++) total += out[i];
     memset(out + count, 0, chunk - count);
     *scale = peak / 127.0f;
     *sum = (float)total;
@@ -56,13 +44,13 @@ void optim_round(const Linear *l, const float *x, Activations *a, int64_t token)
         int8_t *out = a->values + at * l->chunk;
         const float *from = x + token * l->inputs + c * l->chunk;
         if (left < l->chunk)
-            quantize_chunk(from, left, l->chunk, out, a->scales + at, a->sums + at);
+            round_chunk(from, left, l->chunk, out, a->scales + at, a->sums + at);
         else if (l->chunk == 64) /* constant counts, so that the compiler can unroll */
-            quantize_chunk(from, 64, 64, out, a->scales + at, a->sums + at);
+            round_chunk(from, 64, 64, out, a->scales + at, a->sums + at);
         else if (l->chunk == 32)
-            quantize_chunk(from, 32, 32, out, a->scales + at, a->sums + at);
+            round_chunk(from, 32, 32, out, a->scales + at, a->sums + at);
         else
-            quantize_chunk(from, 16, 16, out, a->scales + at, a->sums + at);
+            round_chunk(from, 16, 16, out, a->scales + at, a->sums + at);
     }
 }
 
@@ -72,7 +60,7 @@ INLINE ints splat_at(const int8_t *p) {
     return splat(word);
 }
 
-#define AHEAD 2048 /* bytes: what memory takes to answer */
+#define PREFETCH_BYTES 2048 /* what is asked for so far ahead has come when it is read */
 #define MOST 4 /* tokens at a time: what the registers hold */
 
 /* ROWS outputs of COUNT tokens from `first` on: the only loop that costs time. */
@@ -99,7 +87,7 @@ INLINE void tile(const Linear *l, const Activations *a, int64_t block, int64_t f
                 for (int m = 0; m < COUNT; m++) narrow[m] = BITS == 4 ? zeros() : dot[m];
                 for (int k = part; k < part + PART; k += 32 / BITS, w += vector) {
                     const ints word = load(w);
-                    __builtin_prefetch(w + AHEAD);
+                    __builtin_prefetch(w + PREFETCH_BYTES);
                     for (int m = 0; m < COUNT; m++) {
                         const int8_t *x = from + m * cols + k;
                         if (BITS == 8) {
@@ -158,56 +146,35 @@ void optim_blocks(const Linear *l, const Activations *a, float *y, int64_t token
     }
 }
 
-/* Threads take the next piece of work when they are free: a busy machine slows no one down. */
-static void quantize_task(void *data) {
+static void round_tokens(void *data, int64_t from, int64_t end) {
     Job *j = data;
-    int64_t token;
-    while ((token = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->tokens)
+    for (int64_t token = from; token < end; token++)
         optim_round(j->layer, j->x, &j->act, token);
 }
 
-static void blocks_task(void *data) {
+static void some_blocks(void *data, int64_t from, int64_t end) {
     Job *j = data;
-    const int64_t blocks = (j->layer->outputs + ROWS - 1) / ROWS, each = j->blocks_each;
-    int64_t from;
-    while ((from = __atomic_fetch_add(&j->next, each, __ATOMIC_RELAXED)) < blocks)
-        optim_blocks(j->layer, &j->act, j->y, j->tokens, from,
-                     from + each < blocks ? from + each : blocks);
-}
-
-static void run(Parallel *parallel, Task *task, Job *job, unsigned threads) {
-    job->next = 0;
-    if (parallel && threads > 1)
-        parallel(task, job, threads, 0);
-    else
-        task(job);
+    optim_blocks(j->layer, &j->act, j->y, j->tokens, from, end);
 }
 
 /* x [tokens, inputs] -> y [tokens, outputs], float. Returns nonzero if there is no memory. */
 int optim_linear(const Linear *l, const float *x, float *y, int64_t tokens, int threads,
-                 Parallel *parallel) {
-    static _Thread_local void *scratch;
-    static _Thread_local size_t held;
+                 Team *team) {
     const int64_t batch = tokens < 128 ? tokens : 128; /* activations that stay in the cache */
-    const size_t count = (size_t)(batch * l->chunks), need = count * (l->chunk + 8);
-    if (held < need) {
-        free(scratch);
-        scratch = malloc(need);
-        held = scratch ? need : 0;
-        if (!scratch) return 1;
-    }
+    const size_t count = (size_t)(batch * l->chunks);
+    float *memory = scratch(OF_THE_CALL, count * (l->chunk + 2 * sizeof(float)));
+    if (!memory) return 1;
     Job job = {.layer = l};
-    job.act.scales = scratch;
+    job.act.scales = memory;
     job.act.sums = job.act.scales + count;
     job.act.values = (int8_t *)(job.act.sums + count);
-    const int64_t blocks = (l->outputs + ROWS - 1) / ROWS, share = blocks / (threads * 4);
-    job.blocks_each = share > 0 ? share : 1;
+    const int64_t blocks = (l->outputs + ROWS - 1) / ROWS, each = blocks / (threads * 4);
     for (int64_t at = 0; at < tokens; at += batch) {
         job.tokens = tokens - at < batch ? tokens - at : batch;
         job.x = x + at * l->inputs;
         job.y = y + at * l->outputs;
-        run(job.tokens < 8 ? NULL : parallel, quantize_task, &job, threads);
-        run(parallel, blocks_task, &job, threads);
+        share(round_tokens, &job, job.tokens, 1, job.tokens < 8 ? 1 : threads, team);
+        share(some_blocks, &job, blocks, each > 0 ? each : 1, threads, team);
     }
     return 0;
 }

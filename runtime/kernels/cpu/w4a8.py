@@ -13,13 +13,16 @@ from torch import Tensor
 
 from optim.runtime.formats.schemes import Scheme
 from optim.runtime.kernels.compile import NoKernel, library, team
-from optim.runtime.system.machine import use_huge_pages
+from optim.runtime.kernels.door import Struct, WrongTensor, address
+from optim.runtime.kernels.huge_pages import use_huge_pages
 
 SLICE = 256  # blocks of rows repacked at a time
 
 
-class _Linear(ctypes.Structure):
-    """`Linear` of w4a8.c."""
+class CLinear(Struct):
+    """`Linear` of optim.h."""
+
+    NAME = "Linear"
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("inputs", "outputs", "bits", "chunk", "chunks")),
@@ -56,25 +59,36 @@ class Weight:
         self.weight = _blocks(q, stored, rows, -(-self.inputs // chunk) * chunk, flip)
         use_huge_pages(self.weight)
         scale = scale if scale.dtype == torch.bfloat16 else scale.to(torch.float32)
+        chunks, scales = -(-self.inputs // chunk), scale.shape[1]
+        if scale.shape[0] != self.outputs or chunks % scales:
+            raise WrongTensor(f"scales {list(scale.shape)} of a weight {list(q.shape)}")
         self.scale = _per_block(scale, rows)
         self.zero = None if zero is None else _per_block(zero, rows)
         self.bias = None if bias is None else _per_block(bias.float().unsqueeze(1), rows)
-        self._run, self._team = lib.optim_linear, team()
-        self._layer = _Linear(
+        self._run, self._team, self._rows = lib.optim_linear, team(), rows
+        self.layer = CLinear(
             inputs=self.inputs,
-            outputs=self.outputs,
             bits=stored,
             chunk=chunk,
-            chunks=-(-self.inputs // chunk),
-            scales=scale.shape[1],
+            chunks=chunks,
+            scales=scales,
             scale_is_bf16=scale.dtype == torch.bfloat16,
-            weight=self.weight.data_ptr(),
-            scale=self.scale.data_ptr(),
-            zero=None if self.zero is None else self.zero.data_ptr(),
             middle=2.0 ** (scheme.bits - 1),
-            bias=None if self.bias is None else self.bias.data_ptr(),
         )
-        self.address = ctypes.addressof(self._layer)
+        self.point()
+
+    def point(self) -> None:
+        """Let C see the tensors as they are now."""
+        layer = self.layer
+        blocks = -(-self.outputs // self._rows)
+        words = layer.chunks * layer.chunk * layer.bits // 32
+        scale = torch.bfloat16 if layer.scale_is_bf16 else torch.float32
+        layer.outputs = self.outputs
+        layer.point("weight", self.weight, torch.int32, blocks * words * self._rows)
+        layer.point("scale", self.scale, scale, blocks * layer.scales * self._rows)
+        layer.point("zero", self.zero, torch.uint8, blocks * layer.scales * self._rows)
+        layer.point("bias", self.bias, torch.float32, blocks * self._rows)
+        self.address = ctypes.addressof(layer)
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +99,9 @@ class Weight:
         """`[tokens, in]` -> float32 `[tokens, out]`, bias included."""
         x, tokens, threads = x.float().contiguous(), x.shape[0], torch.get_num_threads()
         y = torch.empty(tokens, self.outputs)
-        if self._run(self.address, x.data_ptr(), y.data_ptr(), tokens, threads, self._team):
+        given = address(x, torch.float32, tokens * self.inputs)
+        made = address(y, torch.float32, tokens * self.outputs)
+        if self._run(self.address, given, made, tokens, threads, self._team):
             raise MemoryError
         return y
 
@@ -107,7 +123,7 @@ def reference(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor | None, scheme: 
 @cache
 def load() -> ctypes.CDLL:
     """The compiled kernel, compared with `reference`. Raises NoKernel with the reason."""
-    lib = library("w4a8")
+    lib = library("w4a8", structs=(CLinear,))
     lib.optim_linear.argtypes = [
         *[ctypes.c_void_p] * 3,
         ctypes.c_int64,

@@ -71,7 +71,7 @@ def _int4(  # type: ignore[no-untyped-def]
 
 
 class Gather:
-    """A linear held input by input on a GPU; the same calls as cpu_sparse.Columns."""
+    """A linear held input by input on a GPU; the same calls as skip_dense.Columns."""
 
     def __init__(self, outputs: int, tensors: dict[str, Tensor], group: int) -> None:
         """`tensors` as one of the layouts below; `group` 0: not int4, else inputs of a scale."""

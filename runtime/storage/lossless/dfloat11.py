@@ -27,8 +27,8 @@ from optim.runtime.formats.dfloat11 import (
     SPLITS,
     SUFFIXES,
 )
-from optim.runtime.kernels.cpu.df11 import Array
 from optim.runtime.kernels.df11 import codec
+from optim.runtime.kernels.door import Array
 from optim.runtime.storage.lossless.dfloat11_encoder import VERSION, Counts, Encoder
 from optim.runtime.storage.lossless.layout import BLOCK, Places, Read, ShapeOf, damaged
 from optim.runtime.storage.tensors import TensorInfo

@@ -20,8 +20,9 @@ from optim.runtime.formats.dfloat11 import (
     SUFFIXES,
 )
 from optim.runtime.kernels.bf12 import words
-from optim.runtime.kernels.cpu.df11 import Array, Stream
+from optim.runtime.kernels.cpu.df11 import Stream
 from optim.runtime.kernels.df11 import codec
+from optim.runtime.kernels.door import Array
 from optim.runtime.storage.lossless.huffman import Code, code_of
 
 VERSION = "0.5.0"  # of the published format

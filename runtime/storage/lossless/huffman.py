@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from optim.runtime.formats.dfloat11 import LONGEST, MOST_ROWS
-from optim.runtime.kernels.cpu.df11 import Array
+from optim.runtime.kernels.door import Array
 
 END = -1  # the end-of-stream symbol, smaller than every exponent
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.kernels.cpu.df11 import Array
+from optim.runtime.kernels.door import Array
 from optim.runtime.storage.tensors import TensorInfo
 
 BLOCK = re.compile(r"((?:.*\.)?(?:layers?|blocks?|h)\.\d+)\.(.+)")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.runtime.kernels.cpu.df11 import Array
+from optim.runtime.kernels.door import Array
 from optim.runtime.storage.lossless.layout import Coded, Layout, ShapeOf, damaged
 from optim.runtime.storage.lossless.layouts import LAYOUTS, layout_of
 from optim.runtime.storage.names import text_config

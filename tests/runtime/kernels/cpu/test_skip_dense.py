@@ -7,7 +7,10 @@ from hypothesis import strategies as st
 
 from optim.runtime.kernels.cpu import skip_dense
 
-pytestmark = pytest.mark.skipif(not skip_dense.usable(), reason="no C compiler")
+pytestmark = [
+    pytest.mark.skipif(not skip_dense.usable(), reason="no C compiler"),
+    pytest.mark.usefixtures("isa"),
+]
 SHAPES = st.tuples(st.integers(1, 200), st.integers(1, 300), st.integers(0, 9))
 
 

@@ -9,7 +9,10 @@ from optim.runtime.decoder.linears.gathered import gather_columns, gather_rows
 from optim.runtime.formats.schemes import Scheme
 from optim.runtime.kernels.cpu import skip_int4, w4a8
 
-pytestmark = pytest.mark.skipif(not skip_int4.usable(), reason="no C compiler")
+pytestmark = [
+    pytest.mark.skipif(not skip_int4.usable(), reason="no C compiler"),
+    pytest.mark.usefixtures("isa"),
+]
 
 
 def close(got: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-5) -> None:

@@ -8,7 +8,10 @@ from hypothesis import strategies as st
 from optim.runtime.formats.static_int import accumulate, limits, pack_nibbles
 from optim.runtime.kernels.cpu import static_int
 
-pytestmark = pytest.mark.skipif(not static_int.usable(), reason="no C compiler")
+pytestmark = [
+    pytest.mark.skipif(not static_int.usable(), reason="no C compiler"),
+    pytest.mark.usefixtures("isa"),
+]
 
 
 @settings(max_examples=60, deadline=None)

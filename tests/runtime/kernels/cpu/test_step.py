@@ -17,7 +17,10 @@ from optim.runtime.kernels.cpu import step as cpu_step
 CPU = torch.device("cpu")
 HALF = cpu_step.usable() and cpu_step.reads_half()
 KINDS = [torch.float32, *([torch.float16] if HALF else []), 8, 4]
-pytestmark = pytest.mark.skipif(not cpu_step.usable(), reason="no C compiler here")
+pytestmark = [
+    pytest.mark.skipif(not cpu_step.usable(), reason="no C compiler here"),
+    pytest.mark.usefixtures("isa"),
+]
 
 
 def layers_of(kind: int | torch.dtype, batch: int, kv: int, dim: int) -> list[Layer]:

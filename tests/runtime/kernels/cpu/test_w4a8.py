@@ -19,6 +19,7 @@ def compiled() -> bool:
     return True
 
 
+pytestmark = pytest.mark.usefixtures("isa")
 needs_compiler = pytest.mark.skipif(not compiled(), reason="no C compiler, or not for this CPU")
 
 

@@ -1,9 +1,9 @@
-"""Huge pages must leave everything as it was."""
+"""Large pages change nothing of what lies there."""
 
 import pytest
 import torch
 
-from optim.runtime.system.machine import use_huge_pages
+from optim.runtime.kernels.huge_pages import use_huge_pages
 
 
 @pytest.mark.parametrize("count", [0, 10, 3 << 20])
