@@ -1,10 +1,13 @@
 """`optim bench`: speed, memory, and how much of the machine is used, against others."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optim.cli import ui
 from optim.recipes.errors import USAGE, OptimError
+
+if TYPE_CHECKING:
+    from optim.runtime.storage.checkpoint import Checkpoint
 
 PEERS = ("transformers", "llama.cpp")
 
@@ -55,6 +58,7 @@ def bench(source: str, asked: Asked, *, as_json: bool, quiet: bool) -> None:
 
 def _jobs(source: str, asked: Asked) -> list[Any]:
     from optim.runtime.measure.job import Job
+    from optim.runtime.storage.checkpoint import open_checkpoint
 
     lengths = _lengths(asked.prompt_tokens)
     unknown = [peer for peer in asked.peer if peer not in PEERS]
@@ -78,7 +82,10 @@ def _jobs(source: str, asked: Asked) -> list[Any]:
             offload=asked.offload,
         )
 
-    plain = [job(source, form="bf16")] if _is_packed(source) else []
+    sources = [open_checkpoint(name) for name in (source, asked.against) if name is not None]
+    _check_lengths(sources, max(lengths) + asked.new_tokens, asked)
+    # Weights packed without loss are measured as bf16 too.
+    plain = [job(source, form="bf16")] if sources[0].layout is not None else []
     base = [job(asked.against)] if asked.against else []
     return [
         job(source),
@@ -88,11 +95,18 @@ def _jobs(source: str, asked: Asked) -> list[Any]:
     ]
 
 
-def _is_packed(source: str) -> bool:
-    """Whether weights are packed without loss: then the same weights as bf16 are measured too."""
-    from optim.runtime.storage.checkpoint import open_checkpoint
-
-    return open_checkpoint(source).layout is not None
+def _check_lengths(sources: "list[Checkpoint]", need: int, asked: Asked) -> None:
+    """Raise OptimError (2) where `need` tokens do not fit, before anything is measured."""
+    if asked.kv_policy == "stream":
+        return
+    stated = {c.name: c.text_config.get("max_position_embeddings") for c in sources}
+    limits = {name: limit for name, limit in stated.items() if isinstance(limit, int)}
+    if asked.context is not None:
+        limits["--context"] = asked.context
+    for name, limit in limits.items():
+        if need > limit:
+            what = f"a prompt and what is decoded take {need} tokens, {name} has {limit}"
+            raise OptimError(what, "give less as --prompt-tokens or --new-tokens", USAGE)
 
 
 def _lengths(text: str) -> tuple[int, ...]:
@@ -117,13 +131,11 @@ def _show(runs: list[dict[str, Any]], peak: float) -> None:
         "of peak",
         "speed-up",
     )
-    first = {t["prompt_tokens"]: t for t in runs[0]["timings"]}
-    rows = []
-    for run in runs:
-        for timing in run["timings"]:
-            ours = first[timing["prompt_tokens"]]["decode_tokens_per_second"]["median"]
-            rows.append(_row(run, timing, peak, ours))
-    ui.table(heads, rows)
+    slowest: dict[int, float] = {}
+    for timing in (timing for run in runs for timing in run["timings"]):
+        length = timing["prompt_tokens"]
+        slowest[length] = min(_decode(timing), slowest.get(length, _decode(timing)))
+    ui.table(heads, [_row(run, t, peak, slowest) for run in runs for t in run["timings"]])
     for run in runs:
         ui.say(
             f"{_name(run)}: {run['place']} · load {run['load_seconds']:.1f} s"
@@ -133,8 +145,12 @@ def _show(runs: list[dict[str, Any]], peak: float) -> None:
         ui.say(verdict)
     ui.say(f"this machine reads {peak / 1e9:.1f} GB/s · load average {runs[0]['load_average']:.1f}")
     ui.say(
-        "rates are medians (slowest-fastest round); the first model decodes speed-up times faster"
+        "rates are medians (slowest-fastest round); speed-up: of decode, beside the slowest model"
     )
+
+
+def _decode(timing: dict[str, Any]) -> float:
+    return float(timing["decode_tokens_per_second"]["median"])
 
 
 def _verdict(runs: list[dict[str, Any]]) -> str | None:
@@ -154,7 +170,10 @@ def _verdict(runs: list[dict[str, Any]]) -> str | None:
     return f"planes decode {gain:.2f}x as fast as bf16 here"
 
 
-def _row(run: dict[str, Any], timing: dict[str, Any], peak: float, ours: float) -> tuple[str, ...]:
+def _row(
+    run: dict[str, Any], timing: dict[str, Any], peak: float, slowest: dict[int, float]
+) -> tuple[str, ...]:
+    faster = _decode(timing) / slowest[timing["prompt_tokens"]]
     decode = timing["decode_tokens_per_second"]
     rate = run["weight_bytes"] / (timing["ms_per_step"] / 1e3)
     return (
@@ -166,7 +185,7 @@ def _row(run: dict[str, Any], timing: dict[str, Any], peak: float, ours: float) 
         f"{run['weight_bytes'] / 1e6:.0f}",
         f"{rate / 1e9:.1f}",
         f"{rate / peak:.0%}",
-        f"{ours / decode['median']:.2f}",
+        f"{faster:.2f}x" if faster > 1 else "",
     )
 
 

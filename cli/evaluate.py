@@ -62,19 +62,24 @@ def _hold(increase: float, allowed: float) -> None:
 def _show(source: str, asked: Asked, found: dict[str, Any]) -> None:
     rows = [(source, f"{found['perplexity']:.3f}", "", "")]
     if asked.against is not None:
-        kl = f"{found['kl']:.4f} ± {found['kl_error']:.4f}"
+        kl = f"{found['kl']:.4f}{_error(found['kl_error'])}"
         rows = [
             (f"{asked.against} (base)", f"{found['base_perplexity']:.3f}", "", ""),
             (source, f"{found['perplexity']:.3f}", f"{found['ppl_ratio'] - 1:+.2%}", kl),
         ]
     ui.table(("model", "perplexity", "change", "KL"), rows)
     if asked.against is not None:
-        change = f"{found['delta_nll']:+.4f} ± {found['delta_nll_error']:.4f}"
+        change = f"{found['delta_nll']:+.4f}{_error(found['delta_nll_error'])}"
         ui.say(f"nll a token {change} · same likeliest token {found['same_top']:.1%}")
     after = f", each after BOS ({', '.join(map(str, found['begin']))})" if found["begin"] else ""
-    ui.say(f"{found['windows']} windows of {asked.window} tokens from {asked.text}{after}")
+    plural = "s" * (found["windows"] != 1)
+    ui.say(f"{found['windows']} window{plural} of {asked.window} tokens from {asked.text}{after}")
     if found.get("skipped"):
         _show_skipped(found)
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f" ± {value:.4f}"
 
 
 SITES = {"qkv": "qkv", "out": "out", "up": "up", "rows": "up rows", "down": "down", "core": "core"}

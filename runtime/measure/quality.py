@@ -42,14 +42,15 @@ LOGIT_BYTES = 256 * 2**20  # logits held at a time
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Means over `tokens` predictions; errors are standard errors over the windows.
+    """Means over `tokens` predictions; errors are standard errors over the windows
+    (None of one window).
 
     `delta_nll` is the mean of nll - base nll (paired, so its error is far smaller than either's).
     """
 
     perplexity: float
     nll: float
-    nll_error: float
+    nll_error: float | None
     tokens: int
     windows: int
     window: int
@@ -243,5 +244,6 @@ def _summary(rows: Tensor, windows: Tensor, prompt: int, compared: bool) -> Eval
     )
 
 
-def _standard_error(values: Tensor) -> float:
-    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
+def _standard_error(values: Tensor) -> float | None:
+    """Of the mean of `values`; one alone says nothing of how far it may be off."""
+    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else None

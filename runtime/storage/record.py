@@ -10,6 +10,16 @@ from optim.runtime.storage.verify import MANIFEST, read_manifest
 
 CARD = "README.md"
 HEADING = "## What it cost"
+MEASURES = (
+    ("perplexity", "perplexity", ".3f"),
+    ("base_perplexity", "perplexity of the original", ".3f"),
+    ("ppl_ratio", "perplexity beside the original's", ".4f"),
+    ("kl", "KL divergence from the original, nats a token", ".4f"),
+    ("kl_error", "its standard error", ".4f"),
+    ("same_top", "same likeliest token", ".1%"),
+    ("tokens", "tokens predicted", ",d"),
+)
+"""What the card shows of an evaluation: its key, what it is called, how it is written."""
 
 
 def recordable(source: str) -> Path:
@@ -35,10 +45,11 @@ def record(folder: Path, evaluation: dict[str, Any]) -> None:
 
 
 def _table(evaluation: dict[str, Any]) -> str:
-    names = ("perplexity", "base_perplexity", "ppl_ratio", "kl", "kl_error", "same_top", "tokens")
-    rows = [f"| {n} | {evaluation[n]:.6g} |" for n in names if evaluation.get(n) is not None]
+    found = {key: (name, form) for key, name, form in MEASURES if evaluation.get(key) is not None}
+    rows = [f"| {name} | {evaluation[key]:{form}} |" for key, (name, form) in found.items()]
     lines = ["| measure | value |", "|---|---:|", *rows]
-    windows = f"{evaluation['windows']} windows of {evaluation['window']} tokens"
+    plural = "s" * (evaluation["windows"] != 1)
+    windows = f"{evaluation['windows']} window{plural} of {evaluation['window']} tokens"
     windows += ", each after BOS" if evaluation.get("begin") else ""
     return "\n".join([*lines, "", f"On {evaluation['text']}, {windows} (`optim eval`).", ""])
 

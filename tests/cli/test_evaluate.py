@@ -12,7 +12,7 @@ from optim.cli import ui
 
 Captured = pytest.CaptureFixture[str]
 
-ALONE = {"perplexity": 12.5, "tokens": 2046, "windows": 2, "window": 1024}
+ALONE = {"perplexity": 12.5, "tokens": 2046, "windows": 2, "window": 1024, "begin": []}
 COMPARED = ALONE | {
     "base_perplexity": 12.0,
     "ppl_ratio": 12.5 / 12.0,
@@ -75,6 +75,20 @@ def test_the_table(measuring: Measuring, monkeypatch: pytest.MonkeyPatch, capsys
         "nll a token +0.0408 ± 0.0020 · same likeliest token 91.0%",
         "2 windows of 1024 tokens from builtin:eval",
     ]
+
+
+def test_one_window_has_no_error_of_its_mean(capsys: Captured) -> None:
+    import torch
+
+    from optim.cli.evaluate import Asked, _show
+    from optim.runtime.measure.quality import _standard_error
+
+    assert _standard_error(torch.tensor([0.5])) is None
+    found = COMPARED | {"windows": 1, "kl_error": None, "delta_nll_error": None}
+    _show("out", Asked("demo", "a.txt", 64, 1, "cpu", 1), found)
+    out = capsys.readouterr().out
+    assert "±" not in out and "0.0500" in out
+    assert "1 window of 64 tokens from a.txt" in out
 
 
 def test_json(measuring: Measuring, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
