@@ -7,8 +7,8 @@ says so.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +18,14 @@ from optim.quant.fold import Probe, discover, family_groups, fold_checked, query
 from optim.quant.grid import Grid
 from optim.quant.observe import GRAM_BYTES, Inputs, leaders_of, observe
 from optim.quant.rounding import NearestLinear, RoundedLinear, round_linear, round_rows
+from optim.quant.solver import Solved, Task
+from optim.quant.stored import block_tensors
 from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.schema import Awq, Gptq, Rtn
 from optim.runtime.architecture.table import FAMILIES, Group
-from optim.runtime.formats.pack_quantized import Scheme
+from optim.runtime.formats.pack_quantized import Scheme, write_config
 from optim.runtime.system.machine import release_memory
-from optim.runtime.walk.walk import (
-    EXPERT_PARTS,
-    HiddenStates,
-    StoredLinear,
-    Walk,
-    linear_at,
-    linears,
-)
+from optim.runtime.walk.walk import EXPERT_PARTS, HiddenStates, StoredLinear, linear_at, linears
 
 PROBE_TOKENS = 512
 WIDE_BYTES = 256 * 2**20
@@ -38,29 +33,29 @@ INNER = EXPERT_PARTS[2]
 STARVED = 0.125  # an expert that saw fewer tokens than this share of its inputs is rounded plainly
 
 
-@dataclass(slots=True)
-class Solved:
-    """A compressed block and what it cost: squared errors of its output on the probe, relative."""
-
-    block: nn.Module
-    error: float | None
-    rounding_error: float | None
-    notes: list[str] = field(default_factory=list)
-
-
-@dataclass(slots=True)
 class BlockSolver:
-    """Everything that is the same for every block of a run."""
+    """awq and gptq: everything that is the same for every block of a run."""
 
-    walk: Walk
-    recipe: Awq | Gptq | Rtn
-    schemes: Mapping[str, Scheme]
-    """Canonical module name -> scheme, for each linear to be quantized."""
-    dtype: torch.dtype
-    """The dtype of the stored scales and norms."""
+    def __init__(self, task: Task) -> None:
+        section = task.recipe.quantize
+        assert isinstance(section, Awq | Gptq | Rtn)
+        self.walk, self.checkpoint, self.recipe = task.walk, task.checkpoint, section
+        self.schemes, self.dtype, self.windows = task.schemes, task.dtype, task.windows
 
-    def solve(self, i: int, states: HiddenStates) -> Solved:
+    def enter(self, states: HiddenStates) -> None:
+        """Block 0 reads the embedded tokens as they are."""
+
+    def tensors(self, block: nn.Module, prefix: str) -> dict[str, Tensor]:
+        """Packed linears, and the rest in its own dtype."""
+        return block_tensors(block, prefix, self.checkpoint, self.dtype)
+
+    def config(self, schemes: Mapping[str, Scheme], ignored: Iterable[str]) -> dict[str, Any]:
+        """That of compressed-tensors."""
+        return write_config(schemes, ignored)
+
+    def solve(self, i: int, states: HiddenStates | None) -> Solved:
         """Compress block i given its inputs; OptimError (2) for weights that are not finite."""
+        assert states is not None
         block = self.walk.block(i)
         schemes = self._schemes(i, block)
         refuse_non_finite(block, f"{self.walk.prefix}.{i}")
@@ -81,16 +76,6 @@ class BlockSolver:
             error = rounding_error
         _replace(block, solved)
         return Solved(block, error, rounding_error, notes)
-
-    def round(self, i: int) -> nn.Module:
-        """Block i rounded plainly, with no calibration."""
-        block = self.walk.block(i)
-        refuse_non_finite(block, f"{self.walk.prefix}.{i}")
-        schemes = self._schemes(i, block)
-        for name, scheme in schemes.items():
-            plain = self._nearest(linear_at(block, name), scheme)
-            block.set_submodule(name, plain.rounded())
-        return block
 
     def _schemes(self, i: int, block: nn.Module) -> dict[str, Scheme]:
         prefix = f"{self.walk.prefix}.{i}."
@@ -241,6 +226,19 @@ class BlockSolver:
             dtype=self.dtype,
         )
         return None if bool((scale == 1).all()) else scale
+
+
+class NearestSolver(BlockSolver):
+    """rtn: each block rounded plainly, with no calibration."""
+
+    def solve(self, i: int, states: HiddenStates | None) -> Solved:
+        """Round block i; OptimError (2) for weights that are not finite."""
+        block = self.walk.block(i)
+        refuse_non_finite(block, f"{self.walk.prefix}.{i}")
+        for name, scheme in self._schemes(i, block).items():
+            plain = self._nearest(linear_at(block, name), scheme)
+            block.set_submodule(name, plain.rounded())
+        return Solved(block, None, None)
 
 
 def _turns(block: nn.Module, names: set[str]) -> list[set[str]]:

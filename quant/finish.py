@@ -7,29 +7,20 @@ from typing import Any
 from torch import Tensor
 
 from optim.quant.plan import Plan
+from optim.quant.solver import Solver
 from optim.recipes.build import to_yaml
-from optim.recipes.schema import MergeQuant
-from optim.runtime.formats.pack_quantized import write_config
 from optim.runtime.storage.verify import MANIFEST
 from optim.runtime.storage.workspace import FORMAT_VERSION, INDEX, Workspace, index_of
 from optim.runtime.text.windows import described
 
-SHARED_LAYOUT = (
-    "vLLM and transformers (with the `compressed-tensors` package) load the folder as it is."
-)
-OWN_LAYOUT = "The layout is optim's own (docs/artifact.md): no field format holds static steps."
-
 
 def finish(
-    made: Plan, workspace: Workspace, windows: Tensor | None, static: dict[str, Any] | None = None
+    made: Plan, workspace: Workspace, windows: Tensor | None, solver: Solver
 ) -> dict[str, Any]:
-    """Write what belongs beside the shards and publish; returns the facts of the report.
-
-    `static` is the quantization_config of static integers; without one it is that of the schemes.
-    """
+    """Write what belongs beside the shards and publish; returns the facts of the report."""
     manifest = _manifest(made, workspace, windows)
     recipe = made.recipe.model_copy(update={"output": None})
-    workspace.write_text("config.json", json.dumps(_config(made, static), indent=2) + "\n")
+    workspace.write_text("config.json", json.dumps(_config(made, solver), indent=2) + "\n")
     workspace.write_text(INDEX, index_of(workspace.done) + "\n")
     workspace.write_text(MANIFEST, json.dumps(manifest, indent=1) + "\n")
     workspace.write_text("recipe.yaml", to_yaml(recipe))
@@ -45,13 +36,13 @@ def finish(
     return facts
 
 
-def _config(made: Plan, static: dict[str, Any] | None) -> dict[str, Any]:
+def _config(made: Plan, solver: Solver) -> dict[str, Any]:
     names = {module: _published(made, module) for module in (*made.schemes, *made.ignored)}
     schemes = {names[module]: scheme for module, scheme in made.schemes.items()}
     config = dict(made.checkpoint.text_config)
     config["architectures"] = [type(made.walk.model).__name__]
     ignored = [names[module] for module in made.ignored]
-    config["quantization_config"] = static or write_config(schemes, ignored)
+    config["quantization_config"] = solver.config(schemes, ignored)
     if made.walk.head_name in made.schemes:
         config["tie_word_embeddings"] = False
     return config
@@ -91,9 +82,6 @@ def _manifest(made: Plan, workspace: Workspace, windows: Tensor | None) -> dict[
 
 def _card(made: Plan, manifest: dict[str, Any]) -> str:
     source = made.checkpoint.source
-    static = isinstance(made.recipe.quantize, MergeQuant)
-    tag = "optim" if static else "compressed-tensors, optim"
-    others = OWN_LAYOUT if static else SHARED_LAYOUT
     recipe = to_yaml(made.recipe.model_copy(update={"output": None})).strip()
     rows = "\n".join(
         f"| {row.group} | {row.format} | {row.tensors} | {row.params:,} | {row.nbytes:,} |"
@@ -102,7 +90,7 @@ def _card(made: Plan, manifest: dict[str, Any]) -> str:
     return f"""---
 base_model: {source}
 library_name: transformers
-tags: [{tag}]
+tags: [{made.method.tags}]
 ---
 
 # {made.output.name}
@@ -118,7 +106,7 @@ tags: [{tag}]
 
     optim run {made.output.name}
 
-{others}
+{made.method.readers}
 
 ## Make it again
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from optim.quant.mergequant.rotation import refuse_family
-from optim.quant.mergequant.sites import KEPT_BYTES, SAMPLE_TOKENS
+from optim.quant.methods import METHODS
 from optim.quant.observe import GRAM_BYTES
+from optim.quant.solver import Method
 from optim.recipes.errors import MACHINE, USAGE, OptimError
 from optim.recipes.patterns import matches
-from optim.recipes.schema import MergeQuant, Override, Recipe, Rounding, Rtn
+from optim.recipes.schema import Override, Recipe, Rounding
 from optim.runtime.architecture.table import FAMILIES
 from optim.runtime.formats.bits import words
 from optim.runtime.formats.pack_quantized import Scheme
@@ -37,6 +37,7 @@ class Plan:
     """A checked recipe for one model; `recipe` has every value resolved."""
 
     recipe: Recipe
+    method: Method
     checkpoint: Checkpoint
     walk: Walk
     schemes: dict[str, Scheme]
@@ -60,7 +61,7 @@ class Plan:
             "output_bytes": self.output_bytes,
             "peak_bytes": self.peak_bytes,
             "disk_bytes": self.disk_bytes,
-            "calibration": "none" if isinstance(self.recipe.quantize, Rtn) else text,
+            "calibration": text if self.method.reads_text else "none",
             "groups": [asdict(row) for row in self.groups],
             "notes": list(self.notes),
             "output": str(self.output),
@@ -89,18 +90,19 @@ def plan(
         torch.set_num_threads(threads)
     checkpoint = open_checkpoint(recipe.model, trust_remote_code=trust_remote_code)
     require_plain(checkpoint)
-    if isinstance(recipe.quantize, MergeQuant):
-        refuse_family(str(checkpoint.text_config.get("model_type")), recipe.quantize.rotate)
+    method = METHODS[recipe.quantize.method]
+    method.check(recipe.quantize, checkpoint)
     place = pick_device(device)
     walk = Walk(checkpoint, place)
     shapes = linear_shapes(checkpoint, walk)
     recipe = _resolve(recipe, checkpoint, shapes)
     assert recipe.quantize is not None
     schemes = assign(recipe.quantize, shapes)
-    output = Path((recipe.output or f"./{checkpoint.name}-{_short(recipe.quantize)}") + suffix)
+    name = f"./{checkpoint.name}-{recipe.quantize.method}-{method.form(recipe.quantize)}"
+    output = Path((recipe.output or name) + suffix)
     rows = _planned(checkpoint, shapes, schemes)
     output_bytes = sum(row.nbytes for row in rows)
-    disk = output_bytes + 2 * _state_bytes(recipe, checkpoint)
+    disk = output_bytes + 2 * _state_bytes(method, recipe, checkpoint)
     problems = [*_pattern_problems(recipe.quantize, shapes), *_shape_problems(shapes, schemes)]
     problems += output_problems(
         output, force, disk, [*checkpoint.places, *recipe.calibration.places]
@@ -111,6 +113,7 @@ def plan(
         raise _together(problems)
     return Plan(
         recipe=recipe.model_copy(update={"output": str(output)}),
+        method=method,
         checkpoint=checkpoint,
         walk=walk,
         schemes=schemes,
@@ -120,27 +123,14 @@ def plan(
         groups=size_rows(rows),
         source_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
         output_bytes=output_bytes,
-        peak_bytes=_peak_bytes(recipe, checkpoint, shapes, walk),
+        peak_bytes=_peak_bytes(method, recipe, checkpoint, shapes, walk),
         disk_bytes=disk,
-        notes=tuple(_notes(checkpoint, recipe, shapes, schemes)),
+        notes=(*method.notes(recipe, shapes, schemes), *_notes(checkpoint, schemes)),
     )
 
 
-def _notes(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    shapes: Mapping[str, tuple[int, int]],
-    schemes: Mapping[str, Scheme],
-) -> Iterator[str]:
+def _notes(checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> Iterator[str]:
     """What one should know beforehand, though nothing is wrong."""
-    if isinstance(recipe.quantize, MergeQuant):
-        tokens = recipe.calibration.num_samples * recipe.calibration.seq_len
-        widest = max(shapes[name][1] for name in schemes)
-        if tokens < widest:
-            yield (
-                f"{tokens} calibration tokens are few for inputs of {widest} channels: "
-                "damping is raised for them"
-            )
     family = checkpoint.text_config.get("model_type")
     if family not in FAMILIES:
         yield f"family {family} is not in the table: its groups are found from the graph"
@@ -211,13 +201,6 @@ def _resolve(
     return recipe.model_copy(update={"quantize": quantize})
 
 
-def _short(quantize: Rounding) -> str:
-    if isinstance(quantize, MergeQuant):
-        return f"{quantize.method}-w4a{quantize.act_bits}"
-    group = "channel" if quantize.group_size == -1 else f"g{quantize.group_size}"
-    return f"{quantize.method}-w{quantize.bits}{group}{'-sym' if quantize.sym else ''}"
-
-
 def _planned(
     checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, int]], schemes: Mapping[str, Scheme]
 ) -> list[Stored]:
@@ -234,8 +217,8 @@ def _planned(
     return rows
 
 
-def _state_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
-    if isinstance(recipe.quantize, Rtn):
+def _state_bytes(method: Method, recipe: Recipe, checkpoint: Checkpoint) -> int:
+    if not method.reads_text:
         return 0
     calibration = recipe.calibration
     hidden = int(checkpoint.text_config.get("hidden_size", 0))
@@ -243,7 +226,11 @@ def _state_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
 
 
 def _peak_bytes(
-    recipe: Recipe, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, int]], walk: Walk
+    method: Method,
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    shapes: Mapping[str, tuple[int, int]],
+    walk: Walk,
 ) -> int:
     """An estimate: torch, a block as stored, its Gram matrices, and the largest linear's work."""
     first = f"{walk.prefix}.0."
@@ -253,11 +240,10 @@ def _peak_bytes(
     outer = max((i.nbytes for n, i in checkpoint.tensors.items() if not _in_block(n)), default=0)
     widest = max((columns for _, columns in inside), default=0)
     work = 2 * block + 4 * max((a * b for a, b in inside), default=0) * 3
-    if not isinstance(recipe.quantize, Rtn):
-        work += _gram_bytes(own) + 8 * widest**2 + 4 * TOKENS_PER_BATCH * widest * 4
-    if isinstance(recipe.quantize, MergeQuant):  # a site's inputs, and the sample of them
+    if method.reads_text:
         tokens = recipe.calibration.num_samples * recipe.calibration.seq_len
-        work += min(KEPT_BYTES, 4 * tokens * widest) + 4 * SAMPLE_TOKENS * widest * 4
+        work += _gram_bytes(own) + 8 * widest**2 + 4 * TOKENS_PER_BATCH * widest * 4
+        work += method.sample_bytes(tokens, widest)
     return 500_000_000 + max(work, 2 * outer)
 
 

@@ -11,27 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from optim.quant.block_solver import BlockSolver, Solved
 from optim.quant.finish import finish
-from optim.quant.grid import nearest
-from optim.quant.mergequant.solver import MergeSolver
-from optim.quant.mergequant.stored import merge_solver, static_config, static_tensors
 from optim.quant.plan import Plan, plan
-from optim.quant.rounding import RoundedLinear
+from optim.quant.solver import Task
+from optim.quant.stored import packed_head
 from optim.recipes.errors import OptimError
-from optim.recipes.schema import MergeQuant, Recipe, Rtn
+from optim.recipes.schema import Recipe
 from optim.runtime.engine.load import Model, load_model
 from optim.runtime.engine.sampling import Sampling
 from optim.runtime.engine.session import generate
-from optim.runtime.formats.pack_quantized import Scheme, pack
+from optim.runtime.formats.pack_quantized import Scheme
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.workspace import Workspace, identity, tensor_sha256
 from optim.runtime.system.machine import peak_bytes
 from optim.runtime.text.self_generated import Generate
 from optim.runtime.text.windows import token_hash, windows_for
-from optim.runtime.walk.walk import HiddenStates, StoredLinear, Walk
+from optim.runtime.walk.walk import HiddenStates, Walk
 
 __all__ = ["Report", "plan", "quantize"]
 
@@ -77,7 +74,7 @@ def quantize(made: Plan, progress: Progress, windows: Tensor | None = None) -> R
         with torch.inference_mode():
             job = _Job(made, workspace, windows, progress)
             job.run()
-        facts = finish(made, workspace, windows, job.static)
+        facts = finish(made, workspace, windows, job.solver)
     return Report(
         output=str(made.output),
         output_bytes=facts["bytes"],
@@ -98,7 +95,7 @@ def _given(recipe: Recipe, windows: Tensor) -> Recipe:
 
 
 def _calibrate(made: Plan) -> Tensor | None:
-    if isinstance(made.recipe.quantize, Rtn):
+    if not made.method.reads_text:
         return None
     calibration, write = made.recipe.calibration, None
     if calibration.dataset == "self":
@@ -125,8 +122,7 @@ class _Job:
     def __init__(
         self, made: Plan, workspace: Workspace, windows: Tensor | None, progress: Progress
     ) -> None:
-        self.made, self.workspace, self.windows = made, workspace, windows
-        self.progress = progress
+        self.made, self.workspace, self.progress = made, workspace, progress
         self.hashes: dict[str, str] = {}
         walk = made.walk
         self.walk = Walk(walk.checkpoint, walk.device, walk.dtype, read=self._read)
@@ -134,22 +130,21 @@ class _Job:
         names = made.checkpoint.tensors
         weight = f"{first}.weight" if f"{first}.weight" in names else next(iter(names))
         self.dtype = names[weight].dtype
-        self.solver, self.static = self._solver()
+        progress(0, len(self.walk), "beginning")
+        self.solver = made.method.begin(
+            Task(
+                recipe=made.recipe,
+                checkpoint=made.checkpoint,
+                walk=self.walk,
+                schemes=made.schemes,
+                dtype=self.dtype,
+                windows=windows,
+                folder=workspace.folder,
+            )
+        )
+        self.windows = self.solver.windows
         self.outer = _outer_shards(made.checkpoint, self.walk.prefix, made.schemes)
         self.count = len(self.walk) + len(self.outer)
-
-    def _solver(self) -> tuple[BlockSolver | MergeSolver, dict[str, Any] | None]:
-        """What solves a block, and the configuration of static integers where it makes them."""
-        recipe = self.made.recipe.quantize
-        assert recipe is not None
-        if not isinstance(recipe, MergeQuant):
-            return BlockSolver(self.walk, recipe, self.made.schemes, self.dtype), None
-        assert self.windows is not None
-        self.progress(0, len(self.walk), "looking for outlier tokens")
-        solver, prefix, self.windows = merge_solver(
-            recipe, self.made.checkpoint, self.walk, self.windows, self.workspace.folder
-        )
-        return solver, static_config(recipe, self.made.schemes, prefix)
 
     def run(self) -> None:
         """Do every step that is not journalled yet."""
@@ -174,8 +169,7 @@ class _Job:
         if done == 0:
             self.progress(0, len(self.walk), "embedding the calibration text")
             states = self.walk.embed(self.windows, path)
-            if isinstance(self.solver, MergeSolver):
-                self.solver.begin(states)
+            self.solver.enter(states)
         elif not path.is_file():
             raise OptimError(
                 f"{path} is missing: the unfinished run cannot go on",
@@ -193,21 +187,13 @@ class _Job:
         return self.workspace.folder / f"states-{i}"
 
     def _block(self, i: int, states: HiddenStates | None) -> HiddenStates | None:
-        if states is None:
-            assert isinstance(self.solver, BlockSolver)
-            solved = Solved(self.solver.round(i), None, None)
-            after = None
-        else:
-            solved = self.solver.solve(i, states)
+        solved, after = self.solver.solve(i, states), None
+        if states is not None:
             after = HiddenStates(self._states_path(i + 1), states.shape, states.dtype)
             for rows in self.walk.slices(states):
                 after[rows] = self.walk.run(i, solved.block, states[rows])
         prefix = f"{self.walk.prefix}.{i}."
-        if self.static is None:
-            tensors = block_tensors(solved.block, prefix, self.made.checkpoint, self.dtype)
-        else:
-            tensors = static_tensors(solved.block, prefix, self.made.checkpoint)
-        record = self._write(i, tensors)
+        record = self._write(i, self.solver.tensors(solved.block, prefix))
         record |= {"error": solved.error, "rounding_error": solved.rounding_error}
         self.workspace.commit(record | {"notes": [f"block {i}: {n}" for n in solved.notes]})
         self._states_path(i).unlink(missing_ok=True)
@@ -226,7 +212,7 @@ class _Job:
                 source = (
                     name if name in checkpoint.tensors else f"{self.walk.embedding_name}.weight"
                 )
-                tensors |= _packed_head(
+                tensors |= packed_head(
                     module, self._read(source), self.made.schemes[module], self.dtype
                 )
             else:
@@ -239,51 +225,6 @@ class _Job:
         record = self.workspace.write_shard(name, tensors)
         record["originals"], self.hashes = self.hashes, {}
         return record
-
-
-def block_tensors(
-    block: nn.Module, prefix: str, checkpoint: Checkpoint, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """What is stored of a solved block, by published name: packed linears, the rest as it was."""
-    tensors: dict[str, Tensor] = {}
-    owned: set[str] = set()
-    for name, module in block.named_modules():
-        if not isinstance(module, StoredLinear):
-            continue
-        owned |= {f"{name}.weight", f"{name}.bias"}
-        stored = checkpoint.disk_name(f"{prefix}{name}.weight").removesuffix(".weight")
-        if isinstance(module, RoundedLinear):
-            tensors |= {f"{stored}.{k}": v for k, v in packed(module, dtype).items()}
-        else:
-            info = checkpoint.tensors[f"{prefix}{name}.weight"]
-            tensors[f"{stored}.weight"] = module.dense().to(info.dtype).cpu()
-        bias = module.dense_bias()
-        if bias is not None:
-            info = checkpoint.tensors[f"{prefix}{name}.bias"]
-            tensors[f"{stored}.bias"] = bias.to(info.dtype).cpu()
-    for name, parameter in block.named_parameters():
-        if name not in owned:
-            info = checkpoint.tensors[prefix + name]
-            tensors[checkpoint.disk_name(prefix + name)] = parameter.detach().to(info.dtype).cpu()
-    return tensors
-
-
-def packed(linear: RoundedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The stored tensors of a rounded linear."""
-    grid = linear.grid
-    zero = None if grid.scheme.symmetric else grid.zero.to(torch.uint8).cpu()
-    return pack(linear.weight.detach().cpu(), grid.scale.to(dtype).cpu(), zero, grid.scheme)
-
-
-def _packed_head(
-    module: str, weight: Tensor, scheme: Scheme, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """A head rounded plainly, some rows at a time: it is the largest tensor of many models."""
-    parts = [nearest(rows.float(), scheme, dtype) for rows in torch.split(weight, 8192)]
-    q = torch.cat([part.to(torch.uint8) for part, _ in parts])
-    scale, zero = (torch.cat([getattr(g, k) for _, g in parts]) for k in ("scale", "zero"))
-    stored = pack(q, scale.to(dtype), None if scheme.symmetric else zero.to(torch.uint8), scheme)
-    return {f"{module}.{key}": value for key, value in stored.items()}
 
 
 def _outer_shards(

@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from optim.quant.block_solver import Solved, refuse_non_finite
+from optim.quant.block_solver import refuse_non_finite
 from optim.quant.mergequant.balance import feeder
 from optim.quant.mergequant.rotation import Places, fold_norm, places, turn
 from optim.quant.mergequant.sites import Form, SiteRounder, not_finite
+from optim.quant.solver import Solved
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.architecture.table import FAMILIES
 from optim.runtime.decoder.linears.static_int import StepLinear
