@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # A machine with no NVIDIA driver gets a pinned torch first, so that nothing pulls the CUDA packages.
 TORCH  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.6' || echo 'torch==2.13.0')
 
-.PHONY: demo test lint types tour clean
+.PHONY: demo test conformance lint types tour clean
 
 $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -26,6 +26,10 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "not gpu"
+
+# each family and variant of its configuration beside transformers, as a table
+conformance: $(VENV)/.ready
+	$(BIN)/python -m tests.conformance
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check

@@ -19,7 +19,7 @@ def inspect(source: str, *, verify: bool, as_json: bool, tensors: bool = False) 
     from optim.runtime.storage.checkpoint import open_checkpoint
     from optim.runtime.storage.verify import verify as problems_of
 
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, gate=False)
     facts = _facts(checkpoint)
     problems = problems_of(checkpoint.folder) if verify else []
     if verify and checkpoint.layout and not problems:
@@ -47,7 +47,7 @@ def _facts(checkpoint: "Checkpoint") -> dict[str, Any]:
     return {
         "model": checkpoint.name,
         "source": checkpoint.source,
-        "family": checkpoint.text_config.get("model_type"),
+        "family": checkpoint.family,
         "params": params,
         "nbytes": nbytes,
         "file_bytes": sum(path.stat().st_size for path in checkpoint.store.files),

@@ -121,8 +121,8 @@ def plan(
 
 def is_relu(checkpoint: Checkpoint) -> bool:
     """Whether the model's feed-forward gives exact zeros; False for families that are unknown."""
-    facts = FAMILIES.get(str(checkpoint.text_config.get("model_type")))
-    return facts is not None and resolve(checkpoint.text_config, facts.decoder).activation == "relu"
+    facts = FAMILIES.get(checkpoint.family)
+    return facts is not None and resolve(checkpoint.settings, facts.decoder).activation == "relu"
 
 
 def require_relu(checkpoint: Checkpoint) -> None:

@@ -131,7 +131,7 @@ def plan(
 
 def _notes(checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> Iterator[str]:
     """What one should know beforehand, though nothing is wrong."""
-    family = checkpoint.text_config.get("model_type")
+    family = checkpoint.family
     if family not in FAMILIES:
         yield f"family {family} is not in the table: its groups are found from the graph"
     formats = set(schemes.values())

@@ -1,7 +1,7 @@
-"""What config.json says about a decoder, resolved: one `Shape` for the model, one `Layer` a block.
+"""What a configuration says about a decoder: one `Shape` for the model, one `Layer` a block.
 
-Configurations leave out what their family's class would fill in, and spell one fact in several ways
-(`rope_theta` or `rope_parameters`, `layer_types` or a pattern). This is the one place that knows.
+The configuration is transformers' own object (config.py), so defaults and nulls are resolved. Every
+number is checked here: what leaves this module can be computed with.
 """
 
 import math
@@ -10,19 +10,10 @@ from typing import Any
 
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.architecture.table import Decoder
-from optim.runtime.decoder.layers import relu_threshold
 
-DEFAULTS: dict[str, Any] = {
-    "rms_norm_eps": 1e-6,
-    "layer_norm_eps": 1e-5,
-    "rope_theta": 1e4,
-    "partial_rotary_factor": 1.0,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": False,
-    "norm_topk_prob": True,
-    "do_layer_norm_before": True,
-}
+WIDEST = 1 << 24  # of sizes: channels, rows of a table
+LONGEST = 1 << 40  # of positions
+CHECK = "check the file against the one the model was published with"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +22,22 @@ class Layer:
 
     window: int | None
     rope: str | None
+    mixture: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
     """The numbers a decoder is built from."""
 
+    vocab: int
+    embed: int
+    """Width of the embedding table; OPT projects some up to `hidden`."""
     hidden: int
     heads: int
     kv_heads: int
     head_dim: int
+    inner: int
+    """Width of a feed-forward; of an expert: `expert_inner`."""
     layers: tuple[Layer, ...]
     eps: float
     activation: str
@@ -50,6 +47,7 @@ class Shape:
     tied: bool
     parallel: bool
     norm_after_add: bool
+    final_norm: bool
     attention_scale: float
     attention_cap: float | None
     logit_cap: float | None
@@ -57,90 +55,186 @@ class Shape:
     residual_scale: float
     logit_scale: float
     experts: int
+    expert_inner: int
     experts_per_token: int
     normalize_experts: bool
+    biased: frozenset[str]
+    """Which linears have a bias: some of "qkv", "out", "mlp"."""
+    affine: bool
+    """Whether a LayerNorm has a weight and a bias."""
 
 
-def resolve(config: dict[str, Any], facts: Decoder) -> Shape:
-    """Read a text model's `config` dict.
+def resolve(config: Any, facts: Decoder) -> Shape:
+    """The shape of the text model whose transformers configuration is `config`.
 
-    Raises OptimError (2) if a number the family needs is missing or no number.
+    Raises OptimError (2) naming a value that no such decoder can have.
     """
-    c = DEFAULTS | facts.defaults | {k: v for k, v in config.items() if v is not None}
-    try:
-        return _resolve(c, facts)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise OptimError(
-            f"config.json does not describe a {config.get('model_type')} model: {error}",
-            "check the file against the one the model was published with",
-            USAGE,
-        ) from error
-
-
-def _resolve(c: dict[str, Any], facts: Decoder) -> Shape:
-    hidden, heads = int(c["hidden_size"]), int(c["num_attention_heads"])
-    head_dim = int(c.get("head_dim") or hidden // heads)
-    scalar = c.get("query_pre_attn_scalar", head_dim)
+    hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
+    head_dim = _size(config, "head_dim") if _own(config, facts, "head_dim") else hidden // heads
+    grouped = _own(config, facts, "num_key_value_heads")
+    kv_heads = _size(config, "num_key_value_heads") if grouped else heads
+    if heads % kv_heads or head_dim < 1:
+        what = f"{heads} attention heads, {kv_heads} of keys and values, {hidden} channels"
+        raise OptimError(f"config.json: {what} do not fit together", CHECK, USAGE)
+    refuse_bidirectional(config)
+    before = _flag(config, facts.norm_before)
     return Shape(
+        vocab=_size(config, "vocab_size"),
+        embed=_size(config, "word_embed_proj_dim") if facts.positions else hidden,
         hidden=hidden,
         heads=heads,
-        kv_heads=int(c.get("num_key_value_heads", heads)),
+        kv_heads=kv_heads,
         head_dim=head_dim,
-        layers=_layers(c, facts),
-        eps=float(c["layer_norm_eps" if facts.layer_norm else "rms_norm_eps"]),
-        activation=c.get("hidden_activation") or c.get("activation_function") or c["hidden_act"],
-        threshold=relu_threshold(c.get("hidden_act_param")),
-        max_context=int(c["max_position_embeddings"]),
-        tied=bool(c["tie_word_embeddings"]),
-        parallel=bool(c.get("use_parallel_residual", False)),
-        norm_after_add=not c["do_layer_norm_before"],
-        attention_scale=float(c.get("attention_multiplier", scalar**-0.5)),
-        attention_cap=c.get("attn_logit_softcapping"),
-        logit_cap=c.get("final_logit_softcapping"),
+        inner=_size(config, facts.inner),
+        layers=_layers(config, facts),
+        eps=_number(config, facts.eps, least=0.0),
+        activation=str(getattr(config, facts.activation)),
+        threshold=relu_threshold(getattr(config, "hidden_act_param", None)),
+        max_context=_size(config, "max_position_embeddings", LONGEST),
+        tied=bool(config.tie_word_embeddings),
+        parallel=_flag(config, facts.parallel),
+        norm_after_add=not before,
+        final_norm=before and not getattr(config, "_remove_final_layer_norm", False),
+        attention_scale=_attention_scale(config, facts, head_dim),
+        attention_cap=_cap(config, "attn_logit_softcapping", facts.attention_cap),
+        logit_cap=_cap(config, "final_logit_softcapping", facts.logit_cap),
         embed_scale=math.sqrt(hidden)
         if facts.scaled_embedding
-        else float(c.get("embedding_multiplier", 1.0)),
-        residual_scale=float(c.get("residual_multiplier", 1.0)),
-        logit_scale=1.0 / float(c.get("logits_scaling", 1.0)),
-        experts=int(c.get("num_local_experts") or c.get("num_experts") or 0),
-        experts_per_token=int(c.get("num_experts_per_tok", 0)),
-        normalize_experts=bool(c["norm_topk_prob"]),
+        else _multiplier(config, "embedding_multiplier", facts),
+        residual_scale=_multiplier(config, "residual_multiplier", facts),
+        logit_scale=1.0 / _multiplier(config, "logits_scaling", facts),
+        **_mixture(config, facts),
+        biased=_biased(config, facts),
+        affine=_flag(config, facts.affine),
     )
 
 
-def _layers(c: dict[str, Any], facts: Decoder) -> tuple[Layer, ...]:
-    count = int(c["num_hidden_layers"])
-    no_rope = c.get("no_rope_layers")
-    interval = c.get("no_rope_layer_interval")
-    rotates = no_rope or [not interval or (i + 1) % interval for i in range(count)]
-    sliding = _sliding(c, facts.sliding, count, [bool(r) for r in rotates])
-    per_kind = "rope_local_base_freq" in c or "sliding_attention" in (
-        c.get("rope_parameters") or {}
-    )
+def refuse_bidirectional(config: Any) -> None:
+    """A model whose tokens see what follows them embeds text; it cannot go on with one."""
+    if getattr(config, "use_bidirectional_attention", None):
+        what = "config.json: use_bidirectional_attention, so the model does not generate text"
+        raise OptimError(what, "choose a decoder-only language model", USAGE)
+
+
+def relu_threshold(value: object) -> float:
+    """`hidden_act_param` of a configuration: FATReLU's threshold, 0 where there is none.
+
+    Raises OptimError (2) for what is no number from 0 on.
+    """
+    if value is None:
+        return 0.0
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf"):
+        return float(value)
+    fix = "the size up to which ReLU's outputs count as zero, or leave it out"
+    raise OptimError(f"config.json: hidden_act_param is {value!r}", fix, USAGE)
+
+
+def _own(config: Any, facts: Decoder, key: str) -> bool:
+    return facts.grouped and getattr(config, key, None) is not None
+
+
+def _number(config: Any, key: str | float, least: float = -math.inf) -> float:
+    """A finite number of the configuration, or a fact that is one already."""
+    value = getattr(config, key, None) if isinstance(key, str) else key
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if not good or not math.isfinite(value) or value < least:  # type: ignore[arg-type, operator]
+        raise OptimError(f"config.json: {key} is {value!r:.60}", CHECK, USAGE)
+    return float(value)  # type: ignore[arg-type]
+
+
+def _size(config: Any, key: str, most: int = WIDEST) -> int:
+    value = getattr(config, key, None)
+    if type(value) is not int or not 1 <= value <= most:
+        raise OptimError(f"config.json: {key} is {value!r:.60}, not 1 to {most}", CHECK, USAGE)
+    return value
+
+
+def _flag(config: Any, fact: str | bool) -> bool:
+    return bool(getattr(config, fact)) if isinstance(fact, str) else fact
+
+
+def _cap(config: Any, key: str, read: bool) -> float | None:
+    """A soft cap; null means none."""
+    if not read or getattr(config, key, None) is None:
+        return None
+    if _number(config, key) <= 0:
+        raise OptimError(f"config.json: {key} is {getattr(config, key)!r}", CHECK, USAGE)
+    return _number(config, key)
+
+
+def _multiplier(config: Any, key: str, facts: Decoder) -> float:
+    value = _number(config, key) if facts.multipliers else 1.0
+    if key == "logits_scaling" and value == 0:
+        raise OptimError("config.json: logits_scaling is 0", CHECK, USAGE)
+    return value
+
+
+def _attention_scale(config: Any, facts: Decoder, head_dim: int) -> float:
+    if not facts.attention_scale:
+        return float(head_dim**-0.5)
+    value = _number(config, facts.attention_scale)
+    if facts.scalar and value <= 0:
+        raise OptimError(f"config.json: {facts.attention_scale} is {value:g}", CHECK, USAGE)
+    return value**-0.5 if facts.scalar else value
+
+
+def _biased(config: Any, facts: Decoder) -> frozenset[str]:
+    kinds = {"qkv": facts.qkv_bias, "out": facts.out_bias, "mlp": facts.mlp_bias}
+    return frozenset(name for name, fact in kinds.items() if _flag(config, fact))
+
+
+def _mixture(config: Any, facts: Decoder) -> dict[str, Any]:
+    none = {"experts": 0, "expert_inner": 0, "experts_per_token": 0, "normalize_experts": False}
+    if not facts.mixture:
+        return none
+    count, top = _size(config, "num_local_experts"), _size(config, "num_experts_per_tok")
+    if top > count:
+        what = f"config.json: num_experts_per_tok is {top}, of {count} experts"
+        raise OptimError(what, CHECK, USAGE)
+    own = "moe_intermediate_size"
+    return {
+        "experts": count,
+        "expert_inner": _size(config, own if hasattr(config, own) else facts.inner),
+        "experts_per_token": top,
+        "normalize_experts": _flag(config, facts.normalize_experts),
+    }
+
+
+def _layers(config: Any, facts: Decoder) -> tuple[Layer, ...]:
+    count = _size(config, "num_hidden_layers")
+    types = getattr(config, "layer_types", None) if facts.sliding == "type" else None
+    kinds = types or ["full_attention"] * count
+    turned = getattr(config, facts.rotates) if facts.rotates else [1] * count
+    if len(kinds) != count or len(turned) < count:
+        raise OptimError(f"config.json: lists of layers are not {count} long", CHECK, USAGE)
+    nested = config.nested_rope_parameter_keys(getattr(config, "rope_parameters", None) or {})
     layers = []
-    for i in range(count):
-        kind = "sliding_attention" if sliding[i] and per_kind else "full_attention"
-        rope = None if facts.positions or not rotates[i] else kind
-        layers.append(Layer(int(c["sliding_window"]) if sliding[i] else None, rope))
+    for i, kind in enumerate(kinds):
+        if kind not in ("full_attention", "sliding_attention"):
+            raise OptimError(f"config.json: layer_types has {kind!r:.60}", CHECK, USAGE)
+        rope = kind if nested else "full_attention"
+        windowed = facts.sliding == "all" or kind == "sliding_attention"
+        layers.append(
+            Layer(
+                window=_window(config, kind) if windowed else None,
+                rope=rope if turned[i] and not facts.positions else None,
+                mixture=facts.mixture and _mixes(config, i),
+            )
+        )
     return tuple(layers)
 
 
-def _sliding(c: dict[str, Any], rule: str | int, count: int, rotates: list[bool]) -> list[bool]:
-    """Which blocks look through a window.
+def _window(config: Any, kind: str) -> int | None:
+    """How far a layer looks back; a layer of the kind that slides must know it."""
+    if getattr(config, "sliding_window", None) is None and kind == "full_attention":
+        return None
+    return _size(config, "sliding_window", LONGEST)
 
-    `rule`: "all"; n: all but each n-th; "late": from `max_window_layers` on; "nope": those without
-    rotary positions. `use_sliding_window: false` and a missing window switch it off.
-    """
-    optional = rule in ("late", "nope")
-    if not rule or not c.get("sliding_window") or not c.get("use_sliding_window", not optional):
-        return [False] * count
-    if rule == "all":
-        return [True] * count
-    if types := c.get("layer_types"):
-        return [kind == "sliding_attention" for kind in types]
-    if rule == "late":
-        return [i >= c.get("max_window_layers", 28) for i in range(count)]
-    if rule == "nope":
-        return [not r for r in rotates]
-    period = int(c.get("sliding_window_pattern", rule))
-    return [(i + 1) % period != 0 for i in range(count)]
+
+def _mixes(config: Any, layer: int) -> bool:
+    """Whether a block of a mixture is one: Qwen 3 can have plain ones among them."""
+    every = getattr(config, "decoder_sparse_step", 1)
+    plain = getattr(config, "mlp_only_layers", None) or ()
+    if type(every) is not int or every < 1:
+        raise OptimError(f"config.json: decoder_sparse_step is {every!r:.60}", CHECK, USAGE)
+    return layer not in plain and (layer + 1) % every == 0

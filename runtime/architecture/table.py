@@ -28,12 +28,14 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """Where a family keeps its modules, and what `config.json` leaves unsaid.
+    """Where a family keeps its modules, and which keys of its configuration it looks at.
 
     Block paths are relative to the block, the others to the model. A norm set to None is absent.
-    What can be seen in the checkpoint (biases, per-head or full q/k norms) is not here.
+    Facts typed `str | bool` or `str | float` are a value, or the key of the configuration that has
+    it: a key that a family does not read means nothing in its config.json.
     """
 
+    config_class: str = "LlamaConfig"  # of transformers
     embed: str = "model.embed_tokens"
     layers: str = "model.layers"
     norm: str = "model.norm"
@@ -44,12 +46,31 @@ class Decoder:
     up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
     gated: bool = True
+    grouped: bool = True  # heads of keys and values, and their size, can be set
+    head_norms: str = ""  # of queries and keys: "head" by head, or over the "whole" projection
+    qkv_bias: str | bool = False
+    out_bias: str | bool = False
+    mlp_bias: str | bool = False
     attention_norms: tuple[str | None, str | None] = ("input_layernorm", None)  # before, after
     mlp_norms: tuple[str | None, str | None] = ("post_attention_layernorm", None)
     layer_norm: bool = False  # LayerNorm, else RMSNorm
-    sliding: str | int = ""  # "all" layers; every layer but each n-th; "late", "nope": see shape.py
+    affine: str | bool = True  # whether a LayerNorm has a weight and a bias
+    eps: str | float = "rms_norm_eps"
+    activation: str = "hidden_act"
+    inner: str = "intermediate_size"
+    sliding: str = ""  # which layers have a window: "all", or those of that "type"
+    rotates: str = ""  # the list that says which layers turn queries and keys
+    partial_rotary: bool = False  # `partial_rotary_factor` of a head's channels are turned
+    attention_scale: str = ""  # the key of the factor; of its root's inverse with `scalar`
+    scalar: bool = False
+    attention_cap: bool = False  # scores may be soft-capped
+    logit_cap: bool = False
+    multipliers: bool = False  # embedding, residual and logits are scaled
     scaled_embedding: bool = False  # embeddings are multiplied by sqrt(hidden)
-    defaults: dict[str, Any] = field(default_factory=dict)  # config keys a file may leave out
+    parallel: str | bool = False
+    norm_before: str | bool = True  # False: norms come after the addition
+    normalize_experts: str | bool = False
+    mixture: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +91,15 @@ SANDWICH: dict[str, Any] = {
     "attention_norms": ("input_layernorm", "post_attention_layernorm"),
     "mlp_norms": ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
 }
-GEMMA: dict[str, Any] = {
-    "hidden_activation": "gelu_pytorch_tanh",
-    "tie_word_embeddings": True,
-    "head_dim": 256,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
+BIASED: dict[str, Any] = {"qkv_bias": "attention_bias", "out_bias": "attention_bias"}
+GEMMA: dict[str, Any] = SANDWICH | {
+    **BIASED,
+    "activation": "hidden_activation",
+    "sliding": "type",
+    "attention_scale": "query_pre_attn_scalar",
+    "scalar": True,
+    "logit_cap": True,
+    "scaled_embedding": True,
 }
 PRE_NORM_GROUPS = (
     Group("input_layernorm", QKV),
@@ -111,22 +135,23 @@ def post_norm(**facts: Any) -> Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": pre_norm(),
-    "mistral": pre_norm(sliding="all", defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
-    "qwen2": pre_norm(sliding="late", defaults={"num_key_value_heads": 32, "sliding_window": 4096}),
-    "qwen3": pre_norm(
-        sliding="late",
-        defaults={"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
+    "llama": pre_norm(**BIASED, mlp_bias="mlp_bias"),
+    "mistral": pre_norm(config_class="MistralConfig", sliding="all"),
+    "qwen2": pre_norm(config_class="Qwen2Config", qkv_bias=True, sliding="type"),
+    "qwen3": pre_norm(config_class="Qwen3Config", **BIASED, head_norms="head", sliding="type"),
+    "granite": pre_norm(
+        config_class="GraniteConfig",
+        **BIASED,
+        mlp_bias="mlp_bias",
+        attention_scale="attention_multiplier",
+        multipliers=True,
     ),
-    "granite": pre_norm(),
     "smollm3": pre_norm(
-        sliding="nope",
-        defaults={
-            "num_key_value_heads": 4,
-            "tie_word_embeddings": True,
-            "rope_theta": 2e6,
-            "no_rope_layer_interval": 4,
-        },
+        config_class="SmolLM3Config",
+        **BIASED,
+        mlp_bias="mlp_bias",
+        sliding="type",
+        rotates="no_rope_layers",
     ),
     "phi3": Family(
         groups=(
@@ -136,10 +161,11 @@ FAMILIES: dict[str, Family] = {
             Group("mlp.gate_up_proj", ("mlp.down_proj",)),
         ),
         decoder=Decoder(
+            config_class="Phi3Config",
             qkv=("self_attn.qkv_proj",),
             up=("mlp.gate_up_proj",),
             sliding="all",
-            defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+            partial_rotary=True,
         ),
     ),
     "gemma2": Family(
@@ -150,28 +176,16 @@ FAMILIES: dict[str, Family] = {
             UP_TO_DOWN,
         ),
         norm_offset=1,
-        decoder=Decoder(
-            **SANDWICH,
-            sliding=2,
-            scaled_embedding=True,
-            defaults=GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-        ),
+        decoder=Decoder(config_class="Gemma2Config", **GEMMA, attention_cap=True),
     ),
     # q_norm and k_norm follow q and k: scaling their input measured worse than plain rounding.
     "gemma3_text": Family(
         groups=(V_TO_O, Group("pre_feedforward_layernorm", GATE_UP), UP_TO_DOWN),
         norm_offset=1,
-        decoder=Decoder(
-            **SANDWICH,
-            sliding=6,
-            scaled_embedding=True,
-            defaults=GEMMA | {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
-        ),
+        decoder=Decoder(config_class="Gemma3TextConfig", **GEMMA, head_norms="head"),
     ),
-    "olmo2": post_norm(defaults={"rms_norm_eps": 1e-5}),
-    "olmo3": post_norm(
-        sliding=4, defaults={"rms_norm_eps": 1e-5, "rope_theta": 5e5, "sliding_window": 4096}
-    ),
+    "olmo2": post_norm(config_class="Olmo2Config", **BIASED, head_norms="whole"),
+    "olmo3": post_norm(config_class="Olmo3Config", **BIASED, head_norms="whole", sliding="type"),
     "opt": Family(
         groups=(
             Group("self_attn_layer_norm", QKV),
@@ -180,6 +194,7 @@ FAMILIES: dict[str, Family] = {
             Group("fc1", ("fc2",)),  # legal: ReLU is positively homogeneous
         ),
         decoder=Decoder(
+            config_class="OPTConfig",
             embed="model.decoder.embed_tokens",
             layers="model.decoder.layers",
             norm="model.decoder.final_layer_norm",
@@ -188,10 +203,18 @@ FAMILIES: dict[str, Family] = {
             up=("fc1",),
             down="fc2",
             gated=False,
+            grouped=False,
+            qkv_bias="enable_bias",
+            out_bias="enable_bias",
+            mlp_bias="enable_bias",
             attention_norms=("self_attn_layer_norm", None),
             mlp_norms=("final_layer_norm", None),
             layer_norm=True,
-            defaults={"activation_function": "relu", "tie_word_embeddings": True},
+            affine="layer_norm_elementwise_affine",
+            eps=1e-5,
+            activation="activation_function",
+            inner="ffn_dim",
+            norm_before="do_layer_norm_before",
         ),
     ),
     "gpt_neox": Family(
@@ -200,6 +223,7 @@ FAMILIES: dict[str, Family] = {
             Group("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
         ),
         decoder=Decoder(
+            config_class="GPTNeoXConfig",
             embed="gpt_neox.embed_in",
             layers="gpt_neox.layers",
             norm="gpt_neox.final_layer_norm",
@@ -209,38 +233,31 @@ FAMILIES: dict[str, Family] = {
             up=("mlp.dense_h_to_4h",),
             down="mlp.dense_4h_to_h",
             gated=False,
+            grouped=False,
+            qkv_bias="attention_bias",
+            out_bias="attention_bias",
+            mlp_bias=True,
             layer_norm=True,
-            defaults={
-                "hidden_act": "gelu",
-                "use_parallel_residual": True,
-                "partial_rotary_factor": 0.25,
-            },
+            eps="layer_norm_eps",
+            partial_rotary=True,
+            parallel="use_parallel_residual",
         ),
     ),
     "mixtral": Family(
         MIXTURE_GROUPS,
         decoder=Decoder(
-            sliding="all",
-            defaults={
-                "rms_norm_eps": 1e-5,
-                "rope_theta": 1e6,
-                "num_key_value_heads": 8,
-                "num_experts_per_tok": 2,
-                "norm_topk_prob": True,
-            },
+            config_class="MixtralConfig", sliding="all", mixture=True, normalize_experts=True
         ),
     ),
     "qwen3_moe": Family(
         MIXTURE_GROUPS,
         decoder=Decoder(
+            config_class="Qwen3MoeConfig",
+            **BIASED,
+            head_norms="head",
             sliding="all",
-            defaults={
-                "num_key_value_heads": 4,
-                "sliding_window": 4096,
-                "use_sliding_window": False,
-                "num_experts_per_tok": 8,
-                "norm_topk_prob": False,
-            },
+            mixture=True,
+            normalize_experts="norm_topk_prob",
         ),
     ),
 }

@@ -274,6 +274,10 @@ class StaticCache:
     capacity: int = field(default=0)
     prefix: int = 0
     reading: Reading | None = None
+    seen: Tensor | None = None
+    """The tokens held `[B, length]`, where a longer text may have to be read again."""
+    long: bool = False
+    """Whether the keys held have the angles of a text that is longer than a crossing."""
 
     @property
     def step(self) -> int:

@@ -44,6 +44,10 @@ class GraphDecoder:
         return self.inner.max_context
 
     @property
+    def crossing(self) -> int | None:
+        return self.inner.crossing
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.inner.dtype
 
@@ -66,7 +70,7 @@ class GraphDecoder:
 
     def __call__(self, ids: Tensor, cache: LayeredCache, all_logits: bool) -> Tensor:
         """As the inner decoder's."""
-        if ids.shape[1] > 1 or self.failure:
+        if ids.shape[1] > 1 or self.failure or self.inner.crossing is not None:
             return self.inner(ids, cache, all_logits)
         start = cache.place(1)
         bases = [prepared(layer, start) for layer in cache.layers]

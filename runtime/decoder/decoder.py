@@ -135,6 +135,9 @@ class Decoder:
         if policy.kind == "stream" and self.prefix:
             what = "the model begins every text with tokens of its own, which a stream would forget"
             raise OptimError(what, "--kv-policy full", USAGE)
+        if policy.kind == "stream" and self.crossing is not None and limit > self.crossing:
+            what = f"a text longer than {self.crossing} tokens has other rotary angles"
+            raise OptimError(what, f"--context {self.crossing}, or --kv-policy full", USAGE)
         if policy.kind == "stream":
             return stream_cache(layers, self._turns(limit), limit, batch)
         cache = StaticCache(layers, limit, padding=padding, prefix=self.prefix_length)
@@ -164,6 +167,9 @@ class Decoder:
 
     def __call__(self, ids: Tensor, cache: LayeredCache, all_logits: bool) -> Tensor:
         """fp32 logits after `ids` `[B, T]`, which follow what is in `cache`: the last, or all T."""
+        asked = ids.shape[1]
+        if self.crossing is not None:
+            ids = self._from_the_start(ids, cache, self.crossing)
         end = min(cache.length + ids.shape[1], cache.span) + self.prefix_length
         logits = []
         for chunk in torch.split(ids, min(CHUNK, cache.step), 1):
@@ -172,7 +178,26 @@ class Decoder:
             h = self._hidden(chunk, cache, end)
             if all_logits:
                 logits.append(self._logits(h))
-        return torch.cat(logits, 1) if all_logits else self._logits(h[:, -1:])[:, 0]
+        return torch.cat(logits, 1)[:, -asked:] if all_logits else self._logits(h[:, -1:])[:, 0]
+
+    @property
+    def crossing(self) -> int | None:
+        """The length past which a text has other rotary angles, also of what was read before."""
+        limits = [rope.crossing for rope in self.ropes.values() if rope.crossing is not None]
+        return min(limits) - self.prefix_length if limits else None
+
+    def _from_the_start(self, ids: Tensor, cache: LayeredCache, crossing: int) -> Tensor:
+        """`ids`; after all that the cache holds, if that was read with the other angles."""
+        assert isinstance(cache, StaticCache)
+        whole, before = ids, cache.length
+        if before:
+            assert cache.seen is not None
+            whole = torch.cat((cache.seen[:, :before], ids), 1)
+        was, cache.long, cache.seen = cache.long, whole.shape[1] > crossing, whole
+        if before and was != cache.long:
+            cache.truncate(0)
+            return whole
+        return ids
 
     def _hidden(self, ids: Tensor, cache: LayeredCache, end: int) -> Tensor:
         h, step = self._begin(ids, cache, end)

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.decoder.linears.base import Linear
 from optim.runtime.decoder.linears.static_int import StepNorm
 from optim.runtime.kernels.cpu import step as cpu_step
@@ -28,19 +27,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def fatrelu(x: Tensor, threshold: float) -> Tensor:
     """x where it is positive and above `threshold`, else 0 (arXiv 2402.13516, section 3.3)."""
     return F.relu(x) if threshold <= 0 else F.threshold(x, threshold, 0.0)
-
-
-def relu_threshold(value: object) -> float:
-    """`hidden_act_param` of a configuration: FATReLU's threshold, 0 where there is none.
-
-    Raises OptimError (2) for what is no number from 0 on.
-    """
-    if value is None:
-        return 0.0
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf"):
-        return float(value)
-    fix = "the size up to which ReLU's outputs count as zero, or leave it out"
-    raise OptimError(f"config.json: hidden_act_param is {value!r}", fix, USAGE)
 
 
 class FatRelu(nn.Module):

@@ -5,6 +5,7 @@ kinds (llama3, yarn, longrope, dynamic, linear) take their frequencies from tran
 imported only then.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,22 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.runtime.architecture.shape import DEFAULTS
+from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.architecture.table import Decoder
 
 Frequencies = tuple[Tensor, float]
 
 
 @dataclass(slots=True)
 class Rope:
-    """Angles of one kind of layer. `scaled(end)` gives frequencies that depend on the length."""
+    """Angles of one kind of layer. `scaled(end)` gives frequencies that depend on the length.
+
+    A text longer than `crossing` has other angles from its first token on.
+    """
 
     frequencies: Frequencies
     scaled: Callable[[int], Frequencies] | None = None
+    crossing: int | None = None
 
     def to(self, device: torch.device) -> "Rope":
         """The same, its frequencies on `device`."""
         inverse, factor = self.frequencies
-        return Rope((inverse.to(device), factor), self.scaled)
+        return Rope((inverse.to(device), factor), self.scaled, self.crossing)
 
     def angles(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """cos and signed sin `[B, T, 1, r]` (fp32) for `positions` `[B, T]` of a text of `end`."""
@@ -59,64 +65,58 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned if part is x else torch.cat((turned, x[..., r:]), -1)
 
 
-def ropes(
-    config: dict[str, Any],
-    defaults: dict[str, Any],
-    head_dim: int,
-    hf_config: Callable[[], Any],
-) -> dict[str, Rope]:
-    """A model's rotary kinds: "full_attention", and "sliding_attention" where that differs."""
-    c = DEFAULTS | defaults | {k: v for k, v in config.items() if v is not None}
-    parameters = _by_kind(c)
-    return {kind: _rope(p, kind, parameters, head_dim, hf_config) for kind, p in parameters.items()}
+def ropes(config: Any, facts: Decoder, head_dim: int) -> dict[str, Rope]:
+    """A model's rotary kinds: "full_attention", and "sliding_attention" where that differs.
+
+    `config` is transformers' object. Raises OptimError (2) for parameters that give no angles.
+    """
+    parameters = config.rope_parameters
+    share = "partial_rotary_factor" if facts.partial_rotary else ""
+    kinds = config.nested_rope_parameter_keys(parameters)
+    if not kinds:
+        return {"full_attention": _rope(config, parameters, head_dim, share, None)}
+    return {kind: _rope(config, parameters[kind], head_dim, share, kind) for kind in kinds}
 
 
-def _by_kind(c: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Both spellings of rope settings, as one dict a layer type."""
-    theta = c.get("rotary_emb_base", c["rope_theta"])
-    base = {
-        "rope_theta": theta,
-        "partial_rotary_factor": c.get("rotary_pct", c["partial_rotary_factor"]),
-    }
-    given = c.get("rope_scaling") or c.get("rope_parameters") or {}
-    if "full_attention" in given or "sliding_attention" in given:
-        return {kind: base | p for kind, p in given.items() if p}
-    kinds = {"full_attention": base | given}
-    if "rope_local_base_freq" in c:
-        kinds["sliding_attention"] = base | {"rope_theta": c["rope_local_base_freq"]}
-    return kinds
-
-
-def _rope(
-    p: dict[str, Any],
-    kind: str,
-    kinds: dict[str, dict[str, Any]],
-    head_dim: int,
-    hf_config: Callable[[], Any],
-) -> Rope:
-    style = p.get("rope_type", p.get("type", "default"))
-    if style == "default":
-        r = int(head_dim * p["partial_rotary_factor"])
-        return Rope((p["rope_theta"] ** -(torch.arange(0, r, 2, dtype=torch.float) / r), 1.0))
-    return _scaled(hf_config(), kind if len(kinds) > 1 else None)
-
-
-def _scaled(config: Any, layer_type: str | None) -> Rope:
+def _rope(config: Any, p: dict[str, Any], head_dim: int, share: str, kind: str | None) -> Rope:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    p = config.rope_parameters
-    if layer_type and layer_type in p:
-        p = p[layer_type]
-    else:
-        layer_type = None
-    compute = ROPE_INIT_FUNCTIONS[p["rope_type"]]
-    short: Frequencies = compute(config, torch.device("cpu"), layer_type=layer_type)
-    limit = p.get("original_max_position_embeddings") or config.max_position_embeddings
+    def frequencies(end: int | None = None) -> Frequencies:
+        """Those of transformers for a text of `end` tokens, checked."""
+        try:
+            if style == "default":
+                r = int(head_dim * p.get(share, 1.0))
+                found = p["rope_theta"] ** -(torch.arange(0, r, 2, dtype=torch.float) / r), 1.0
+            else:
+                compute = ROPE_INIT_FUNCTIONS[style]
+                found = compute(config, torch.device("cpu"), seq_len=end, layer_type=kind)
+        except Exception as error:  # a formula raises nearly anything on wrong parameters
+            raise _no_angles(p, f"{type(error).__name__}: {error}") from None
+        inverse, factor = found
+        fits = inverse.dim() == 1 and 0 < 2 * inverse.numel() <= head_dim
+        if not fits or not bool(inverse.isfinite().all()) or not math.isfinite(factor):
+            raise _no_angles(p, f"{inverse.numel()} angles for heads of {head_dim}")
+        return inverse, float(factor)
+
+    if not isinstance(p, dict):
+        raise _no_angles({}, "they are no dictionary")
+    style = p.get("rope_type", "default")
+    short = frequencies()
+    if style not in ("dynamic", "longrope"):
+        return Rope(short)
+    limit = config.max_position_embeddings
+    if style == "longrope":
+        limit = p.get("original_max_position_embeddings") or limit
+    if type(limit) is not int or limit < 1:
+        raise _no_angles(p, f"original_max_position_embeddings is {limit!r:.60}")
+    frequencies(limit + 1)
 
     def at_length(end: int) -> Frequencies:
-        if end <= limit:
-            return short
-        longer, _ = compute(config, torch.device("cpu"), seq_len=end, layer_type=layer_type)
-        return longer, short[1]
+        return short if end <= limit else (frequencies(end)[0], short[1])
 
-    return Rope(short, at_length if p["rope_type"] in ("dynamic", "longrope") else None)
+    return Rope(short, at_length, limit if style == "longrope" else None)
+
+
+def _no_angles(p: dict[str, Any], why: str) -> OptimError:
+    style, fix = p.get("rope_type"), "check the file against the one the model was published with"
+    return OptimError(f"config.json: rope parameters ({style!r:.60}): {why:.200}", fix, USAGE)

@@ -48,10 +48,9 @@ def build(
     `offload` blocks stay in the host's memory. Raises OptimError (2) for a tensor that is missing
     or does not fit the configuration.
     """
-    config = checkpoint.text_config
-    family = FAMILIES[config["model_type"]]
+    family = FAMILIES[checkpoint.family]
     facts = family.decoder
-    shape = resolve(config, facts)
+    shape = resolve(checkpoint.settings, facts)
     loader = Loader(checkpoint, device, dtype, form, side=read_side(checkpoint))
     head, weight_bytes = _own_head(loader, shape), 0
     blocks: Any = Offloaded(device) if offload else []
@@ -72,7 +71,9 @@ def build(
         project_in=project_in,
         ropes=_ropes(loader, facts, shape),
         blocks=blocks,
-        norm=_final_norm(loader, family, shape),
+        norm=loader.norm(facts.norm, facts, shape.eps, family.norm_offset)
+        if shape.final_norm
+        else None,
         project_out=project_out,
         head=head,
         dtype=dtype,
@@ -98,8 +99,7 @@ def _cache_dtype(loader: Loader, stored: torch.dtype) -> torch.dtype:
 def _ropes(loader: Loader, facts: Facts, shape: Shape) -> dict[str, Rope]:
     if facts.positions:
         return {}
-    checkpoint = loader.checkpoint
-    made = ropes(checkpoint.text_config, facts.defaults, shape.head_dim, checkpoint.hf_config)
+    made = ropes(loader.checkpoint.settings, facts, shape.head_dim)
     return {kind: rope.to(loader.device) for kind, rope in made.items()}
 
 
@@ -128,13 +128,6 @@ def _ends(loader: Loader, facts: Facts, head: Linear | None) -> tuple[Table, Lin
 
 def _optional(loader: Loader, name: str) -> Linear | None:
     return loader.linear(name) if loader.has(f"{name}.weight") else None
-
-
-def _final_norm(loader: Loader, family: Family, shape: Shape) -> Norm | None:
-    facts = family.decoder
-    if facts.layer_norm and not loader.has(f"{facts.norm}.weight"):
-        return None  # OPT-350m normalizes inside its blocks only
-    return loader.norm(facts.norm, facts, shape.eps, family.norm_offset)
 
 
 def _block(loader: Loader, family: Family, shape: Shape, index: int) -> Block:

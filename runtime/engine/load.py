@@ -166,7 +166,7 @@ def load_model(
         torch.set_num_threads(threads)
     place = pick_device(device)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    known = checkpoint.text_config.get("model_type") in FAMILIES
+    known = checkpoint.family in FAMILIES
     if offload:
         _check_offload(checkpoint, place, known)
     ours = partial(build, form=form, offload=offload)

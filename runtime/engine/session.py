@@ -167,6 +167,8 @@ class Session:
             self._cache = fresh
             if not isinstance(fresh, Stored):
                 return "this family's cache is not saved"
+            if getattr(self.model.decoder, "crossing", None) is not None:
+                return "a longer text of this model has other keys"
             self._tokens, why = load_cache(path, fresh, self.model.checkpoint.fingerprint())
         return why
 

@@ -181,8 +181,7 @@ def stream_cache(config: Any, capacity: int) -> Cache:
     family = FAMILIES.get(config.model_type)
     if family is None or family.decoder.positions:
         raise OptimError(f"{config.model_type} cannot stream here", "use another cache", USAGE)
-    facts, values = family.decoder, config.to_dict()
-    shape = resolve(values, facts)
-    kinds = ropes(values, facts.defaults, shape.head_dim, lambda: config)
+    shape = resolve(config, family.decoder)
+    kinds = ropes(config, family.decoder, shape.head_dim)
     made = [kinds[layer.rope] if layer.rope else None for layer in shape.layers]
     return Cache(layers=[StreamCacheLayer(capacity, rope) for rope in made])

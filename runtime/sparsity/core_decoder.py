@@ -41,6 +41,10 @@ class CoreDecoder:
         return self.inner.max_context
 
     @property
+    def crossing(self) -> int | None:
+        return self.inner.crossing
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.inner.dtype
 

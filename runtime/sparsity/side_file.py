@@ -72,7 +72,7 @@ def require_known(checkpoint: Checkpoint) -> Decoder:
 
     Raises OptimError (2) for a family that is not in the table, and for mixtures of experts.
     """
-    family = str(checkpoint.text_config.get("model_type"))
+    family = checkpoint.family
     if family not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         message = f"{checkpoint.source}: the feed-forward of family {family!r} is not understood"

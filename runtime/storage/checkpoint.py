@@ -4,6 +4,7 @@ Only configuration and headers are read at open; `read` then fetches one tensor 
 nothing here ever holds a model. Tensors are named as in transformers' modeling code (names.py).
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -16,7 +17,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.storage.names import canonical_parts, published_name, text_config
+from optim.runtime.architecture.config import needs_remote_code, read_config, text_part
+from optim.runtime.architecture.shape import resolve
+from optim.runtime.architecture.table import FAMILIES
+from optim.runtime.storage.gate import Stored, admit
+from optim.runtime.storage.names import canonical_parts, published_name
 from optim.runtime.storage.tensors import Part, Store, TensorInfo, load_json, open_files
 
 if TYPE_CHECKING:
@@ -47,14 +52,52 @@ class Checkpoint:
     """Where config, tokenizer and the other small files are."""
     store: Store
     trust_remote_code: bool = False
+    gate: bool = True
+    """Off: a model that is only looked at keeps what does not fit its configuration."""
     tensors: dict[str, TensorInfo] = field(init=False)
     left_out: tuple[str, ...] = field(init=False)
     """Stored tensors that are no part of the text model, such as a vision tower."""
+    family: str = field(init=False)
+    """transformers' `model_type` of the text model."""
     _parts: dict[str, Part] = field(init=False)
+    _settings: "PretrainedConfig | None" = field(init=False, default=None, repr=False)
+    _text: dict[str, Any] | None = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:
-        self._parts, self.left_out = canonical_parts(self.store.infos, self.config)
+        named = text_part(self.config).get("model_type")
+        self.family = named if isinstance(named, str) else str(self.settings.model_type)
+        self._parts, self.left_out = canonical_parts(self.store.infos, self.config, self.family)
         self.tensors = {name: self._info(part) for name, part in self._parts.items()}
+        if self.gate and self.family in FAMILIES and self.quantization_is_ours:
+            self._pass_the_gate()
+
+    @property
+    def quantization_is_ours(self) -> bool:
+        """Whether tensors are stored in a form that is known here, or in none.
+
+        Others can be looked at; what reads weights refuses them by name.
+        """
+        from optim.runtime.formats.static_int import METHOD
+
+        method = (self.quantization or {}).get("quant_method")
+        return method in (None, METHOD, "compressed-tensors")
+
+    def _pass_the_gate(self) -> None:
+        """Keep what the configuration says the model consists of; see storage/gate.py."""
+        from optim.runtime.formats.static_int import METHOD
+        from optim.runtime.storage.dense_view import schemes_of
+
+        facts = FAMILIES[self.family].decoder
+        shape = resolve(self.settings, facts)
+        table, head = f"{facts.embed}.weight", "lm_head.weight"
+        if shape.tied and table not in self.tensors and head in self.tensors:
+            for names in (self._parts, self.tensors):  # one tensor, stored under the other's name
+                names[table] = names[head]  # type: ignore[assignment]
+        static = (self.quantization or {}).get("quant_method") == METHOD
+        stored = Stored(self.source, self.tensors, self.read, schemes_of(self), static)
+        kept = admit(stored, shape, facts)
+        self.left_out += tuple(self._parts[n].stored for n in self.tensors if n not in kept)
+        self.tensors = {name: info for name, info in self.tensors.items() if name in kept}
 
     def _info(self, part: Part) -> TensorInfo:
         stored = self.store.infos[part.stored]
@@ -65,13 +108,34 @@ class Checkpoint:
     def quantization(self) -> dict[str, Any] | None:
         """`quantization_config` of an already quantized model, else None."""
         scheme = self.config.get("quantization_config")
-        scheme = scheme or text_config(self.config).get("quantization_config")
+        scheme = scheme or text_part(self.config).get("quantization_config")
         return scheme if isinstance(scheme, dict) and scheme else None
 
     @property
+    def settings(self) -> "PretrainedConfig":
+        """transformers' configuration object of the text model, to be read only.
+
+        Raises OptimError (2) for a model type that transformers does not know.
+        """
+        if self._settings is None:
+            self._settings = _read_settings(self)
+        return self._settings
+
+    @property
     def text_config(self) -> dict[str, Any]:
-        """The text model's own configuration (`config` itself unless it is a composed model)."""
-        return text_config(self.config)
+        """The text model's own configuration: `config` itself, unless it is a composed model.
+
+        What that leaves to its class is filled in: alone, the class may fill in something else.
+        """
+        text = text_part(self.config)
+        if text is self.config:
+            return text
+        if self._text is None:
+            whole = self.settings.to_dict()
+            whole.pop("transformers_version", None)
+            self._text = whole | {k: v for k, v in text.items() if v is not None}
+            self._text["tie_word_embeddings"] = whole.get("tie_word_embeddings", False)
+        return self._text
 
     def read(self, name: str) -> Tensor:
         """One tensor by canonical name, on the CPU, in its own dtype.
@@ -106,7 +170,7 @@ class Checkpoint:
 
     def disk_name(self, canonical: str) -> str:
         """Name of a tensor in the family's published checkpoints (mixtral: `...w1.weight`)."""
-        return published_name(canonical, str(self.text_config.get("model_type", "")))
+        return published_name(canonical, self.family)
 
     @property
     def places(self) -> tuple[Path, ...]:
@@ -126,11 +190,8 @@ class Checkpoint:
         return made
 
     def hf_config(self) -> "PretrainedConfig":
-        """transformers' configuration object of the text model.
-
-        Raises OptimError (2) for a model type that transformers does not know.
-        """
-        return _hf_config(self)
+        """A copy of `settings` for a model of transformers' own, which may change it."""
+        return copy.deepcopy(self.settings)
 
     def write_sidecars(self, folder: Path) -> None:
         """Copy tokenizer, chat template and generation_config.json into `folder`."""
@@ -160,28 +221,16 @@ def _sample(path: Path, digest: "hashlib._Hash") -> None:
             digest.update(file.read(4096))
 
 
-def _needs_remote_code(config: dict[str, Any]) -> bool:
-    """Whether transformers itself does not know this model type, but the repository has code."""
-    if "auto_map" not in config:
-        return False
-    from transformers import CONFIG_MAPPING
-
-    return config.get("model_type") not in CONFIG_MAPPING
-
-
-def _hf_config(checkpoint: Checkpoint) -> "PretrainedConfig":
+def _read_settings(checkpoint: Checkpoint) -> "PretrainedConfig":
+    if not needs_remote_code(checkpoint.config):
+        return read_config(checkpoint.config, checkpoint.source)
     from transformers import AutoConfig, PretrainedConfig
 
-    config = dict(checkpoint.config)
     try:
-        if _needs_remote_code(config):
-            made: PretrainedConfig = AutoConfig.from_pretrained(
-                checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code
-            )
-        else:
-            config.pop("auto_map", None)
-            made = AutoConfig.for_model(str(config.pop("model_type", "")), **config)
-    except Exception as error:  # transformers raises nearly anything on a wrong configuration
+        made: PretrainedConfig = AutoConfig.from_pretrained(
+            checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code
+        )
+    except Exception as error:  # code of others raises what it wants
         raise OptimError(
             f"transformers cannot use the configuration of {checkpoint.source}: {error}",
             "check model_type in config.json, or install a newer transformers",
@@ -207,7 +256,7 @@ def require_plain(checkpoint: Checkpoint) -> None:
     )
 
 
-def _open_folder(folder: Path, source: str, name: str, trust: bool) -> Checkpoint:
+def _open_folder(folder: Path, source: str, name: str, trust: bool, gate: bool) -> Checkpoint:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         fix = "merge it into its base model first (peft: merge_and_unload)"
         raise OptimError(f"{source} is a LoRA adapter, not a model", fix, USAGE)
@@ -216,14 +265,14 @@ def _open_folder(folder: Path, source: str, name: str, trust: bool) -> Checkpoin
     config = load_json(folder / "config.json")
     if not isinstance(config.get("model_type"), str):
         raise OptimError(f"{source}: config.json names no model_type", f"give {SOURCES}", USAGE)
-    if not trust and _needs_remote_code(config):
+    if not trust and needs_remote_code(config):
         raise OptimError(
             f"{source} (model type {config['model_type']}) brings its own code, which is not run",
             "read that code; then pass --trust-remote-code if you trust it",
             USAGE,
         )
     store, config = _open_store(folder, config)
-    return Checkpoint(source, name, config, folder, store, trust)
+    return Checkpoint(source, name, config, folder, store, trust, gate)
 
 
 def _open_store(folder: Path, config: dict[str, Any]) -> tuple[Store, dict[str, Any]]:
@@ -237,11 +286,17 @@ def _open_store(folder: Path, config: dict[str, Any]) -> tuple[Store, dict[str, 
 
 
 def open_checkpoint(
-    source: str, *, revision: str | None = None, trust_remote_code: bool = False
+    source: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    gate: bool = True,
 ) -> Checkpoint:
     """Open `source`: `demo`, a folder, a `.gguf` file, or a hub id (fetched at `revision`).
 
-    Raises OptimError (2) if it is none of them or is damaged, (4) if the hub cannot be reached.
+    Without `gate`, what does not fit the configuration stays: for who only looks. Raises OptimError
+    (2) if it is none of them, is damaged or does not fit its configuration, (4) if the hub cannot
+    be reached.
     """
     path = Path(os.path.expanduser(source))
     if source == "demo":
@@ -250,7 +305,7 @@ def open_checkpoint(
 
         return open_gguf(demo_file(), source, "SmolLM2-135M-Instruct")
     if path.is_dir():
-        return _open_folder(path, source, path.resolve().name, trust_remote_code)
+        return _open_folder(path, source, path.resolve().name, trust_remote_code, gate)
     if path.is_file() and path.suffix == ".gguf":
         from optim.runtime.storage.gguf.store import open_gguf
 
@@ -261,4 +316,5 @@ def open_checkpoint(
         raise OptimError(f"there is no folder or file {source}", f"give {SOURCES}", USAGE)
     from optim.runtime.storage.hub import fetch
 
-    return _open_folder(fetch(source, revision), source, source.split("/")[1], trust_remote_code)
+    folder, name = fetch(source, revision), source.split("/")[1]
+    return _open_folder(folder, source, name, trust_remote_code, gate)

@@ -13,23 +13,23 @@ import re
 from typing import Any
 
 from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.architecture.config import text_part
 from optim.runtime.storage.tensors import Part, TensorInfo
 
 W_NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 NEOX = "gpt_neox"
 W_STYLE = {"mixtral", "phimoe", "minimax"}  # model types published with w1/w2/w3
-TEXT_PREFIXES = ("language_model.model.", "model.language_model.", "language_model.")
+TEXT_PREFIXES = (
+    "language_model.model.",
+    "model.language_model.",
+    "language_model.",
+    "model.text_model.",
+)
 STACK = re.compile(r"(.*\.experts)\.(gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?")
 W_EXPERT = re.compile(r"(.*)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.(.*)")
 BUFFER = re.compile(
     r".*(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias|attn\.masked_bias)"
 )
-
-
-def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The text model's own dict: `config["text_config"]` of a composed model, else `config`."""
-    text = config.get("text_config")
-    return text if isinstance(text, dict) else config
 
 
 def is_stack(name: str, info: TensorInfo, hidden: Any) -> bool:
@@ -74,12 +74,13 @@ def plain_name(name: str, model_type: str, composed: bool) -> str | None:
 
 
 def canonical_parts(
-    infos: dict[str, TensorInfo], config: dict[str, Any]
+    infos: dict[str, TensorInfo], config: dict[str, Any], model_type: str
 ) -> tuple[dict[str, Part], tuple[str, ...]]:
     """Canonical name -> stored part, and the stored names that are left out (vision, buffers)."""
-    text = text_config(config)
-    model_type, hidden = str(text.get("model_type", "")), text.get("hidden_size")
-    composed = text is not config and any("language_model." in name for name in infos)
+    text = text_part(config)
+    hidden = text.get("hidden_size")
+    prefixes = ("language_model.", "model.text_model.")
+    composed = text is not config and any(p in name for name in infos for p in prefixes)
     parts: dict[str, Part] = {}
     left_out = []
     for stored, info in infos.items():

@@ -312,14 +312,14 @@ def _open_files(files: list[Path]) -> Store:
 def open_files(folder: Path) -> Store:
     """The weights of a Hugging Face folder; OptimError (2) if they are missing or damaged."""
     for index, single in zip(INDEXES, SINGLES, strict=True):
+        if (folder / single).is_file():  # before an index beside it, as transformers does
+            return _open_files([folder / single])
         if (folder / index).is_file():
             files, names = _indexed(folder, folder / index)
             store = _open_files(files)
             if lost := sorted(names - set(store.infos)):
                 damaged(folder / index, f"it names {lost[0]}, which no shard has")
             return store
-        if (folder / single).is_file():
-            return _open_files([folder / single])
         if single == SINGLES[0] and (shards := _unindexed(folder)):
             return _open_files(shards)
     raise OptimError(

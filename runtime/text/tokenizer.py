@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.storage.names import text_config
+from optim.runtime.architecture.config import text_part
 from optim.runtime.storage.tensors import load_json
 from optim.runtime.text.chat_template import Message, chat_template, render_template
 from optim.runtime.text.tokenizer_file import guarded, read_backend
@@ -214,7 +214,7 @@ def load_tokenizer(
         backend, names = _converted(folder, trust_remote_code)
     backend.no_truncation()
     backend.no_padding()
-    places = [config, text_config(config), _json(folder / "generation_config.json")]
+    places = [config, text_part(config), _json(folder / "generation_config.json")]
     bos_id = backend.token_to_id(names["bos_token"]) if "bos_token" in names else None
     if "bos_token" not in settings and bos_id is None:
         bos_id = next(iter(_numbers(places, "bos_token_id")), None)

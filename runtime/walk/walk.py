@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from optim.recipes.errors import OptimError
-from optim.runtime.decoder.layers import raise_threshold, relu_threshold
+from optim.runtime.architecture.shape import relu_threshold
+from optim.runtime.decoder.layers import raise_threshold
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.dense_view import PlainView
 from optim.runtime.system.machine import reuse_memory

@@ -186,7 +186,7 @@ class StaticReader:
         return linear.to(self.source.device)
 
     def _role(self, name: str) -> str:
-        facts = FAMILIES[str(self.source.checkpoint.text_config["model_type"])].decoder
+        facts = FAMILIES[self.source.checkpoint.family].decoder
         last = name.rpartition(".")[2]
         roles = {facts.out.rpartition(".")[2]: "out", facts.down.rpartition(".")[2]: "down"}
         return roles.get(last, "norm")

@@ -18,7 +18,6 @@ from torch import Tensor
 from optim.runtime.kernels.door import Array
 from optim.runtime.storage.lossless.layout import Coded, Layout, ShapeOf, damaged
 from optim.runtime.storage.lossless.layouts import LAYOUTS, layout_of
-from optim.runtime.storage.names import text_config
 from optim.runtime.storage.tensors import Part, SafetensorsFiles, Store, TensorInfo
 from optim.runtime.storage.verify import read_manifest
 
@@ -175,7 +174,7 @@ def _shape(
     if isinstance(known, list) and all(type(n) is int and n > 0 for n in known):
         shape = tuple(known)
     else:
-        width = _width(name, text_config(dict(config)))
+        width = _width(name, text_part(dict(config)))
         shape = (size // width, width) if width else (size,)
     if math.prod(shape) != size:
         raise damaged(name, f"{size} weights do not fit the shape {list(shape)}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -127,15 +128,14 @@ def test_mixtral_experts_are_single_linears(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_fused_experts_are_sliced_lazily(form: str, tmp_path: Path) -> None:
-    config = Qwen3MoeConfig(**SMALL, num_experts=3, moe_intermediate_size=16)
+    facts = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = Qwen3MoeConfig(**SMALL, **facts)
     model = Qwen3MoeForCausalLM(config)
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     config.save_pretrained(tmp_path)
     if form == "bin":
         torch.save(state, tmp_path / "pytorch_model.bin")
     else:
-        from safetensors.torch import save_file
-
         save_file(state, tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(str(tmp_path))
     gate_up = state["model.layers.0.mlp.experts.gate_up_proj"]
@@ -262,24 +262,36 @@ def test_shard_that_shrinks_after_open(tiny_folder: Path) -> None:
         {"w": ".."},
         {"w": "..\\secret.safetensors"},
         {"w": "absent.safetensors"},
-        {"absent": "model.safetensors"},
+        {"absent": "one.safetensors"},
         {},
         [1],
         None,
     ],
 )
 def test_bad_index_is_refused(tiny_folder: Path, weight_map: Any) -> None:
+    (tiny_folder / "model.safetensors").rename(tiny_folder / "one.safetensors")
     index = tiny_folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
     refused(tiny_folder)
 
 
+def test_a_file_is_read_before_an_index_that_was_left_beside_it(
+    tiny_llama: LlamaForCausalLM, tiny_folder: Path, tmp_path: Path
+) -> None:
+    tiny_llama.save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
+    for path in (tmp_path / "sharded").glob("model*"):
+        shutil.copy(path, tiny_folder)
+    weight = torch.full((64,), 7.0)
+    state = tiny_llama.state_dict() | {"model.norm.weight": weight}
+    save_file({k: v.contiguous() for k, v in state.items()}, tiny_folder / "model.safetensors")
+    assert torch.equal(open_checkpoint(str(tiny_folder)).read("model.norm.weight"), weight)
+
+
 def test_same_tensor_in_two_shards(tiny_folder: Path) -> None:
     shutil.copy(tiny_folder / "model.safetensors", tiny_folder / "other.safetensors")
+    (tiny_folder / "model.safetensors").rename(tiny_folder / "one.safetensors")
     index = tiny_folder / "model.safetensors.index.json"
-    index.write_text(
-        json.dumps({"weight_map": {"a": "model.safetensors", "b": "other.safetensors"}})
-    )
+    index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "other.safetensors"}}))
     assert "is also in" in refused(tiny_folder).message
 
 
