@@ -130,8 +130,6 @@ def test_weights_of_another_shape_are_refused(
     folder = shutil.copytree(make_model("llama"), tmp_path / "odd")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
-    with pytest.raises(
-        OptimError, match=r"bfloat16 \[264, 64\], expected .*\[300, 64\]"
-    ) as caught:
+    with pytest.raises(OptimError, match=r"bfloat16 \[264, 64\], expected .*\[300, 64\]") as caught:
         Walk(open_checkpoint(str(folder))).embed(_ids(1, 8), tmp_path / "states")
     assert caught.value.code == 2
