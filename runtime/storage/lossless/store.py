@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optim.runtime.architecture.config import text_part
 from optim.runtime.kernels.door import Array
 from optim.runtime.storage.lossless.layout import Coded, Layout, ShapeOf, damaged
 from optim.runtime.storage.lossless.layouts import LAYOUTS, layout_of
