@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -70,8 +71,6 @@ def pack(made: Plan, progress: Progress) -> Report:
 
 def _identity(made: Plan) -> dict[str, Any]:
     """What a run is a function of; another identity is another run."""
-    from importlib.metadata import version
-
     return {
         "source": made.checkpoint.fingerprint(),
         "pack": made.pack.model_dump(mode="json"),

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,13 +17,12 @@ from optim.runtime.decoder.linears.bf12 import prospect
 from optim.runtime.decoder.linears.source import Form
 from optim.runtime.decoder.linears.static_int import fast_product
 from optim.runtime.engine.build import build
+from optim.runtime.engine.transformers_model import build_foreign
 from optim.runtime.formats.static_int import read_config
 from optim.runtime.sparsity.side_file import SIDE
 from optim.runtime.storage.checkpoint import Checkpoint, open_checkpoint
 from optim.runtime.system.machine import compute_dtype, pick_device, release_memory
-
-if TYPE_CHECKING:
-    from optim.runtime.text.tokenizer import Tokenizer
+from optim.runtime.text.tokenizer import Tokenizer
 
 
 class Runner(Protocol):
@@ -55,7 +54,7 @@ class Model:
     device: torch.device
     weight_bytes: int
     """Bytes of weights that one decoded token reads."""
-    _tokenizer: "Tokenizer | None" = field(default=None, repr=False)
+    _tokenizer: Tokenizer | None = field(default=None, repr=False)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -89,7 +88,7 @@ class Model:
         return f"{torch.cuda.get_device_name(self.device)}, {dtype}, {steps}"
 
     @property
-    def tokenizer(self) -> "Tokenizer":
+    def tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
             self._tokenizer = self.checkpoint.tokenizer()
         return self._tokenizer
@@ -170,7 +169,7 @@ def load_model(
     if offload:
         _check_offload(checkpoint, place, known)
     ours = partial(build, form=form, offload=offload)
-    make: Callable[..., tuple[Runner, int]] = ours if known else _build_foreign
+    make: Callable[..., tuple[Runner, int]] = ours if known else build_foreign
     # Parsing a vocabulary takes 50 MB for a moment: before the weights are there.
     tokenizer = checkpoint.tokenizer() if _has_tokenizer(checkpoint) else None
     release_memory()
@@ -194,11 +193,3 @@ def _check_offload(checkpoint: Checkpoint, place: torch.device, known: bool) -> 
 
 def _has_tokenizer(checkpoint: Checkpoint) -> bool:
     return (checkpoint.folder / "tokenizer.json").is_file()
-
-
-def _build_foreign(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
-) -> tuple[Runner, int]:
-    from optim.runtime.engine.transformers_model import build_foreign  # imports transformers
-
-    return build_foreign(checkpoint, device, dtype)

@@ -22,8 +22,8 @@ from functools import cache
 from pathlib import Path
 
 from optim.runtime.kernels.door import Struct
-from optim.runtime.storage.demo import cache_folder
 from optim.runtime.system import instructions
+from optim.runtime.system.paths import cache_folder
 
 FLAGS = (
     "-O3",

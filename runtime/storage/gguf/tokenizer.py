@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.storage.demo import cache_folder
 from optim.runtime.storage.gguf.file import LongArray
 from optim.runtime.storage.gguf.pre_tokenizers import BY_NAME, Rule, pre_tokenizer
 from optim.runtime.storage.tensors import damaged
+from optim.runtime.system.paths import cache_folder
 
 CONVERSION = 2  # to be raised when a file is to be converted otherwise than before
 BYTE_LEVEL, PIECES = "gpt2", "llama"  # `tokenizer.ggml.model`; the latter is SentencePiece
@@ -57,8 +58,6 @@ def sidecar_folder(path: Path, metadata: dict[str, Any], data: int) -> Path:
 
 def _key(path: Path, data: int) -> str:
     """A name for the conversion of this head by these programs."""
-    from importlib.metadata import version
-
     digest = hashlib.sha256(f"{CONVERSION} {version('transformers')}\n".encode())
     with path.open("rb") as file:
         while data > 0 and (block := file.read(min(data, 1 << 20))):

