@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.storage.tensors import load_json
+from optim.runtime.system.files import load_json
 
 USUAL: dict[str, Any] = {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 """For a model whose makers say nothing: what other local runners take, a little cooler."""

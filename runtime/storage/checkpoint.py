@@ -22,7 +22,8 @@ from optim.runtime.architecture.shape import resolve
 from optim.runtime.architecture.table import FAMILIES
 from optim.runtime.storage.gate import Stored, admit
 from optim.runtime.storage.names import canonical_parts, published_name
-from optim.runtime.storage.tensors import Part, Store, TensorInfo, load_json, open_files
+from optim.runtime.storage.tensors import Part, Store, TensorInfo, open_files
+from optim.runtime.system.files import load_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

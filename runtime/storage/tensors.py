@@ -14,21 +14,20 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.system.files import AGAIN, MAX_JSON, damaged, load_json
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
 SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
-MAX_JSON = 32 << 20
 """Bytes of a header or another JSON file: Python takes up to 25 times as much to hold it."""
 MAX_DIMS = 16
 MAX_SIZE = 2**63
-AGAIN = "copy or download the file again"
 
 DTYPES = {
     "F64": torch.float64,
@@ -88,26 +87,6 @@ class Store(Protocol):
     infos: dict[str, TensorInfo]
 
     def read(self, part: Part) -> Tensor: ...
-
-
-def damaged(path: Path, why: str) -> NoReturn:
-    """Say that the file at `path` cannot be what it should be."""
-    raise OptimError(f"{path} is damaged: {why}", AGAIN, USAGE)
-
-
-def load_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. OptimError if it is missing, not JSON, or not an object."""
-    try:
-        if path.stat().st_size > MAX_JSON:
-            raise ValueError(f"it is larger than {MAX_JSON >> 20} MB")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise OptimError(f"{path} is missing", AGAIN, USAGE) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise OptimError(f"{path} is not readable JSON: {error}", AGAIN, USAGE) from None
-    if not isinstance(value, dict):
-        raise OptimError(f"{path} must hold a JSON object", AGAIN, USAGE)
-    return value
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

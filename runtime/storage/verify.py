@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.storage.tensors import load_json
+from optim.runtime.system.files import load_json
 from optim.runtime.system.output import MANIFEST
 
 __all__ = ["MANIFEST", "read_manifest", "sha256", "verify"]

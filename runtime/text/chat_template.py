@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.storage.tensors import load_json
+from optim.runtime.system.files import load_json
 from optim.runtime.text import template_worker
 
 Message = dict[str, str]

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as Backend
 
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.architecture.config import text_part
-from optim.runtime.storage.tensors import load_json
+from optim.runtime.system.files import load_json
 from optim.runtime.text.chat_template import Message, chat_template, render_template
 from optim.runtime.text.tokenizer_file import guarded, read_backend
 

@@ -18,7 +18,7 @@ from typing import TypeVar
 from tokenizers import Tokenizer as Backend
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.storage.demo import cache_folder
+from optim.runtime.system.paths import cache_folder
 from optim.runtime.text import tokenizer_probe
 
 LARGEST = 40 << 20

@@ -12,7 +12,7 @@ import torch
 
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.storage.gguf.file import GgufTensor, read_rows
-from optim.runtime.storage.tensors import damaged
+from optim.runtime.system.files import damaged
 
 MODEL_TYPES = {
     "llama": "llama",

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.storage.tensors import AGAIN, damaged
+from optim.runtime.system.files import AGAIN, damaged
 
 SCALARS = {
     0: "B",

@@ -18,7 +18,8 @@ from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.gguf.config import ROPE_TABLES, gguf_config
 from optim.runtime.storage.gguf.file import GgufTensor, read_header, read_rows
 from optim.runtime.storage.gguf.tokenizer import sidecar_folder
-from optim.runtime.storage.tensors import Part, TensorInfo, damaged
+from optim.runtime.storage.tensors import Part, TensorInfo
+from optim.runtime.system.files import damaged
 
 INTERLEAVED = {"llama", "granite", "smollm3"}  # q and k rows permuted by the converter
 TURNED = ("self_attn.q_proj", "self_attn.k_proj")

@@ -20,7 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.storage.gguf.file import LongArray
 from optim.runtime.storage.gguf.pre_tokenizers import BY_NAME, Rule, pre_tokenizer
-from optim.runtime.storage.tensors import damaged
+from optim.runtime.system.files import damaged
 from optim.runtime.system.paths import cache_folder
 
 CONVERSION = 2  # to be raised when a file is to be converted otherwise than before

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.storage.names import canonical_parts
-from optim.runtime.storage.tensors import MAX_JSON, TensorInfo, load_json, open_files
+from optim.runtime.storage.tensors import TensorInfo, open_files
+from optim.runtime.system.files import MAX_JSON, load_json
 
 SINGLE, BIN = "model.safetensors", "pytorch_model.bin"
 HUGE = "9" * 19
