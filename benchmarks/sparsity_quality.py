@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from optim.prune.coreinfer import share
-from optim.prune.plan import Plan, Solved, plan
-from optim.prune.run import solve
+from optim.prune.plan import plan
+from optim.prune.pruner import Plan, Solved
 from optim.recipes.build import build_recipe
 from optim.runtime.measure.quality import evaluate_windows
 from optim.runtime.sparsity.side_file import Side, make_side
@@ -75,7 +75,8 @@ def solved(keys: list[str], windows: torch.Tensor) -> tuple[Plan, Solved]:
     recipe = build_recipe(None, {"model": "demo", "output": "/nowhere/x"}, keys)
     made = plan(recipe, force=True)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        return made, solve(made, windows, Path(folder), lambda at, total, text: None)
+        assert made.method.solve is not None
+        return made, made.method.solve(made, windows, Path(folder), lambda at, total, text: None)
 
 
 def side_of(made: Plan, found: Solved) -> Side:

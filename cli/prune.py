@@ -34,7 +34,7 @@ def _fitting_method(model: str | None, sets: Sequence[str]) -> str | None:
         return None
     if model is None:
         return "threshold"
-    from optim.prune.plan import is_relu
+    from optim.prune.relu_exact import is_relu
     from optim.runtime.storage.checkpoint import open_checkpoint
 
     if is_relu(open_checkpoint(model)):

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from optim.prune.calibrate import See, calibrate
-from optim.prune.plan import Plan, Progress, Solved
+from optim.prune.pruner import Candidate, Plan, Progress, Pruner, Solved
+from optim.recipes.errors import USAGE, OptimError
+from optim.recipes.schema import ReluExact
+from optim.runtime.architecture.shape import resolve
+from optim.runtime.architecture.table import FAMILIES
+from optim.runtime.storage.checkpoint import Checkpoint
 
 WORTH = 0.3  # below this share of zeros, listing them gains next to nothing
 
@@ -39,3 +44,22 @@ def solve(made: Plan, windows: Tensor, folder: Path, progress: Progress) -> Solv
     if mean < WORTH:
         notes.append("so few zeros hardly pay")
     return Solved(tensors, rows, notes)
+
+
+def is_relu(checkpoint: Checkpoint) -> bool:
+    """Whether the model's feed-forward gives exact zeros; False for families that are unknown."""
+    facts = FAMILIES.get(checkpoint.family)
+    return facts is not None and resolve(checkpoint.settings, facts.decoder).activation == "relu"
+
+
+def _check(section: ReluExact, candidate: Candidate) -> None:
+    if not is_relu(candidate.checkpoint):
+        what = (
+            f"{candidate.checkpoint.source} is no ReLU model: its activation gives no exact zeros"
+        )
+        fix = "leave out what is small: -m threshold; or train it: -m prosparse"
+        raise OptimError(what, fix, USAGE)
+    candidate.require_gate()
+
+
+RELU_EXACT = Pruner(lambda section: section.method, solve, _check, reads_text=False)

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.prune import coreinfer, relu_exact, thresholds
-from optim.prune.plan import Plan, Progress, Solved, plan
+from optim.prune.plan import plan
+from optim.prune.pruner import Plan, Progress, Solved
 from optim.recipes.build import to_yaml
-from optim.recipes.schema import CoreInfer, ReluExact, Threshold
 from optim.runtime.sparsity.side_file import SIDE, write_side
 from optim.runtime.storage.checkpoint import Checkpoint, open_checkpoint
 from optim.runtime.storage.verify import MANIFEST, sha256
@@ -54,6 +53,7 @@ def prune(made: Plan, progress: Progress, windows: Tensor | None = None) -> Repo
     turns out to be bad, 4 where the machine gave out.
     """
     start = time.monotonic()
+    assert made.method.solve is not None
     if windows is None:
         windows = windows_for(made.recipe.calibration, made.checkpoint.tokenizer())
     recipe = made.recipe.model_dump(mode="json", exclude={"model", "output"})
@@ -61,7 +61,7 @@ def prune(made: Plan, progress: Progress, windows: Tensor | None = None) -> Repo
     workspace = Workspace(made.output, what, made.force)
     with workspace:
         with torch.inference_mode(), tempfile.TemporaryDirectory(dir=workspace.folder) as folder:
-            found = solve(made, windows, Path(folder), progress)
+            found = made.method.solve(made, windows, Path(folder), progress)
             _copy_weights(made.checkpoint, workspace)
         side_bytes = _finish(made, workspace, windows, found)
     return Report(
@@ -72,17 +72,6 @@ def prune(made: Plan, progress: Progress, windows: Tensor | None = None) -> Repo
         blocks=found.blocks,
         notes=[*made.notes, *found.notes],
     )
-
-
-def solve(made: Plan, windows: Tensor, folder: Path, progress: Progress) -> Solved:
-    """What the plan's method finds on `windows`; `folder` takes what does not fit in memory."""
-    section = made.recipe.prune
-    if isinstance(section, Threshold):
-        return thresholds.solve(made, windows, folder, progress)
-    if isinstance(section, CoreInfer):
-        return coreinfer.solve(made, windows, folder, progress)
-    assert isinstance(section, ReluExact), section
-    return relu_exact.solve(made, windows, folder, progress)
 
 
 def _copy_weights(checkpoint: Checkpoint, workspace: Workspace) -> None:

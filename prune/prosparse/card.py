@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from optim.prune.plan import Plan
+from optim.prune.pruner import Plan
 from optim.recipes.build import to_yaml
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from optim.prune.plan import Plan
 from optim.prune.prosparse.card import card
 from optim.prune.prosparse.plots import plot
 from optim.prune.prosparse.relu import activation_keys
 from optim.prune.prosparse.student import Student
 from optim.prune.prosparse.train import Point
+from optim.prune.pruner import Plan
 from optim.recipes.build import to_yaml
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.verify import MANIFEST

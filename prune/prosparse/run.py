@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.prune.plan import Plan
 from optim.prune.prosparse import held_back
 from optim.prune.prosparse.checkpoint import write
 from optim.prune.prosparse.refit import Progress, refit
@@ -26,6 +25,7 @@ from optim.prune.prosparse.relu import activation_keys, feed_forwards, recompute
 from optim.prune.prosparse.student import load_student, load_teacher
 from optim.prune.prosparse.team import Team, join
 from optim.prune.prosparse.train import Job, Point, Report, train
+from optim.prune.pruner import Plan
 from optim.recipes.errors import MACHINE, USAGE, OptimError
 from optim.recipes.schema import ProSparse
 from optim.recipes.units import sizes_apart
