@@ -114,7 +114,7 @@ def _found(checkpoint: Checkpoint, windows: Tensor, folder: Path, begin: list[in
 
 def _check(section: Rounding, checkpoint: Checkpoint) -> None:
     assert isinstance(section, MergeQuant)
-    refuse_family(str(checkpoint.text_config.get("model_type")), section.rotate)
+    refuse_family(checkpoint.family, section.rotate)
 
 
 def _notes(recipe: Recipe, shapes: Shapes, schemes: Mapping[str, Scheme]) -> Iterator[str]:
