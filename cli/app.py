@@ -218,6 +218,7 @@ def evaluate(
     model: flags.Model,
     against: flags.Against = None,
     text: flags.Text = "builtin:eval",
+    text_column: flags.TextColumn = "text",
     window: flags.Window = 1024,
     max_windows: flags.MaxWindows = None,
     max_ppl_increase: flags.MaxIncrease = None,
@@ -230,7 +231,7 @@ def evaluate(
     """Measure perplexity, and the divergence from the original model."""
     from optim.cli import evaluate as command
 
-    asked = command.Asked(against, text, window, max_windows, device, threads)
+    asked = command.Asked(against, text, text_column, window, max_windows, device, threads)
     what = command.Then(max_ppl_increase, record, json, quiet)
     command.evaluate(model, asked, what)
 

@@ -13,6 +13,7 @@ class Asked:
 
     against: str | None
     text: str
+    text_column: str
     window: int
     max_windows: int | None
     device: str

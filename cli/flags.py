@@ -122,6 +122,9 @@ Tensors = Annotated[bool, Option("--tensors", help="List packed tensors beside t
 Text = Annotated[
     str, Option("--text", metavar="SPEC", help="builtin:NAME, a file or folder, or a hub id.")
 ]
+TextColumn = Annotated[
+    str, Option("--text-column", metavar="NAME", help="Column that holds the text.")
+]
 Window = Annotated[int, Option("--window", min=2, help="Tokens a window.")]
 MaxWindows = Annotated[int | None, Option("--max-windows", min=1, help="Default: all.")]
 Record = Annotated[

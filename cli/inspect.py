@@ -53,10 +53,27 @@ def _facts(checkpoint: "Checkpoint") -> dict[str, Any]:
         "file_bytes": sum(path.stat().st_size for path in checkpoint.store.files),
         "bits_per_weight": 8 * nbytes / params if params else None,
         "groups": rows,
-        "packed": _packed(checkpoint),
+        "types": _types(rows) if _is_gguf(checkpoint) else [],
+        "packed": [] if checkpoint.layout is None else _packed(checkpoint),
         "left_out": list(checkpoint.left_out),
         "manifest": read_manifest(checkpoint.folder),
     }
+
+
+def _is_gguf(checkpoint: "Checkpoint") -> bool:
+    """Whether the weights are of types that they are turned into floats from."""
+    return checkpoint.layout is None and any(map(checkpoint.held, checkpoint.tensors))
+
+
+def _types(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The size table by type of tensor alone, the largest first."""
+    sums: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        kind = sums.setdefault(row["format"], dict.fromkeys(("tensors", "params", "nbytes"), 0))
+        for key in kind:
+            kind[key] += row[key]
+    found = [{"group": "any", "format": kind, **row} for kind, row in sums.items()]
+    return sorted(found, key=lambda row: -row["nbytes"])
 
 
 def _packed(checkpoint: "Checkpoint") -> list[dict[str, Any]]:
@@ -103,6 +120,10 @@ def _show(facts: dict[str, Any]) -> None:
         head.append(f"{facts['bits_per_weight']:.2f} bits/weight")
     ui.say(" · ".join([*head, f"{ui.size(facts['file_bytes'])} of files"]))
     ui.size_table(facts["groups"])
+    if facts["types"]:
+        ui.say("by type:")
+        ui.size_table(facts["types"])
+        ui.note("it is run as floats, de-quantized from these")
     if facts["left_out"]:
         ui.note(f"{len(facts['left_out'])} stored tensors are no part of the text model")
     _show_manifest(facts["manifest"])

@@ -29,9 +29,11 @@ def quantize(file_or_name: str | None, keys: dict[str, Any], sets: Sequence[str]
 def _show_plan(plan: dict[str, Any]) -> None:
     ui.say(f"{plan['model']} · {plan['blocks']} blocks · {ui.size(plan['source_bytes'])}")
     ui.size_table(plan["groups"])
-    smaller = plan["source_bytes"] / plan["output_bytes"]
+    times, word = plan["source_bytes"] / plan["output_bytes"], "smaller"
+    if times < 1:
+        times, word = 1 / times, "larger"
     ui.say(
-        f"output {ui.size(plan['output_bytes'])} ({smaller:.1f}x smaller) · "
+        f"output {ui.size(plan['output_bytes'])} ({times:.1f}x {word}) · "
         f"peak memory about {ui.size(plan['peak_bytes'])} · disk {ui.size(plan['disk_bytes'])}"
     )
     ui.say(f"calibration {plan['calibration']}")

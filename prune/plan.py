@@ -14,6 +14,7 @@ from optim.runtime.storage.checkpoint import Checkpoint, open_checkpoint
 from optim.runtime.storage.dense_view import PlainView
 from optim.runtime.system.machine import pick_device
 from optim.runtime.system.output import check_output
+from optim.runtime.text.windows import calibration_notes
 from optim.runtime.walk.walk import Walk
 
 __all__ = ["Plan", "plan"]
@@ -60,7 +61,10 @@ def plan(
         neurons=neurons,
         output=output,
         force=force,
-        notes=tuple(method.notes(section, checkpoint)),
+        notes=(
+            *method.notes(section, checkpoint),
+            *(calibration_notes(checkpoint.tokenizer()) if method.reads_text else ()),
+        ),
     )
 
 

@@ -6,7 +6,7 @@ folder. All problems are found together and raised as one error.
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,11 @@ from optim.runtime.storage.checkpoint import Checkpoint, open_checkpoint, requir
 from optim.runtime.storage.size_table import SizeRow, Stored, size_rows, stored
 from optim.runtime.system.machine import pick_device
 from optim.runtime.system.output import output_problems
+from optim.runtime.text.windows import calibration_notes
 from optim.runtime.walk.walk import EXPERT_PARTS, TOKENS_PER_BATCH, Walk
 
 AUTO_GROUPS = (128, 64, 32, 16)
+FLOAT_BITS = 12  # a source of fewer bits a weight is integers already
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -101,7 +103,8 @@ def plan(
     name = f"./{checkpoint.name}-{recipe.quantize.method}-{method.form(recipe.quantize)}"
     output = Path((recipe.output or name) + suffix)
     rows = _planned(checkpoint, shapes, schemes)
-    output_bytes = sum(row.nbytes for row in rows)
+    source = stored(checkpoint)
+    source_bytes, output_bytes = (sum(row.nbytes for row in side) for side in (source, rows))
     disk = output_bytes + 2 * _state_bytes(method, recipe, checkpoint)
     problems = [*_pattern_problems(recipe.quantize, shapes), *_shape_problems(shapes, schemes)]
     problems += output_problems(
@@ -121,11 +124,16 @@ def plan(
         output=output,
         force=force,
         groups=size_rows(rows),
-        source_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
+        source_bytes=source_bytes,
         output_bytes=output_bytes,
         peak_bytes=_peak_bytes(method, recipe, checkpoint, shapes, walk),
         disk_bytes=disk,
-        notes=(*method.notes(recipe, shapes, schemes), *_notes(checkpoint, schemes)),
+        notes=(
+            *method.notes(recipe, shapes, schemes),
+            *_notes(checkpoint, schemes),
+            *(calibration_notes(checkpoint.tokenizer()) if method.reads_text else ()),
+            *_source_notes(checkpoint, source, output_bytes),
+        ),
     )
 
 
@@ -137,6 +145,23 @@ def _notes(checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> Iterator[st
     formats = set(schemes.values())
     if len(formats) > 1 and not all(scheme.symmetric for scheme in formats):
         yield "transformers will not load this mixture of asymmetric formats; `optim run` does"
+
+
+def _source_notes(
+    checkpoint: Checkpoint, source: Iterable[Stored], output_bytes: int
+) -> Iterator[str]:
+    """What to know of a source that is integers already, as most GGUF files are."""
+    held = [row for row in source if checkpoint.held(row.name) is not None]
+    weights, nbytes = sum(row.params for row in held), sum(row.nbytes for row in held)
+    if checkpoint.layout is not None or not weights or 8 * nbytes / weights > FLOAT_BITS:
+        return
+    yield (
+        f"the source is already {8 * nbytes / weights:.1f} bits a weight "
+        f"({', '.join(sorted({row.format for row in held}))}): what it lost stays lost, and errors "
+        "are measured against it; the original weights would give a better model"
+    )
+    if output_bytes > nbytes:
+        yield f"the result is larger than the source's {nbytes / 1e6:.0f} MB"
 
 
 def linear_shapes(checkpoint: Checkpoint, walk: Walk) -> dict[str, tuple[int, int]]:
@@ -205,7 +230,8 @@ def _planned(
     checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, int]], schemes: Mapping[str, Scheme]
 ) -> list[Stored]:
     """Every tensor of the artifact; groups that do not divide are counted as if they did."""
-    rows = [t for t in stored(checkpoint) if t.name.removesuffix(".weight") not in schemes]
+    there = stored(checkpoint, as_read=True)
+    rows = [t for t in there if t.name.removesuffix(".weight") not in schemes]
     for module, scheme in schemes.items():
         out, columns = shapes[module]
         size = columns if scheme.group_size == -1 else scheme.group_size

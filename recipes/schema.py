@@ -52,12 +52,8 @@ class Calibration(Section):
         min_length=1,
         description="text to run through the model: builtin:NAME, self, a file or folder, a hub id",
     )
-    split: Annotated[str | None, SET_ONLY] = Field(
-        default=None, description="split of a data set, where it has several"
-    )
-    text_column: Annotated[str, SET_ONLY] = Field(
-        default="text", description="column of a data set that holds the text"
-    )
+    split: str | None = Field(default=None, description="split of a data set, where it has several")
+    text_column: str = Field(default="text", description="column of a data set that holds the text")
     num_samples: int = Field(default=64, ge=1, le=1_000_000, description="windows of text")
     seq_len: int = Field(default=512, ge=16, le=1_000_000, description="tokens of a window")
     seed: int = Field(default=0, ge=0, lt=2**63, description="seed that chooses the windows")

@@ -77,6 +77,7 @@ def evaluate(
     *,
     against: str | None = None,
     text: str = "builtin:eval",
+    text_column: str = "text",
     window: int = 1024,
     max_windows: int | None = None,
     device: str = "auto",
@@ -98,7 +99,9 @@ def evaluate(
             "--against wants the model that this one was made from",
             USAGE,
         )
-    windows = evaluation_windows(text, tokenizer, window=window, max_windows=max_windows)
+    windows = evaluation_windows(
+        text, tokenizer, window=window, max_windows=max_windows, text_column=text_column
+    )
     begin = tokenizer.begin
     return evaluate_windows([checkpoint], base, windows, device, progress, begin=begin)[0]
 

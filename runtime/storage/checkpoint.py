@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.architecture.config import needs_remote_code, read_config, text_part
 from optim.runtime.architecture.shape import resolve
 from optim.runtime.architecture.table import FAMILIES
+from optim.runtime.storage.companions import copy_companions
 from optim.runtime.storage.gate import Stored, admit
 from optim.runtime.storage.names import canonical_parts, published_name
 from optim.runtime.storage.tensors import Part, Store, TensorInfo, open_files
@@ -32,11 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "TensorInfo", "open_checkpoint", "require_plain"]
 
-SIDECARS = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model"),
-    *("chat_template.jinja", "chat_template.json", "generation_config.json"),
-)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SAMPLES = 64  # places at which a weight file's bytes enter the fingerprint
 SOURCES = "a local folder, a .gguf file, a hub id like Qwen/Qwen3-0.6B, or `demo`"
@@ -159,11 +154,9 @@ class Checkpoint:
         return self.store.layout if isinstance(self.store, LosslessStore) else None
 
     def held(self, name: str) -> tuple[str, float] | None:
-        """How a tensor that is packed without loss is stored, and its bytes; else None."""
-        from optim.runtime.storage.lossless.store import LosslessStore
-
+        """Format and bytes of a tensor that is stored otherwise than it is read; else None."""
         part = self._parts[name]
-        held = self.store.held(part.stored) if isinstance(self.store, LosslessStore) else None
+        held = self.store.held(part.stored)
         if held is None:
             return None
         share = self.tensors[name].nbytes / self.store.infos[part.stored].nbytes
@@ -195,13 +188,8 @@ class Checkpoint:
         return copy.deepcopy(self.settings)
 
     def write_sidecars(self, folder: Path) -> None:
-        """Copy tokenizer, chat template and generation_config.json into `folder`."""
-        for name in SIDECARS:
-            if (self.folder / name).is_file():
-                shutil.copyfile(self.folder / name, folder / name)
-        if self.trust_remote_code:
-            for path in self.folder.glob("*.py"):
-                shutil.copyfile(path, folder / path.name)
+        """Copy what belongs with the weights (companions.py) into `folder`."""
+        copy_companions(self.folder, folder, code=self.trust_remote_code)
 
     def fingerprint(self) -> str:
         """sha256 (hex) over config, names, shapes, dtypes and samples of every weight file."""

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from optim.recipes.errors import MACHINE, USAGE, OptimError
+from optim.runtime.storage.companions import COMPANIONS
 
-SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+SMALL = ["*.json", "*.py", *COMPANIONS]
 ELSEWHERE = ["original/*", "consolidated*", "onnx/*", "*.onnx", "*.gguf", "runs/*"]
 OFFLINE_FIX = (
     "give a local folder or `demo`; or fill the hub's cache on a machine that reaches it, "

@@ -40,8 +40,11 @@ class SizeRow:
     nbytes: int
 
 
-def stored(checkpoint: Checkpoint) -> list[Stored]:
-    """Every tensor of the model: what it is stored as, its weights and its bytes."""
+def stored(checkpoint: Checkpoint, *, as_read: bool = False) -> list[Stored]:
+    """Every tensor of the model: what it is stored as, its weights and its bytes.
+
+    With `as_read`, of what is stored otherwise (GGUF, lossless), what it is when it is read.
+    """
     scheme_of = schemes_of(checkpoint)
     pieces: dict[str, dict[str, str]] = {}
     found = []
@@ -51,8 +54,9 @@ def stored(checkpoint: Checkpoint) -> list[Stored]:
             pieces.setdefault(module, {})[suffix] = name
             continue
         kind = str(info.dtype).removeprefix("torch.")
-        held = checkpoint.held(name) or (SHORT.get(kind, kind), info.nbytes)
-        found.append(Stored(name, held[0], math.prod(info.shape), round(held[1])))
+        held = None if as_read else checkpoint.held(name)
+        format_, nbytes = held or (SHORT.get(kind, kind), info.nbytes)
+        found.append(Stored(name, format_, math.prod(info.shape), round(nbytes)))
     for module, names in pieces.items():
         found.append(_packed(checkpoint, module, names, scheme_of))
     return found

@@ -88,6 +88,9 @@ class Store(Protocol):
 
     def read(self, part: Part) -> Tensor: ...
 
+    def held(self, name: str) -> tuple[str, float] | None:
+        """Format and bytes of a tensor that is stored otherwise than it is read; else None."""
+
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = dict(pairs)
@@ -159,6 +162,9 @@ class SafetensorsFiles:
                 damaged(path, f"{name} is also in {self._where[name][0].name}")
             self.infos[name], self._where[name] = info, (path, data + begin)
 
+    def held(self, name: str) -> None:
+        """Every tensor is stored as it is read."""
+
     def read(self, part: Part) -> Tensor:
         """The tensor, on the CPU, in its stored dtype."""
         shape = self.infos[part.stored].shape
@@ -219,6 +225,9 @@ class TorchFiles:
                 damaged(path, f"{name} is not a plain tensor that lies within its file")
         self._open = (path, state)
         return state
+
+    def held(self, name: str) -> None:
+        """Every tensor is stored as it is read."""
 
     def read(self, part: Part) -> Tensor:
         """The tensor, copied out of the mapping."""

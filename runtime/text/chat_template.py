@@ -123,6 +123,16 @@ def _ask(request: bytes) -> dict[str, str] | None:
         return reply
 
 
+def system_folded(messages: Sequence[Message]) -> list[Message]:
+    """The chat without a system message: its text stands before that of the first user turn."""
+    system = [m["content"] for m in messages if m["role"] == "system"]
+    rest = [dict(m) for m in messages if m["role"] != "system"]
+    first = next((m for m in rest if m["role"] == "user"), None)
+    if first is not None:
+        first["content"] = "\n\n".join([*system, first["content"]])
+    return rest
+
+
 def render_template(template: str, messages: Sequence[Message], variables: dict[str, Any]) -> str:
     """The chat as the template writes it.
 

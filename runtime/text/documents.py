@@ -56,12 +56,18 @@ def _text_file(path: Path) -> Iterator[str]:
 
 
 def _is_chat(value: Any) -> bool:
+    """Turns with a role and a text; one that calls tools may be without text."""
     return isinstance(value, list) and all(
         isinstance(turn, dict)
         and isinstance(turn.get("role"), str)
-        and isinstance(turn.get("content"), str)
+        and (isinstance(turn.get("content"), str) or "tool_calls" in turn)
         for turn in value
     )
+
+
+def _text_of(turn: dict[str, Any]) -> str:
+    text = turn.get("content")
+    return text if isinstance(text, str) else ""
 
 
 def _record(record: Any, text_column: str, where: str) -> Document:
@@ -69,7 +75,7 @@ def _record(record: Any, text_column: str, where: str) -> Document:
     if isinstance(record, dict) and isinstance(record.get(text_column), str):
         return str(record[text_column])
     if isinstance(record, dict) and _is_chat(record.get("messages")):
-        return [{"role": t["role"], "content": t["content"]} for t in record["messages"]]
+        return [{"role": t["role"], "content": _text_of(t)} for t in record["messages"]]
     there = ", ".join(map(str, record)) if isinstance(record, dict) else "no fields"
     raise OptimError(
         f"{where} has neither a text in {text_column!r} nor chat messages; it has: {there}",

@@ -42,6 +42,7 @@ class Tokenizer:
     begun: bool = False
     """Whether the model has those already, as an artifact's prefix: then none is put in front."""
     _control: re.Pattern[str] = field(init=False, repr=False)
+    _takes_system: bool | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         added = self.backend.get_added_tokens_decoder().values()
@@ -60,6 +61,18 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """Whether `chat` can be used."""
         return self.template is not None
+
+    @property
+    def takes_system(self) -> bool:
+        """Whether the chat template has a place for a system message; without one there is none."""
+        if self._takes_system is None:
+            turns = [{"role": role, "content": "a"} for role in ("system", "user")]
+            try:
+                self.render(turns)
+                self._takes_system = True
+            except OptimError:
+                self._takes_system = False
+        return self._takes_system
 
     def _ids(self, text: str, special: bool, control: bool) -> list[int]:
         self.backend.encode_special_tokens = not control

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.schema import Calibration
+from optim.runtime.text.chat_template import system_folded
 from optim.runtime.text.documents import MIXED, Document, builtin, documents
 from optim.runtime.text.self_generated import Generate, self_texts
 from optim.runtime.text.tokenizer import Tokenizer
@@ -51,11 +52,22 @@ def document_ids(document: Document, tokenizer: Tokenizer, special: bool) -> lis
     if isinstance(document, str):
         ids = tokenizer.encode(document, special)
     elif tokenizer.has_chat_template:
-        ids = tokenizer.chat(document, generation_prompt=False)
+        turns = document if tokenizer.takes_system else system_folded(document)
+        ids = tokenizer.chat(turns, generation_prompt=False)
     else:
-        turns = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in document)
-        ids = tokenizer.encode(turns + "\n", special)
+        lines = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in document)
+        ids = tokenizer.encode(lines + "\n", special)
     return tokenizer.after_begin(ids)
+
+
+def calibration_notes(tokenizer: Tokenizer) -> list[str]:
+    """What is done to calibration text for this tokenizer's sake."""
+    if tokenizer.takes_system or not tokenizer.has_chat_template:
+        return []
+    return [
+        "the chat template takes no system message: in a chat of the calibration text it stands at "
+        "the beginning of the first user turn"
+    ]
 
 
 def _pack(documents: Iterable[list[int]], length: int, tokens: int) -> list[list[int]]:

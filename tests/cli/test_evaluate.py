@@ -52,11 +52,13 @@ def optim_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 def test_flags_reach_the_measuring(measuring: Measuring, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = "--against demo --text a.txt --window 64 --max-windows 3 --device cpu --threads 2"
+    flags += " --text-column body"
     assert optim_main(monkeypatch, "out", *flags.split()) == 0
     assert measuring.asked == {
         "source": "out",
         "against": "demo",
         "text": "a.txt",
+        "text_column": "body",
         "window": 64,
         "max_windows": 3,
         "device": "cpu",
@@ -125,3 +127,11 @@ def test_the_limit_needs_a_base(
         "error: --max-ppl-increase needs a model to compare with\n"
         "  fix: add --against BASE, the model it was made from\n"
     )
+
+
+def test_a_begin_token_is_said(
+    measuring: Measuring, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setitem(ALONE, "begin", [2])
+    assert optim_main(monkeypatch, "out") == 0
+    assert "builtin:eval, each after BOS (2)" in capsys.readouterr().out

@@ -156,3 +156,20 @@ def test_a_hostile_manifest_is_shown_without_a_crash(
     (artifact / "optim.json").write_text(json.dumps(hostile))
     assert optim_main(monkeypatch, "small") == 0
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_gguf_file_is_shown_as_it_is_stored(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    assert optim_main(monkeypatch, "demo") == 0
+    shown = capsys.readouterr().out
+    assert "5.74 bits/weight" in shown
+    assert "Q4_1" in shown
+    assert "by type:" in shown
+    assert optim_main(monkeypatch, "demo", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert {row["format"]: row["tensors"] for row in facts["types"]} == {
+        **{"Q4_1": 210, "Q8_0": 1, "F32": 61}
+    }
+    assert facts["file_bytes"] - 2_000_000 < facts["nbytes"] < facts["file_bytes"]
+    assert facts["packed"] == []

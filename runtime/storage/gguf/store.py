@@ -105,6 +105,11 @@ class GgufStore:
             self.infos[ours] = TensorInfo(tensor.shape, self.dtype, nbytes)
             self._table[ours] = tensor
 
+    def held(self, name: str) -> tuple[str, float]:
+        """The type of a tensor in the file, and its bytes there."""
+        tensor = self._table[name]
+        return tensor.kind.name, tensor.nbytes
+
     def read(self, part: Part) -> Tensor:
         """The tensor or part, de-quantized, in Hugging Face's layout."""
         turned = self._turned(part.stored)

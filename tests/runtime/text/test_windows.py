@@ -1,5 +1,6 @@
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optim.recipes.errors import OptimError
+from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.text.documents import MIXED, builtin, documents
 from optim.runtime.text.self_generated import is_repetitive
 from optim.runtime.text.tokenizer import Tokenizer
 from optim.runtime.text.windows import (
     _pack,
     _shares,
+    calibration_notes,
     calibration_windows,
     document_ids,
     evaluation_windows,
@@ -155,6 +158,39 @@ def test_parquet_of_chats(tmp_path: Path) -> None:
 
     pyarrow.parquet.write_table(pyarrow.table({"messages": [CHAT]}), tmp_path / "c.parquet")
     assert list(documents(str(tmp_path / "c.parquet"))) == [CHAT]
+
+
+def test_a_turn_that_calls_tools_may_have_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "clock"}]}
+    path.write_text(json.dumps({"messages": [CHAT[0], call]}))
+    assert list(documents(str(path))) == [[CHAT[0], {"role": "assistant", "content": ""}]]
+
+
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [NO_SYSTEM, "{{ raise_exception('never') }}"])
+def test_a_template_that_takes_no_system_message(
+    template: str, demo: Checkpoint, tmp_path: Path
+) -> None:
+    tokenizer = demo.tokenizer()
+    assert tokenizer.takes_system
+    assert calibration_notes(tokenizer) == []
+    refusing = replace(tokenizer, template=template)
+    assert not refusing.takes_system
+    assert "no system message" in calibration_notes(refusing)[0]
+    chat = [{"role": "system", "content": "Be brief."}, *CHAT]
+    if template == NO_SYSTEM:
+        text = refusing.decode(document_ids(chat, refusing, special=False))
+        assert text == "[user] Be brief.\n\nHi\n[assistant] Hello!\n"
+        assert calibrate("builtin:mixed", refusing, num_samples=8).shape == (8, 32)
+    else:  # it refuses every chat: not a matter of the system message
+        with pytest.raises(OptimError, match="never"):
+            document_ids(chat, refusing, special=False)
 
 
 def test_other_text_column(tmp_path: Path, demo_tokenizer: Tokenizer) -> None:
