@@ -87,7 +87,7 @@ def test_one_window_has_no_error_of_its_mean(capsys: Captured) -> None:
 
     assert _standard_error(torch.tensor([0.5])) is None
     found = COMPARED | {"windows": 1, "kl_error": None, "delta_nll_error": None}
-    _show("out", Asked("demo", "a.txt", 64, 1, "cpu", 1), found)
+    _show("out", Asked("demo", "a.txt", "text", 64, 1, "cpu", 1), found)
     out = capsys.readouterr().out
     assert "±" not in out and "0.0500" in out
     assert "1 window of 64 tokens from a.txt" in out
