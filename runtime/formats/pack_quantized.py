@@ -58,6 +58,14 @@ def unpack(
     `tensors` has the keys of `pack`. `name` is the module, for messages.
     Raises OptimError naming the tensor if one is missing or corrupt.
     """
+    packed, scale, zero = still_packed(tensors, scheme, name)
+    return unpack_rows(packed, scheme.bits, _shape(tensors, name)[1]), scale, zero
+
+
+def still_packed(
+    tensors: Mapping[str, Tensor], scheme: Scheme, name: str = "weight"
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `unpack`, with the integers in their words: int32 [out, ceil(in*bits/32)]."""
     outputs, inputs = _shape(tensors, name)
     packed_shape = (outputs, words(inputs, scheme.bits))
     packed = _get(tensors, "weight_packed", name)
@@ -71,7 +79,7 @@ def unpack(
         zero_shape = (words(outputs, scheme.bits), groups)
         _expect(f"{name}.weight_zero_point", stored, (torch.int32,), zero_shape)
         zero = unpack_rows(stored.T, scheme.bits, outputs).T.contiguous()
-    return unpack_rows(packed, scheme.bits, inputs), scale, zero
+    return packed, scale, zero
 
 
 def dequantize(

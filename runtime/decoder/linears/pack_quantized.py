@@ -18,7 +18,7 @@ from optim.runtime.decoder.linears.base import Linear, masked
 from optim.runtime.decoder.linears.gathered import gather_rows
 from optim.runtime.decoder.linears.source import Source
 from optim.runtime.decoder.linears.sparse import SparseLinear, sparse_packed
-from optim.runtime.formats.pack_quantized import SUFFIXES, pack, unpack
+from optim.runtime.formats.pack_quantized import SUFFIXES, pack, still_packed, unpack
 from optim.runtime.formats.schemes import Scheme, SchemeOf
 from optim.runtime.kernels import torch_tiles
 from optim.runtime.kernels.cpu import torch_int4, w4a8
@@ -97,10 +97,14 @@ class PackedLinear(Linear):
 
         Raises OptimError naming the tensor if the stored form is corrupt.
         """
-        q, scale, zero = self.opened()
+        first = next(self.buffers())
+        chosen = kernel or choose(self.scheme, first.device)
+        as_words = (
+            chosen is w4a8 and self.scheme.bits == 4 and getattr(self, "in_features", 0) % 8 == 0
+        )
+        q, scale, zero = self.still_packed() if as_words else self.opened()
         for key in SUFFIXES:
             setattr(self, key, None)
-        chosen = kernel or choose(self.scheme, q.device)
         self.kernel = chosen.Weight(q, scale, zero, self.scheme, self.bias)
         self.bias = None
         return self
@@ -112,6 +116,10 @@ class PackedLinear(Linear):
     def by_input(self, threshold: float) -> SparseLinear | None:
         """The same held input by input; None where that does not pay. Only before `prepare`."""
         return sparse_packed(self.opened, self.weight_scale, self.scheme, self.bias, threshold)
+
+    def still_packed(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `opened`, with the integers in their words. Only before `prepare`."""
+        return still_packed(self.stored(), self.scheme, self.name)
 
     def opened(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Integers, scales and zero points; see packed.unpack. Only before `prepare`."""

@@ -46,13 +46,16 @@ def chunk_of(scheme: Scheme) -> int:
 
 
 class Weight:
-    """One linear `[out, in]` in the kernel's layout; call it with `[tokens, in]`."""
+    """One linear `[out, in]` in the kernel's layout; call it with `[tokens, in]`.
+
+    `q` is uint8 `[out, in]`, or of 4 bits the words they are stored in, int32 `[out, in / 8]`.
+    """
 
     def __init__(
         self, q: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, bias: Tensor | None
     ) -> None:
         lib = load()
-        self.outputs, self.inputs = q.shape
+        self.outputs, self.inputs = q.shape[0], q.shape[1] * (8 if q.dtype == torch.int32 else 1)
         rows, chunk = lib.optim_rows(), chunk_of(scheme)
         stored = 8 if scheme.bits == 8 else 4
         flip = lib.optim_flip() if stored == 8 else 0
@@ -164,16 +167,29 @@ def _error(scheme: Scheme, generator: torch.Generator) -> float:
 
 
 def _blocks(q: Tensor, bits: int, rows: int, columns: int, flip: int) -> Tensor:
-    """uint8 [out, in] -> int32 [blocks, columns*bits/32, rows]: 4 or 8 inputs a word."""
+    """uint8 [out, in] or words -> int32 [blocks, columns*bits/32, rows]: 4 or 8 inputs a word.
+
+    A word of 4 bits has inputs 0 to 3 in the low halves of its bytes, 4 to 7 in the high ones.
+    """
     parts = torch.split(q, SLICE * rows)
     blocks = torch.empty(-(-q.shape[0] // rows), columns * bits // 32, rows, dtype=torch.int32)
     for part, target in zip(parts, torch.split(blocks, SLICE), strict=True):
-        padding = (0, columns - q.shape[1], 0, -part.shape[0] % rows)
-        words = torch.nn.functional.pad(part ^ flip, padding).view(torch.int32)
-        if bits == 4:
-            words = words[:, 0::2] | words[:, 1::2] << 4
+        if q.dtype == torch.int32:
+            padding = (0, columns // 8 - q.shape[1], 0, -part.shape[0] % rows)
+            words = torch.nn.functional.pad(_apart(part) | _apart(part >> 16) << 4, padding)
+        else:
+            padding = (0, columns - q.shape[1], 0, -part.shape[0] % rows)
+            words = torch.nn.functional.pad(part ^ flip, padding).view(torch.int32)
+            if bits == 4:
+                words = words[:, 0::2] | words[:, 1::2] << 4
         target.copy_(words.view(-1, rows, words.shape[1]).transpose(1, 2))
     return blocks
+
+
+def _apart(words: Tensor) -> Tensor:
+    """The four lowest half-bytes of int32 `words`, a byte each."""
+    pairs = (words & 0xFF) | (words & 0xFF00) << 8
+    return (pairs | pairs << 4) & 0x0F0F0F0F
 
 
 def _per_block(values: Tensor, rows: int) -> Tensor:

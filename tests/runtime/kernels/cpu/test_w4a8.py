@@ -114,3 +114,16 @@ def test_eight_bit_activations_cost_less_than_one_percent(group: int) -> None:
     exact = x.double() @ dequantize(q, scale, zero, scheme).double().T
     error = (w4a8.reference(x, q, scale, zero, scheme) - exact).norm() / exact.norm()
     assert 0.001 < error < 0.0075
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(5, 64), (33, 24), (16, 72)])
+def test_a_weight_is_repacked_from_its_words_as_from_its_integers(
+    outputs: int, inputs: int
+) -> None:
+    from optim.runtime.formats.bits import pack_rows
+
+    q = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8)
+    for rows in (4, 16):
+        for columns in (inputs, -(-inputs // 64) * 64):
+            wanted = w4a8._blocks(q, 4, rows, columns, 0)
+            assert torch.equal(w4a8._blocks(pack_rows(q, 4), 4, rows, columns, 0), wanted)
