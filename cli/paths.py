@@ -85,7 +85,6 @@ def _as_here() -> list[str]:
 def _round_activations() -> None:
     """Let torch multiply packed weights as the C kernel is defined: by activations of 8 bits."""
     from optim.runtime.decoder.linears import pack_quantized
-    from optim.runtime.kernels import torch_tiles
     from optim.runtime.kernels.cpu import w4a8
 
     class Weight:
@@ -96,8 +95,11 @@ def _round_activations() -> None:
             y = w4a8.reference(x.float(), *self.parts).float()
             return y if self.bias is None else y + self.bias.float()
 
-    reference = SimpleNamespace(supports=w4a8.supports, Weight=Weight)
-    pack_quantized._kernels = lambda _device: [reference, torch_tiles]  # type: ignore[assignment]
+    def check() -> None:
+        """It is the reference."""
+
+    reference = SimpleNamespace(supports=w4a8.supports, check=check, Weight=Weight)
+    pack_quantized._candidates = lambda _device: [reference]  # type: ignore[assignment]
 
 
 def _halve_cache() -> None:

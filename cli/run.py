@@ -161,8 +161,8 @@ def _loaded(source: str, options: RunOptions) -> tuple[Sampling, Policy, Model]:
         offload=options.offload,
     )
     ui.status()
-    if model.advice is not None:
-        ui.note(model.advice)
+    for words in filter(None, (model.refused, model.advice)):
+        ui.note(words)
     if options.threads is None and model.device.type == "cpu":
         _share(meter.free_cores())
     return sampling, policy, model

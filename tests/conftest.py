@@ -92,6 +92,7 @@ def _forget_kernels() -> None:
     """Clear what modules remember of the machine."""
     for name, module in list(sys.modules.items()):
         if name.startswith("optim."):
+            getattr(module, "REFUSED", {}).clear()
             for value in vars(module).values():
                 if hasattr(value, "cache_clear"):
                     value.cache_clear()

@@ -19,6 +19,7 @@ from optim.runtime.decoder.linears.static_int import fast_product
 from optim.runtime.engine.build import build
 from optim.runtime.engine.transformers_model import build_foreign
 from optim.runtime.formats.static_int import read_config
+from optim.runtime.kernels.compile import REFUSED, turned_off
 from optim.runtime.sparsity.side_file import SIDE
 from optim.runtime.storage.checkpoint import Checkpoint, open_checkpoint
 from optim.runtime.system.machine import compute_dtype, pick_device, release_memory
@@ -75,6 +76,17 @@ class Model:
         if fast_product("cpu") is None:
             return "static integers have no kernel here (see `optim doctor`): torch computes them"
         return "static integers are made for GPUs: on a CPU, 4-bit AWQ weights decode faster"
+
+    @property
+    def refused(self) -> str | None:
+        """Which kernels are not used though they were wanted, and why; None if that was asked."""
+        if not REFUSED or turned_off():
+            return None
+        reasons: dict[str, list[str]] = {}
+        for kernel, why in REFUSED.items():
+            reasons.setdefault(why, []).append(kernel)
+        said = "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items())
+        return f"not used here: {said}. torch computes instead, slower: `optim doctor` says more"
 
     @property
     def place(self) -> str:

@@ -49,12 +49,20 @@ class NoKernel(Exception):
     """Why a kernel cannot be used here, in words."""
 
 
+REFUSED: dict[str, str] = {}
+"""Kernels that were wanted in this process and are not used, and why."""
+
+
 @cache
 def works(check: Callable[[], object]) -> bool:
-    """Whether a kernel's `check`, or `load`, goes through on this machine; tried once."""
+    """Whether a kernel's `check`, or `load`, goes through on this machine; tried once.
+
+    Whatever is wrong with it, it is not used, and REFUSED says why.
+    """
     try:
         check()
-    except NoKernel:
+    except Exception as why:
+        REFUSED[check.__module__.rpartition(".")[2]] = str(why) or type(why).__name__
         return False
     return True
 
@@ -65,7 +73,7 @@ def library(name: str, *others: str, structs: Sequence[type[Struct]] = ()) -> ct
 
     Raises NoKernel with the reason, OptimError (4) for an OPTIM_ISA that cannot be.
     """
-    if _on("OPTIM_NO_C"):
+    if turned_off():
         raise NoKernel("turned off by OPTIM_NO_C")
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
@@ -82,6 +90,11 @@ def library(name: str, *others: str, structs: Sequence[type[Struct]] = ()) -> ct
         return loaded
     except (OSError, AttributeError) as error:
         raise NoKernel(f"{error}") from error
+
+
+def turned_off() -> bool:
+    """Whether OPTIM_NO_C asks for no C kernels."""
+    return _on("OPTIM_NO_C")
 
 
 def own_folder(folder: Path) -> Path:

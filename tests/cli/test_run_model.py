@@ -187,3 +187,19 @@ def test_a_saved_conversation_goes_on_from_its_cache(
     _, third, err = optim(model, *flags, piped=f"/load {path}\nmore\n".encode())
     assert third == again
     assert "there is no cache beside it: the conversation will be read again" in err
+
+
+def test_a_kernel_that_is_not_used_is_said_once(
+    optim: Run, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = {"step": "no C compiler", "w4a8": "no C compiler", "bf16": "it disagrees"}
+    monkeypatch.setattr("optim.runtime.engine.load.REFUSED", refused)
+    monkeypatch.setenv("OPTIM_NO_C", "0")
+    said = (
+        "not used here: step, w4a8 (no C compiler); bf16 (it disagrees)."
+        " torch computes instead, slower: `optim doctor` says more\n"
+    )
+    _, _, err = optim(model, "--chat", "--max-tokens", "2", piped=b"hi\nho\n")
+    assert err.count(said) == 1
+    monkeypatch.setenv("OPTIM_NO_C", "1")  # then it was asked for
+    assert "not used here" not in optim(model, "hi", "--max-tokens", "2")[2]

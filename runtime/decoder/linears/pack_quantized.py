@@ -21,6 +21,7 @@ from optim.runtime.decoder.linears.sparse import SparseLinear, sparse_packed
 from optim.runtime.formats.pack_quantized import SUFFIXES, pack, still_packed, unpack
 from optim.runtime.formats.schemes import Scheme, SchemeOf
 from optim.runtime.kernels import torch_tiles
+from optim.runtime.kernels.compile import works
 from optim.runtime.kernels.cpu import torch_int4, w4a8
 from optim.runtime.kernels.cpu.decode import Reader
 from optim.runtime.storage.dense_view import schemes_of
@@ -200,22 +201,17 @@ def _side_by_side(
 
 def choose(scheme: Scheme, device: torch.device) -> ModuleType:
     """The best kernel module for `scheme` on `device`: the first that can and passes its check."""
-    return next(kernel for kernel in _kernels(device.type) if kernel.supports(scheme, device))
+    for kernel in _candidates(device.type):
+        if kernel.supports(scheme, device) and works(kernel.check):
+            return kernel
+    return torch_tiles
 
 
 @cache
-def _kernels(device: str) -> list[ModuleType]:
-    """The kernels that work here, best first; `torch_tiles` always does."""
-    candidates = [w4a8, torch_int4] if device == "cpu" else []
+def _candidates(device: str) -> list[ModuleType]:
+    """The kernels for a kind of device, best first."""
     if device == "cuda" and find_spec("triton"):
         from optim.runtime.kernels.triton import w4a16
 
-        candidates = [w4a16]
-    working = []
-    for kernel in candidates:
-        try:
-            kernel.check()
-            working.append(kernel)
-        except Exception:  # whatever it is, the next kernel is taken; `optim doctor` says why
-            continue
-    return [*working, torch_tiles]
+        return [w4a16]
+    return [w4a8, torch_int4] if device == "cpu" else []

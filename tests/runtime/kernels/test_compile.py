@@ -156,3 +156,17 @@ def test_bf16_weights_are_exact(outputs: int, inputs: int, threads: int) -> None
     wanted = bf16.reference(x, weight)
     error = (bf16.linear(x, weight) - wanted).abs().max()
     assert error <= 1e-5 * (x.abs().double() @ weight.abs().double().T).max()
+
+
+@pytest.mark.parametrize("problem", [NoKernel("it disagrees"), ValueError("it disagrees")])
+def test_a_kernel_that_fails_its_check_is_not_used_and_that_is_kept(
+    problem: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compile, "REFUSED", {})
+
+    def check() -> None:
+        raise problem
+
+    check.__module__ = "optim.runtime.kernels.cpu.some"
+    assert not compile.works(check)
+    assert compile.REFUSED == {"some": "it disagrees"}
