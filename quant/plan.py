@@ -6,7 +6,7 @@ folder. All problems are found together and raised as one error.
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -103,8 +103,7 @@ def plan(
     name = f"./{checkpoint.name}-{recipe.quantize.method}-{method.form(recipe.quantize)}"
     output = Path((recipe.output or name) + suffix)
     rows = _planned(checkpoint, shapes, schemes)
-    source = stored(checkpoint)
-    source_bytes, output_bytes = (sum(row.nbytes for row in side) for side in (source, rows))
+    output_bytes = sum(row.nbytes for row in rows)
     disk = output_bytes + 2 * _state_bytes(method, recipe, checkpoint)
     problems = [*_pattern_problems(recipe.quantize, shapes), *_shape_problems(shapes, schemes)]
     problems += output_problems(
@@ -124,21 +123,22 @@ def plan(
         output=output,
         force=force,
         groups=size_rows(rows),
-        source_bytes=source_bytes,
+        source_bytes=sum(row.nbytes for row in stored(checkpoint)),
         output_bytes=output_bytes,
         peak_bytes=_peak_bytes(method, recipe, checkpoint, shapes, walk),
         disk_bytes=disk,
         notes=(
             *method.notes(recipe, shapes, schemes),
-            *_notes(checkpoint, schemes),
-            *(calibration_notes(checkpoint.tokenizer()) if method.reads_text else ()),
-            *_source_notes(checkpoint, source, output_bytes),
+            *_notes(method, checkpoint, schemes),
+            *_source_notes(checkpoint, output_bytes),
         ),
     )
 
 
-def _notes(checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> Iterator[str]:
+def _notes(method: Method, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> Iterator[str]:
     """What one should know beforehand, though nothing is wrong."""
+    if method.reads_text:
+        yield from calibration_notes(checkpoint.tokenizer())
     family = checkpoint.family
     if family not in FAMILIES:
         yield f"family {family} is not in the table: its groups are found from the graph"
@@ -147,18 +147,17 @@ def _notes(checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> Iterator[st
         yield "transformers will not load this mixture of asymmetric formats; `optim run` does"
 
 
-def _source_notes(
-    checkpoint: Checkpoint, source: Iterable[Stored], output_bytes: int
-) -> Iterator[str]:
+def _source_notes(checkpoint: Checkpoint, output_bytes: int) -> Iterator[str]:
     """What to know of a source that is integers already, as most GGUF files are."""
-    held = [row for row in source if checkpoint.held(row.name) is not None]
-    weights, nbytes = sum(row.params for row in held), sum(row.nbytes for row in held)
-    if checkpoint.layout is not None or not weights or 8 * nbytes / weights > FLOAT_BITS:
+    rows = stored(checkpoint)
+    weights, nbytes = sum(row.params for row in rows), sum(row.nbytes for row in rows)
+    if checkpoint.layout is not None or 8 * nbytes > FLOAT_BITS * weights:
         return
+    kinds = {row.format for row in rows if 8 * row.nbytes <= FLOAT_BITS * row.params}
     yield (
         f"the source is already {8 * nbytes / weights:.1f} bits a weight "
-        f"({', '.join(sorted({row.format for row in held}))}): what it lost stays lost, and errors "
-        "are measured against it; the original weights would give a better model"
+        f"({', '.join(sorted(kinds))}): what it lost stays lost, and errors are measured against "
+        "it; the original weights would give a better model"
     )
     if output_bytes > nbytes:
         yield f"the result is larger than the source's {nbytes / 1e6:.0f} MB"

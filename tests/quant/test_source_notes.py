@@ -12,7 +12,7 @@ def test_a_gguf_source_is_told_of(tmp_path: Path) -> None:
     made = plan(Recipe.model_validate(recipe), device="cpu")
     assert 96e6 < made.source_bytes < 97e6  # as in the file, not as bf16
     text = "\n".join(made.notes)
-    assert "already 5.7 bits a weight (F32, Q4_1, Q8_0)" in text
+    assert "already 5.7 bits a weight (Q4_1, Q8_0)" in text
     assert "larger than the source's 97 MB" in text
     formats = {row.format for row in made.groups}
     assert formats == {"bf16", "4-bit g64 asym"}  # what is written
