@@ -22,7 +22,7 @@ $(VENV)/.ready: pyproject.toml
 
 demo: $(VENV)/.ready
 	test -d smollm2-awq || $(BIN)/optim quantize demo -m awq --num-samples 16 -o smollm2-awq
-	$(BIN)/optim run smollm2-awq "What is the capital of France?"
+	$(BIN)/optim run smollm2-awq "What is the capital of France?" --temperature 0
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "not gpu"
@@ -41,7 +41,7 @@ types: $(VENV)/.ready
 	$(BIN)/mypy
 
 tour: $(VENV)/.ready
-	$(BIN)/python docs/run_tour.py docs/tour.md
+	$(BIN)/python docs/run_tour.py docs/tour.md docs/python.md
 
 clean:
 	rm -rf $(VENV) .typing build dist *.egg-info

@@ -2,8 +2,9 @@
 
 In a block fenced with ```console a line `$ command` is run, a trailing backslash continues it, the
 lines below it are what it prints, and a line `exit N` is its exit code (0 when there is none). Each
-line shown must be found in what was printed, in order; `…` in it stands for anything. All commands
-run in one temporary folder, with this Python's programs first on the path.
+line shown must be found in what was printed, in order; `…` in it stands for anything. The blocks of a
+document that are fenced with ```python are one program, which is run after the commands. Everything
+runs in one temporary folder, with this Python's programs first on the path.
 """
 
 from __future__ import annotations
@@ -49,6 +50,13 @@ def steps(text: str) -> list[Step]:
     return found
 
 
+def program(text: str) -> list[Step]:
+    """The ```python blocks of a document as one step; nothing if there are none."""
+    blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)
+    source = "\n".join(blocks)
+    return [Step(1, f"python - <<'PROGRAM'\n{source}PROGRAM")] if blocks else []
+
+
 def missing(shown: list[str], printed: str) -> str | None:
     """The first line shown that was not printed after the one before it."""
     lines = iter(printed.splitlines())
@@ -86,7 +94,8 @@ def run(step: Step, folder: str) -> str | None:
 def main(documents: list[str]) -> int:
     """Run every command of the documents; returns 1 at the first that does not hold."""
     for document in documents:
-        todo = steps(Path(document).read_text(encoding="utf-8"))
+        text = Path(document).read_text(encoding="utf-8")
+        todo = [*steps(text), *program(text)]
         if not todo:
             print(f"{document}: no command found", file=sys.stderr)
             return 1

@@ -58,3 +58,12 @@ def test_what_does_not_hold_is_reported(
 ) -> None:
     assert tour.main([page(tmp_path, block)]) == 1
     assert said in capsys.readouterr().err
+
+
+def test_python_blocks_are_one_program(tour: ModuleType, tmp_path: Path) -> None:
+    text = "```python\na = 1\n```\ntext\n```python\nassert a == {}\n```\n"
+    good, bad = tmp_path / "good.md", tmp_path / "bad.md"
+    good.write_text(text.format(1))
+    bad.write_text(text.format(2))
+    assert tour.main([str(good)]) == 0
+    assert tour.main([str(bad)]) == 1
