@@ -2,9 +2,9 @@
 
 In a block fenced with ```console a line `$ command` is run, a trailing backslash continues it, the
 lines below it are what it prints, and a line `exit N` is its exit code (0 when there is none). Each
-line shown must be found in what was printed, in order; `…` in it stands for anything. The blocks of a
-document that are fenced with ```python are one program, which is run after the commands. Everything
-runs in one temporary folder, with this Python's programs first on the path.
+line shown must be found in what was printed, in order; `…` in it stands for anything. The blocks of
+a document that are fenced with ```python are one program, which is run after the commands.
+Everything runs in one temporary folder, with this Python's programs first on the path.
 """
 
 from __future__ import annotations
