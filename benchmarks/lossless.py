@@ -36,10 +36,10 @@ from optim.runtime.formats.dfloat11 import SUFFIXES
 from optim.runtime.kernels.bf12 import planes_of, words
 from optim.runtime.kernels.cpu import bf12 as cpu_bf12
 from optim.runtime.kernels.cpu import bf16 as cpu_bf16
-from optim.runtime.storage.checkpoint import open_checkpoint
 from optim.runtime.storage.lossless.dfloat11 import Unit
 from optim.runtime.storage.lossless.dfloat11_encoder import Counts, Encoder
 from optim.runtime.storage.lossless.store import PIECE
+from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.storage.tensors import Part, TensorInfo
 
 SAMPLE = 200_000  # weights that the reference encoder gets: it takes seconds for a million

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from optim.prune.prosparse.relu import feed_forwards, swap
 from optim.prune.prosparse.student import load_teacher
-from optim.runtime.storage.checkpoint import open_checkpoint
+from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.text.windows import evaluation_windows
 from optim.runtime.walk.walk import find_blocks
 

@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from optim.quant.run import plan, quantize
 from optim.recipes.build import build_recipe
 from optim.runtime.measure.quality import Evaluation, evaluate_windows
-from optim.runtime.storage.checkpoint import Checkpoint, open_checkpoint
+from optim.runtime.storage.checkpoint import Checkpoint
+from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.text.windows import calibration_windows, evaluation_windows
 
 PEER = "llm-compressor"

@@ -23,7 +23,7 @@ from optim.prune.pruner import Plan, Solved
 from optim.recipes.build import build_recipe
 from optim.runtime.measure.quality import evaluate_windows
 from optim.runtime.sparsity.side_file import Side, make_side
-from optim.runtime.storage.checkpoint import open_checkpoint
+from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.text.windows import calibration_windows, evaluation_windows
 
 BUDGETS = ("uniform", "measured")

@@ -24,7 +24,8 @@ from torch import Tensor
 from optim.quant.mergequant.prefix import find_prefix
 from optim.quant.mergequant.solver import Form, MergeSolver
 from optim.runtime.formats.hadamard import mixing, random_signs
-from optim.runtime.storage.checkpoint import Checkpoint, open_checkpoint
+from optim.runtime.storage.checkpoint import Checkpoint
+from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.text.windows import calibration_windows, evaluation_windows
 from optim.runtime.walk.walk import HiddenStates, Walk
 

@@ -58,7 +58,7 @@ def bench(source: str, asked: Asked, *, as_json: bool, quiet: bool) -> None:
 
 def _jobs(source: str, asked: Asked) -> list[Any]:
     from optim.runtime.measure.job import Job
-    from optim.runtime.storage.checkpoint import open_checkpoint
+    from optim.runtime.storage.open import open_checkpoint
 
     lengths = _lengths(asked.prompt_tokens)
     unknown = [peer for peer in asked.peer if peer not in PEERS]

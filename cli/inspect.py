@@ -16,7 +16,7 @@ def inspect(source: str, *, verify: bool, as_json: bool, tensors: bool = False) 
     Of a model that was packed without loss every tensor is decoded and compared with its hash;
     `tensors` lists its packed tensors beside the entropy limit.
     """
-    from optim.runtime.storage.checkpoint import open_checkpoint
+    from optim.runtime.storage.open import open_checkpoint
     from optim.runtime.storage.verify import verify as problems_of
 
     checkpoint = open_checkpoint(source, gate=False)

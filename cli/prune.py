@@ -35,7 +35,7 @@ def _fitting_method(model: str | None, sets: Sequence[str]) -> str | None:
     if model is None:
         return "threshold"
     from optim.prune.relu_exact import is_relu
-    from optim.runtime.storage.checkpoint import open_checkpoint
+    from optim.runtime.storage.open import open_checkpoint
 
     if is_relu(open_checkpoint(model)):
         ui.note("a ReLU model: its zeros are skipped without loss (-m relu-exact)")

@@ -145,7 +145,7 @@ def _loaded(source: str, options: RunOptions) -> tuple[Sampling, Policy, Model]:
     from optim.runtime.decoder.linears.source import Form
     from optim.runtime.engine.load import load_model
     from optim.runtime.engine.sampling import Sampling
-    from optim.runtime.storage.checkpoint import open_checkpoint
+    from optim.runtime.storage.open import open_checkpoint
 
     Sampling(**options.sampling)
     policy = Policy(options.kv_bits, options.kv_policy)

@@ -14,7 +14,8 @@ from optim.prune.plan import plan
 from optim.prune.pruner import Plan, Progress, Solved
 from optim.recipes.build import to_yaml
 from optim.runtime.sparsity.side_file import SIDE, write_side
-from optim.runtime.storage.checkpoint import Checkpoint, open_checkpoint
+from optim.runtime.storage.checkpoint import Checkpoint
+from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.storage.verify import MANIFEST, sha256
 from optim.runtime.storage.workspace import (
     FORMAT_VERSION,

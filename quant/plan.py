@@ -22,7 +22,8 @@ from optim.recipes.schema import Override, Recipe, Rounding
 from optim.runtime.architecture.table import FAMILIES
 from optim.runtime.formats.bits import words
 from optim.runtime.formats.pack_quantized import Scheme
-from optim.runtime.storage.checkpoint import Checkpoint, open_checkpoint, require_plain
+from optim.runtime.storage.checkpoint import Checkpoint, require_plain
+from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.storage.size_table import SizeRow, Stored, size_rows, stored
 from optim.runtime.system.machine import pick_device
 from optim.runtime.system.output import output_problems

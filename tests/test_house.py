@@ -19,6 +19,35 @@ BELOW: dict[str, set[str]] = {
     "export": {"recipes", "runtime"},
     "cli": {"recipes", "runtime", "quant", "prune", "export"},
 }
+# Inside runtime/ a folder imports what stands to its left; those side by side not each other.
+FLOORS = (
+    ("system",),
+    ("architecture",),
+    ("formats",),
+    ("cache", "text"),
+    ("kernels",),
+    ("storage",),
+    ("decoder",),
+    ("walk",),
+    ("sparsity",),
+    ("engine",),
+    ("measure",),
+)
+RANK = {folder: rank for rank, row in enumerate(FLOORS) for folder in row}
+# What may be imported inside a function, and why it does not stand at the top of its file.
+LATER = {
+    "transformers": "takes a second or more; families of the table run without it",
+    "huggingface_hub": "takes most of a second; only models of the hub need it",
+    "datasets": "takes seconds; only data sets need it",
+    "pyarrow": "takes most of a second; only parquet files need it",
+    "jinja2": "the worker is a script that is told where modules are when it starts",
+    "tokenizers": "the probe is a script that is told where modules are when it starts",
+    "matplotlib": "may be missing: plots of a training are drawn where it is there",
+    "optim.runtime.kernels.triton": "triton may be missing, and needs a GPU",
+    "optim.runtime.kernels.cpu.numba_bf12": "numba takes most of a second; C has the same",
+    "optim.runtime.kernels.cpu.numba_df11": "numba takes most of a second; C has the same",
+}
+LINEARS = ROOT / "runtime" / "decoder" / "linears"
 HEAVY = {"torch", "transformers", "datasets", "triton", "numba", "numpy", "prompt_toolkit"}
 FILES = [path for folder in BELOW for path in sorted((ROOT / folder).rglob("*.py"))]
 
@@ -81,6 +110,131 @@ def test_the_light_imports_rule_sees_a_violation() -> None:
     source = "if x:\n    import torch.nn\ndef f():\n    import numpy\n"
     tops = [name for node in at_import(ast.parse(source).body) for name in imported(node)]
     assert tops == ["torch.nn"]
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(("optim", *(part for part in parts if part != "__init__")))
+
+
+MODULES = {module_of(path) for path in FILES}
+TREES = {module_of(path): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+
+
+def named(statement: ast.AST) -> set[str]:
+    """The modules that an import statement names; of ours down to the file."""
+    if isinstance(statement, ast.Import):
+        return {alias.name for alias in statement.names}
+    if not isinstance(statement, ast.ImportFrom):
+        return set()
+    base = str(statement.module)
+    inside = (f"{base}.{alias.name}" for alias in statement.names)
+    return {name if name in MODULES else base for name in inside}
+
+
+def everywhere(tree: ast.AST) -> set[str]:
+    """The modules that are imported anywhere: at the top, in functions, for types alone."""
+    return {name for node in ast.walk(tree) for name in named(node)}
+
+
+def inside_functions(tree: ast.AST) -> set[str]:
+    """The modules that are imported later than the module itself, or for types alone."""
+    waits = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if isinstance(node, waits) or types:
+            found |= everywhere(node)
+    return found
+
+
+def wrong_floors(module: str, imports: set[str]) -> list[str]:
+    """The imports of a module of runtime/ that do not stand on a floor to the left of its own."""
+    own = module.split(".")[2]
+    others = {name.split(".")[2]: name for name in imports if name.startswith("optim.runtime.")}
+    return [name for f, name in others.items() if f != own and RANK[f] >= RANK[own]]
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that import each other, over any number of steps: take away what imports nothing."""
+    left = {module: {name for name in names if name in graph} for module, names in graph.items()}
+    while leaves := {module for module, names in left.items() if not names - {module}}:
+        left = {m: names - leaves for m, names in left.items() if m not in leaves}
+    return [sorted(left)] if left else []
+
+
+RUNTIME = sorted(name for name in TREES if name.startswith("optim.runtime."))
+
+
+@pytest.mark.parametrize("module", RUNTIME)
+def test_floors_of_the_runtime(module: str) -> None:
+    assert module.split(".")[2] in RANK, "a folder of runtime/ without a floor"
+    assert wrong_floors(module, everywhere(TREES[module])) == []
+
+
+def test_no_import_goes_round_in_a_circle() -> None:
+    assert circles({module: everywhere(tree) for module, tree in TREES.items()}) == []
+
+
+# cli imports what is below it in functions: `optim --help` must not wait for torch.
+WAITING = sorted(name for name in TREES if not name.startswith("optim.cli"))
+
+
+@pytest.mark.parametrize("module", WAITING)
+def test_imports_inside_functions_have_a_reason(module: str) -> None:
+    found = inside_functions(TREES[module])
+    roots = tuple(LATER)
+    assert {n for n in found if not any(n == r or n.startswith(f"{r}.") for r in roots)} == set()
+
+
+def test_every_reason_is_used() -> None:
+    used = {name for module in WAITING for name in inside_functions(TREES[module])}
+    assert [r for r in LATER if not any(n == r or n.startswith(f"{r}.") for n in used)] == []
+
+
+def asked_kinds(tree: ast.AST, kinds: set[str]) -> list[str]:
+    """The classes among `kinds` that `isinstance` is asked about."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    asks = [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "isinstance"]
+    parts = [node for call in asks for node in ast.walk(call.args[1])]
+    names = [getattr(node, "id", getattr(node, "attr", "")) for node in parts]
+    return [name for name in names if name in kinds]
+
+
+def linear_kinds() -> set[str]:
+    """The classes of decoder/linears that derive from its `Linear`, at any distance."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in LINEARS.glob("*.py")]
+    classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+    bases = {c.name: {ast.unparse(base) for base in c.bases} for c in classes}
+    found: set[str] = set()
+    while more := {c for c, own in bases.items() if own & (found | {"Linear"})} - found:
+        found |= more
+    return found
+
+
+def test_nobody_asks_what_kind_a_linear_is() -> None:
+    """General code asks the linear itself (decoder/linears/base.py); its own folder may know."""
+    kinds = linear_kinds()
+    assert {"DenseLinear", "PackedLinear", "PlaneLinear", "StepLinear", "MaskedLinear"} <= kinds
+    makers = (LINEARS, ROOT / "quant" / "mergequant")  # its solver stores the linears it made
+    outside = [path for path in FILES if path.parent not in makers]
+    asked = {name_of(p): asked_kinds(TREES[module_of(p)], kinds) for p in outside}
+    assert {name: found for name, found in asked.items() if found} == {}
+
+
+def test_the_rules_of_imports_see_a_violation() -> None:
+    source = (
+        "import torch\ndef f():\n    from optim.runtime.engine.load import load_model\n"
+        "if TYPE_CHECKING:\n    import numpy\nisinstance(x, a.DenseLinear | int)\n"
+    )
+    tree = ast.parse(source)
+    assert inside_functions(tree) == {"optim.runtime.engine.load", "numpy"}
+    assert wrong_floors("optim.runtime.text.x", everywhere(tree)) == ["optim.runtime.engine.load"]
+    assert wrong_floors("optim.runtime.text.x", {"optim.runtime.cache.full"}) != []
+    assert wrong_floors("optim.runtime.text.x", {"optim.runtime.system.paths"}) == []
+    assert asked_kinds(tree, {"DenseLinear"}) == ["DenseLinear"]
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == [["a", "b", "c"]]
+    assert circles({"a": {"b", "a"}, "b": {"x"}}) == []
 
 
 def test_files_and_functions_stay_small() -> None:

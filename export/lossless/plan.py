@@ -18,10 +18,11 @@ from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.patterns import matches
 from optim.recipes.schema import Pack
 from optim.runtime.sparsity.side_file import SIDE
-from optim.runtime.storage.checkpoint import Checkpoint, open_checkpoint
+from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.lossless.layout import BLOCK
 from optim.runtime.storage.lossless.layouts import LAYOUTS
 from optim.runtime.storage.lossless.store import LosslessStore
+from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.storage.tensors import TensorInfo
 from optim.runtime.system.file_names import file_stems
 from optim.runtime.system.output import check_output

@@ -15,8 +15,9 @@ import torch
 
 from optim.export.lossless.finish import KEPT
 from optim.recipes.errors import CHECK_FAILED, USAGE, OptimError
-from optim.runtime.storage.checkpoint import Checkpoint, open_checkpoint
+from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.lossless.store import LosslessStore, pieces
+from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.storage.verify import MANIFEST, read_manifest
 from optim.runtime.storage.workspace import (
     FORMAT_VERSION,

@@ -21,7 +21,8 @@ from optim.runtime.engine.transformers_model import build_foreign
 from optim.runtime.formats.static_int import read_config
 from optim.runtime.kernels.compile import REFUSED, turned_off
 from optim.runtime.sparsity.side_file import SIDE
-from optim.runtime.storage.checkpoint import Checkpoint, open_checkpoint
+from optim.runtime.storage.checkpoint import Checkpoint
+from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.system.machine import compute_dtype, pick_device, release_memory
 from optim.runtime.text.tokenizer import Tokenizer
 

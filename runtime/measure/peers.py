@@ -9,7 +9,8 @@ import torch
 
 from optim.recipes.errors import MACHINE, USAGE, OptimError
 from optim.runtime.measure.job import Job
-from optim.runtime.storage.checkpoint import Checkpoint, open_checkpoint, require_plain
+from optim.runtime.storage.checkpoint import Checkpoint, require_plain
+from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.system.machine import pick_device
 
 

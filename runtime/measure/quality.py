@@ -29,8 +29,9 @@ from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.sparsity.bytes_read import read_share, site_sizes
 from optim.runtime.sparsity.rules import SparseWalk
 from optim.runtime.sparsity.side_file import Side, read_side
-from optim.runtime.storage.checkpoint import Checkpoint, open_checkpoint
+from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.dense_view import PlainView
+from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.system.machine import pick_device
 from optim.runtime.text.windows import evaluation_windows, token_hash
 from optim.runtime.walk.static import static_walk

@@ -1,14 +1,12 @@
-"""Open a model, whatever it is: a local folder, a `.gguf` file, a hub id, or `demo`.
+"""A model that is open: its configuration, and tensors by name.
 
-Only configuration and headers are read at open; `read` then fetches one tensor at a time, so
-nothing here ever holds a model. Tensors are named as in transformers' modeling code (names.py).
+Only configuration and headers have been read; `read` fetches one tensor at a time, so nothing here
+ever holds a model. Tensors are named as in transformers' modeling code (names.py).
 """
 
 import copy
 import hashlib
 import json
-import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,22 +17,19 @@ from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.architecture.config import needs_remote_code, read_config, text_part
 from optim.runtime.architecture.shape import resolve
 from optim.runtime.architecture.table import FAMILIES
+from optim.runtime.formats import static_int
+from optim.runtime.formats.pack_quantized import SchemeOf, parse_config
 from optim.runtime.storage.companions import copy_companions
 from optim.runtime.storage.gate import Stored, admit
+from optim.runtime.storage.lossless.store import LosslessStore
 from optim.runtime.storage.names import canonical_parts, published_name
-from optim.runtime.storage.tensors import Part, Store, TensorInfo, open_files
-from optim.runtime.system.files import load_json
+from optim.runtime.storage.tensors import Part, Store, TensorInfo
+from optim.runtime.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from optim.runtime.text.tokenizer import Tokenizer
-
-__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint", "require_plain"]
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SAMPLES = 64  # places at which a weight file's bytes enter the fingerprint
-SOURCES = "a local folder, a .gguf file, a hub id like Qwen/Qwen3-0.6B, or `demo`"
 
 
 @dataclass(slots=True)
@@ -73,23 +68,18 @@ class Checkpoint:
 
         Others can be looked at; what reads weights refuses them by name.
         """
-        from optim.runtime.formats.static_int import METHOD
-
         method = (self.quantization or {}).get("quant_method")
-        return method in (None, METHOD, "compressed-tensors")
+        return method in (None, static_int.METHOD, "compressed-tensors")
 
     def _pass_the_gate(self) -> None:
         """Keep what the configuration says the model consists of; see storage/gate.py."""
-        from optim.runtime.formats.static_int import METHOD
-        from optim.runtime.storage.dense_view import schemes_of
-
         facts = FAMILIES[self.family].decoder
         shape = resolve(self.settings, facts)
         table, head = f"{facts.embed}.weight", "lm_head.weight"
         if shape.tied and table not in self.tensors and head in self.tensors:
             for names in (self._parts, self.tensors):  # one tensor, stored under the other's name
                 names[table] = names[head]  # type: ignore[assignment]
-        static = (self.quantization or {}).get("quant_method") == METHOD
+        static = (self.quantization or {}).get("quant_method") == static_int.METHOD
         stored = Stored(self.source, self.tensors, self.read, schemes_of(self), static)
         kept = admit(stored, shape, facts)
         self.left_out += tuple(self._parts[n].stored for n in self.tensors if n not in kept)
@@ -149,8 +139,6 @@ class Checkpoint:
     @property
     def layout(self) -> str | None:
         """`df11` or `bf12` of a model whose weights are packed without loss, else None."""
-        from optim.runtime.storage.lossless.store import LosslessStore
-
         return self.store.layout if isinstance(self.store, LosslessStore) else None
 
     def held(self, name: str) -> tuple[str, float] | None:
@@ -171,14 +159,11 @@ class Checkpoint:
         """Where the model is: what no output may replace."""
         return (self.folder, *self.store.files)
 
-    def tokenizer(self) -> "Tokenizer":
+    def tokenizer(self) -> Tokenizer:
         """The model's tokenizer and chat template."""
-        from optim.runtime.formats.static_int import read_config
-        from optim.runtime.text.tokenizer import load_tokenizer
-
         trust = self.trust_remote_code
         made = load_tokenizer(self.folder, self.config, trust_remote_code=trust)
-        static = read_config(self.quantization)
+        static = static_int.read_config(self.quantization)
         if static is not None and made.begin:
             made.begun = static.prefix[: len(made.begin)] == made.begin
         return made
@@ -229,6 +214,15 @@ def _read_settings(checkpoint: Checkpoint) -> "PretrainedConfig":
     return text
 
 
+def schemes_of(checkpoint: Checkpoint) -> SchemeOf:
+    """Canonical module name -> how it is packed; quantization_config has the published names."""
+    config = checkpoint.quantization
+    if not config or config.get("quant_method") == static_int.METHOD:
+        return lambda _name: None
+    scheme_of = parse_config(config)
+    return lambda name: scheme_of(checkpoint.disk_name(f"{name}.weight").removesuffix(".weight"))
+
+
 def require_plain(checkpoint: Checkpoint) -> None:
     """Refuse (OptimError 2) a model that is already quantized, naming its scheme."""
     scheme = checkpoint.quantization
@@ -243,67 +237,3 @@ def require_plain(checkpoint: Checkpoint) -> None:
         "start from the original 16-bit model",
         USAGE,
     )
-
-
-def _open_folder(folder: Path, source: str, name: str, trust: bool, gate: bool) -> Checkpoint:
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        fix = "merge it into its base model first (peft: merge_and_unload)"
-        raise OptimError(f"{source} is a LoRA adapter, not a model", fix, USAGE)
-    if not (folder / "config.json").is_file():
-        raise OptimError(f"{source} has no config.json", f"give {SOURCES}", USAGE)
-    config = load_json(folder / "config.json")
-    if not isinstance(config.get("model_type"), str):
-        raise OptimError(f"{source}: config.json names no model_type", f"give {SOURCES}", USAGE)
-    if not trust and needs_remote_code(config):
-        raise OptimError(
-            f"{source} (model type {config['model_type']}) brings its own code, which is not run",
-            "read that code; then pass --trust-remote-code if you trust it",
-            USAGE,
-        )
-    store, config = _open_store(folder, config)
-    return Checkpoint(source, name, config, folder, store, trust, gate)
-
-
-def _open_store(folder: Path, config: dict[str, Any]) -> tuple[Store, dict[str, Any]]:
-    """The weights of a folder, and its configuration without what says how they are packed."""
-    from optim.runtime.storage.lossless.layouts import layout_of, without_layout
-    from optim.runtime.storage.lossless.store import open_lossless
-
-    if layout_of(config) is None:
-        return open_files(folder), config
-    return open_lossless(folder, config), without_layout(config)
-
-
-def open_checkpoint(
-    source: str,
-    *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    gate: bool = True,
-) -> Checkpoint:
-    """Open `source`: `demo`, a folder, a `.gguf` file, or a hub id (fetched at `revision`).
-
-    Without `gate`, what does not fit the configuration stays: for who only looks. Raises OptimError
-    (2) if it is none of them, is damaged or does not fit its configuration, (4) if the hub cannot
-    be reached.
-    """
-    path = Path(os.path.expanduser(source))
-    if source == "demo":
-        from optim.runtime.storage.demo import demo_file
-        from optim.runtime.storage.gguf.store import open_gguf
-
-        return open_gguf(demo_file(), source, "SmolLM2-135M-Instruct")
-    if path.is_dir():
-        return _open_folder(path, source, path.resolve().name, trust_remote_code, gate)
-    if path.is_file() and path.suffix == ".gguf":
-        from optim.runtime.storage.gguf.store import open_gguf
-
-        return open_gguf(path, source, path.stem)
-    if path.is_file():
-        raise OptimError(f"{source} is not a model", f"give {SOURCES}", USAGE)
-    if path.suffix == ".gguf" or not HUB_ID.fullmatch(source):
-        raise OptimError(f"there is no folder or file {source}", f"give {SOURCES}", USAGE)
-    from optim.runtime.storage.hub import fetch
-
-    folder, name = fetch(source, revision), source.split("/")[1]
-    return _open_folder(folder, source, name, trust_remote_code, gate)

@@ -9,25 +9,13 @@ from torch import Tensor
 
 from optim.runtime.formats.pack_quantized import (
     SUFFIXES,
-    SchemeOf,
     dequantize,
-    parse_config,
     unpack,
 )
-from optim.runtime.formats.static_int import METHOD
-from optim.runtime.storage.checkpoint import Checkpoint
+from optim.runtime.storage.checkpoint import Checkpoint, schemes_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-
-def schemes_of(checkpoint: Checkpoint) -> SchemeOf:
-    """Canonical module name -> how it is packed; quantization_config has the published names."""
-    config = checkpoint.quantization
-    if not config or config.get("quant_method") == METHOD:
-        return lambda _name: None
-    scheme_of = parse_config(config)
-    return lambda name: scheme_of(checkpoint.disk_name(f"{name}.weight").removesuffix(".weight"))
 
 
 class PlainView:

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 from optim.runtime.formats.pack_quantized import SUFFIXES, SchemeOf
 from optim.runtime.formats.static_int import INPUT_PARTS, read_config
-from optim.runtime.storage.checkpoint import Checkpoint
-from optim.runtime.storage.dense_view import schemes_of
+from optim.runtime.storage.checkpoint import Checkpoint, schemes_of
 
 BLOCK = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.\d+\.")
 NUMBER = re.compile(r"\.\d+(?=\.|$)")

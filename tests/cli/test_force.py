@@ -115,7 +115,7 @@ def test_a_dry_run_says_what_it_would_replace(
 
 
 def test_a_gguf_file_is_never_replaced(tmp_path: Path, capfd) -> None:
-    from optim.runtime.storage.checkpoint import open_checkpoint
+    from optim.runtime.storage.open import open_checkpoint
 
     (demo,) = open_checkpoint("demo").store.files
     source = tmp_path / "model.gguf"

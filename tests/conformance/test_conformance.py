@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from optim.runtime.storage.checkpoint import open_checkpoint
+from optim.runtime.storage.open import open_checkpoint
 
 from .compare import difference
 from .variants import CASES, config_of

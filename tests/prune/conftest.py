@@ -13,8 +13,8 @@ from optim.recipes.schema import Recipe
 from optim.runtime.engine.load import Model
 from optim.runtime.sparsity.rules import SparseWalk
 from optim.runtime.sparsity.side_file import read_side
-from optim.runtime.storage.checkpoint import open_checkpoint
 from optim.runtime.storage.dense_view import PlainView
+from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.walk.walk import Walk
 
 Prune = Callable[..., Report]

@@ -17,8 +17,8 @@ from optim.runtime.architecture.table import FAMILIES, Family
 from optim.runtime.decoder.linears import pack_quantized
 from optim.runtime.engine.load import load_model
 from optim.runtime.measure.quality import evaluate_windows
-from optim.runtime.storage.checkpoint import open_checkpoint
 from optim.runtime.storage.dense_view import PlainView
+from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.walk.walk import Walk
 
 Compress = Callable[..., Report]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from optim.quant.fold import Probe, discover, family_groups, fold_checked, query_repeats
 from optim.runtime.architecture.table import FAMILIES, Group
-from optim.runtime.storage.checkpoint import open_checkpoint
+from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.walk.walk import Walk, linear_at, linears
 
 Block = tuple[nn.Module, Probe]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from optim.runtime.storage.checkpoint import Checkpoint, open_checkpoint
+from optim.runtime.storage.checkpoint import Checkpoint
+from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.text.tokenizer import Tokenizer
 
 

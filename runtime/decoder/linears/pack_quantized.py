@@ -24,7 +24,7 @@ from optim.runtime.kernels import torch_tiles
 from optim.runtime.kernels.compile import works
 from optim.runtime.kernels.cpu import torch_int4, w4a8
 from optim.runtime.kernels.cpu.decode import Reader
-from optim.runtime.storage.dense_view import schemes_of
+from optim.runtime.storage.checkpoint import schemes_of
 
 
 class PackedLinear(Linear):

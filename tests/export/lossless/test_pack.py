@@ -18,10 +18,11 @@ from optim.export.lossless.plan import plan
 from optim.export.lossless.unpack import unpack
 from optim.recipes.errors import OptimError
 from optim.recipes.schema import Pack
-from optim.runtime.storage.checkpoint import Checkpoint, open_checkpoint
+from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.lossless.dfloat11 import patterns
 from optim.runtime.storage.lossless.layouts import LAYOUTS
 from optim.runtime.storage.lossless.store import LosslessStore, tensor_hash
+from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.storage.tensors import Part
 from optim.runtime.storage.verify import verify
 

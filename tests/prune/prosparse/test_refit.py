@@ -13,7 +13,7 @@ from optim.prune.prosparse.student import load_student, load_teacher
 from optim.prune.prosparse.team import Team
 from optim.prune.prosparse.train import Job
 from optim.recipes.schema import ProSparse
-from optim.runtime.storage.checkpoint import open_checkpoint
+from optim.runtime.storage.open import open_checkpoint
 
 CPU = torch.device("cpu")
 

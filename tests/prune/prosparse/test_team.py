@@ -15,7 +15,7 @@ from optim.prune.prosparse import run as prosparse
 from optim.prune.prosparse.team import Team
 from optim.recipes.build import build_recipe
 from optim.recipes.errors import OptimError
-from optim.runtime.storage.checkpoint import open_checkpoint
+from optim.runtime.storage.open import open_checkpoint
 
 PROGRAM = """
 import json, sys

@@ -11,7 +11,7 @@ from optim.quant.run import plan, quantize
 from optim.recipes.schema import Recipe
 from optim.runtime.formats.static_int import read_config
 from optim.runtime.measure.quality import evaluate_windows
-from optim.runtime.storage.checkpoint import open_checkpoint
+from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.text.windows import evaluation_windows
 
 

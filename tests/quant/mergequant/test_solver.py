@@ -23,7 +23,7 @@ from optim.runtime.engine.load import load_model
 from optim.runtime.formats.hadamard import mixing, random_signs
 from optim.runtime.formats.static_int import Exact, StaticSite, read_config
 from optim.runtime.measure.quality import evaluate_windows
-from optim.runtime.storage.checkpoint import open_checkpoint
+from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.storage.size_table import stored
 from optim.runtime.walk.static import static_walk
 from optim.runtime.walk.walk import Walk

@@ -10,7 +10,7 @@ from optim.recipes.errors import OptimError
 from optim.runtime.decoder.offload import Offloaded, slots
 from optim.runtime.engine.build import build
 from optim.runtime.engine.load import load_model
-from optim.runtime.storage.checkpoint import open_checkpoint
+from optim.runtime.storage.open import open_checkpoint
 
 CPU = torch.device("cpu")
 Make = Callable[..., Path]

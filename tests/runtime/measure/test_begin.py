@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from optim.runtime.measure.quality import evaluate
-from optim.runtime.storage.checkpoint import open_checkpoint
+from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.text.tokenizer import Tokenizer
 from optim.runtime.text.windows import calibration_windows, described, evaluation_windows
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from optim.recipes.errors import OptimError
 from optim.runtime.measure.quality import evaluate, evaluate_windows
-from optim.runtime.storage.checkpoint import open_checkpoint
+from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.text.windows import token_hash
 
 

@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from optim.recipes.errors import OptimError
-from optim.runtime.storage.checkpoint import open_checkpoint, require_plain
+from optim.runtime.storage.checkpoint import require_plain
+from optim.runtime.storage.open import open_checkpoint
 
 SMALL = {
     "hidden_size": 32,

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 from optim.recipes.errors import OptimError
-from optim.runtime.storage.checkpoint import open_checkpoint
+from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.text.chat_template import render_template
 from optim.runtime.text.tokenizer import Tokenizer, load_tokenizer
 

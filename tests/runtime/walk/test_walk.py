@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optim.recipes.errors import OptimError
-from optim.runtime.storage.checkpoint import open_checkpoint
+from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.walk.walk import Experts, HiddenStates, StoredLinear, Walk, linears
 
 

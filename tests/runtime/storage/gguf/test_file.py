@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from optim.recipes.errors import OptimError
-from optim.runtime.storage.checkpoint import open_checkpoint
 from optim.runtime.storage.gguf.file import SHORT, LongArray, read_header
+from optim.runtime.storage.open import open_checkpoint
 
 Change = Callable[[gguf.GGUFWriter], None]
 

@@ -30,9 +30,10 @@ from transformers import (
 )
 
 from optim.recipes.errors import OptimError
-from optim.runtime.storage.checkpoint import Checkpoint, open_checkpoint
+from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.gguf.config import llama3_scaling
 from optim.runtime.storage.gguf.store import BLOCK, OWN, TOP, deinterleave, hf_name
+from optim.runtime.storage.open import open_checkpoint
 
 Kind = gguf.GGMLQuantizationType
 VOCAB = 128

@@ -12,8 +12,8 @@ import pytest
 from tokenizers.pre_tokenizers import ByteLevel
 
 from optim.recipes.errors import OptimError
-from optim.runtime.storage.checkpoint import open_checkpoint
 from optim.runtime.storage.gguf.pre_tokenizers import RULES
+from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.text.tokenizer import Tokenizer
 
 Fill = Callable[[gguf.GGUFWriter], None]
