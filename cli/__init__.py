@@ -50,6 +50,10 @@ def _translate(problem: Exception) -> OptimError:
     if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" ({problem.filename})" if problem.filename else ""
         return OptimError(f"the disk is full{where}", "free some space, or use -o", MACHINE)
+    if isinstance(problem, OSError) and problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        where = problem.filename or "a file"
+        fix = "allow it, or choose another place: -o/--output, HF_HOME, XDG_CACHE_HOME"
+        return OptimError(f"Cannot write to {where}, or read it: {problem.strerror}", fix, MACHINE)
     if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":
         fix = "close other programs, or use a smaller model or `--device cpu`"
         return OptimError("there is not enough memory", fix, MACHINE)

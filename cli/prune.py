@@ -21,6 +21,8 @@ def prune(file_or_name: str | None, keys: dict[str, Any], sets: Sequence[str], h
     from optim.prune.run import plan, prune
 
     made = plan(recipe, **how.given)
+    if how.dry_run:
+        made.check_text()
     if only_planned(made.as_dict(), how, _show_plan):
         return
     assert recipe.prune is not None

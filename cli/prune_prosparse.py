@@ -34,6 +34,8 @@ def work(recipe: Recipe, how: How) -> None:
 
     made = plan.plan(recipe, **replace(how, device=_own_device(how.device)).given)
     prosparse.check(made)
+    if how.dry_run:
+        made.check_text()
     if only_planned(made.as_dict() | prosparse.needs(made), how, show_plan):
         return
     try:

@@ -20,6 +20,8 @@ def quantize(file_or_name: str | None, keys: dict[str, Any], sets: Sequence[str]
     from optim.quant.run import plan, quantize
 
     made = plan(recipe, **how.given)
+    if how.dry_run:
+        made.check_text()
     if only_planned(made.as_dict(), how, _show_plan):
         return
     assert recipe.quantize is not None

@@ -38,6 +38,8 @@ def quantize_and_pack(recipe: Recipe, how: How) -> None:
     packing.plan(made.checkpoint, recipe.pack, str(output), force=how.force)
     after = f"then what stays bf16 is packed without loss ({recipe.pack.layout})"
     facts = made.as_dict() | {"output": str(output), "notes": [*made.as_dict()["notes"], after]}
+    if how.dry_run:
+        made.check_text()
     if only_planned(facts, how, _show_plan):
         return
 

@@ -14,6 +14,7 @@ from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.schema import Recipe
 from optim.runtime.architecture.table import Decoder
 from optim.runtime.storage.checkpoint import Checkpoint
+from optim.runtime.text.windows import windows_for
 from optim.runtime.walk.walk import Walk
 
 Progress = Callable[[int, int, str], None]
@@ -48,6 +49,10 @@ class Plan:
             "output": str(self.output),
             "recipe": self.recipe.model_dump(mode="json", exclude_none=True),
         }
+
+    def check_text(self) -> None:
+        """Read the calibration text as the run will; OptimError (2) says what is wrong with it."""
+        windows_for(self.recipe.calibration, self.checkpoint.tokenizer())
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,9 +27,14 @@ from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.storage.size_table import SizeRow, Stored, size_rows, stored
 from optim.runtime.system.machine import pick_device
 from optim.runtime.system.output import output_problems
-from optim.runtime.text.windows import calibration_notes
+from optim.runtime.text.windows import calibration_notes, windows_for
 from optim.runtime.walk.walk import EXPERT_PARTS, TOKENS_PER_BATCH, Walk
 
+# Perplexity of `demo` on the Debian handbook, group 64: the table of docs/awq.md.
+COST_OF_FEW_BITS = {
+    3: "3 bits cost a small model much: perplexity of demo 23.3 -> 30.7 (4 bits: 24.6)",
+    2: "2 bits break small models with every method here; look at the perplexity before you use it",
+}
 AUTO_GROUPS = (128, 64, 32, 16)
 FLOAT_BITS = 12  # a source of fewer bits a weight is integers already
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -70,6 +75,15 @@ class Plan:
             "output": str(self.output),
             "recipe": self.recipe.model_dump(mode="json"),
         }
+
+    def check_text(self) -> None:
+        """Read the calibration text as the run will; OptimError (2) says what is wrong with it.
+
+        Text that the model writes itself is not written for that.
+        """
+        calibration = self.recipe.calibration
+        if self.method.reads_text and calibration.dataset != "self":
+            windows_for(calibration, self.checkpoint.tokenizer())
 
 
 def plan(
@@ -146,6 +160,9 @@ def _notes(method: Method, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]
     formats = set(schemes.values())
     if len(formats) > 1 and not all(scheme.symmetric for scheme in formats):
         yield "transformers will not load this mixture of asymmetric formats; `optim run` does"
+    fewest = min((scheme.bits for scheme in formats), default=16)
+    if fewest in COST_OF_FEW_BITS:
+        yield COST_OF_FEW_BITS[fewest]
 
 
 def _source_notes(checkpoint: Checkpoint, output_bytes: int) -> Iterator[str]:
@@ -304,13 +321,13 @@ def _shape_problems(
         if scheme.group_size > 0 and shapes[name][1] % scheme.group_size:
             bad[scheme.group_size].append(name)
     problems = []
-    for size, names in bad.items():
+    for width, names in bad.items():
         inputs = sorted({shapes[name][1] for name in names})
         fits = [g for g in (256, *AUTO_GROUPS) if all(shapes[n][1] % g == 0 for n in schemes)]
         fix = f"--group-size {fits[0]} divides all of them" if fits else "--group-size -1"
         example = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
         message = (
-            f"group_size {size} does not divide the inputs ({', '.join(map(str, inputs))}) of "
+            f"group_size {width} does not divide the inputs ({', '.join(map(str, inputs))}) of "
             f"{len(names)} of the {len(schemes)} linears: {example}"
         )
         problems.append(OptimError(message, f"{fix}; or name them in ignore or overrides", USAGE))

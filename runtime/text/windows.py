@@ -122,13 +122,12 @@ def _plain(
     return _pack((document_ids(d, tokenizer, special=True) for d in found), length, tokens)
 
 
-def _too_short(spec: str, windows: int, wanted: int, length: int) -> OptimError:
+def _too_short(
+    spec: str, windows: int, wanted: int, length: int, fix: str = "a smaller --seq-len"
+) -> OptimError:
     have = f"{windows} full windows of {length} tokens, {wanted} are wanted"
-    if windows:
-        fix = f"give --num-samples {windows}, a smaller --seq-len, or a longer text"
-    else:
-        fix = "give a smaller --seq-len or a longer text"
-    return OptimError(f"{spec} is too short: {have}", fix, USAGE)
+    fewer = f"--num-samples {windows}, " if windows else ""
+    return OptimError(f"{spec} is too short: {have}", f"give {fewer}{fix} or a longer text", USAGE)
 
 
 def windows_for(
@@ -201,5 +200,5 @@ def evaluation_windows(
     tokens = window * max_windows if max_windows else 1 << 40
     windows = _pack(_in_order(found, tokenizer), window, tokens)
     if not windows:
-        raise _too_short(spec, 0, max_windows or 1, window)
+        raise _too_short(spec, 0, max_windows or 1, window, "a smaller --window")
     return torch.tensor(windows, dtype=torch.int64)

@@ -47,7 +47,7 @@ class Work:
 
     def plan(self, recipe: Recipe, **how: Any) -> SimpleNamespace:
         self.planned.append((recipe, how))
-        return SimpleNamespace(as_dict=lambda: PLAN)
+        return SimpleNamespace(as_dict=lambda: PLAN, check_text=lambda: None)
 
     def quantize(self, _plan: SimpleNamespace, progress: ui.Step) -> SimpleNamespace:
         self.done += 1
