@@ -115,15 +115,13 @@ def plan(
     recipe = _resolve(recipe, checkpoint, shapes)
     assert recipe.quantize is not None
     schemes = assign(recipe.quantize, shapes)
-    name = f"./{checkpoint.name}-{recipe.quantize.method}-{method.form(recipe.quantize)}"
-    output = Path((recipe.output or name) + suffix)
+    output = _output(recipe, method, checkpoint, suffix)
     rows = _planned(checkpoint, shapes, schemes)
     output_bytes = sum(row.nbytes for row in rows)
     disk = output_bytes + 2 * _state_bytes(method, recipe, checkpoint)
     problems = [*_pattern_problems(recipe.quantize, shapes), *_shape_problems(shapes, schemes)]
-    problems += output_problems(
-        output, force, disk, [*checkpoint.places, *recipe.calibration.places]
-    )
+    read = [*checkpoint.places, *recipe.calibration.places]
+    problems += output_problems(output, force, disk, read)
     if not schemes:
         problems.append(OptimError("the recipe leaves every linear as it is", code=USAGE))
     if problems:
@@ -148,6 +146,13 @@ def plan(
             *_source_notes(checkpoint, output_bytes),
         ),
     )
+
+
+def _output(recipe: Recipe, method: Method, checkpoint: Checkpoint, suffix: str) -> Path:
+    section = recipe.quantize
+    assert section is not None
+    name = f"./{checkpoint.name}-{section.method}-{method.form(section)}"
+    return Path((recipe.output or name) + suffix)
 
 
 def _notes(method: Method, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> Iterator[str]:
