@@ -9,6 +9,7 @@ from torch import Tensor
 from optim.quant.plan import Plan
 from optim.quant.solver import Solver
 from optim.recipes.build import to_yaml
+from optim.runtime.storage.size_table import rounded_before
 from optim.runtime.storage.verify import MANIFEST
 from optim.runtime.storage.workspace import FORMAT_VERSION, INDEX, Workspace, index_of
 from optim.runtime.text.windows import described
@@ -62,8 +63,7 @@ def _manifest(made: Plan, workspace: Workspace, windows: Tensor | None) -> dict[
         for record in records
         if record.get("error") is not None
     ]
-    tokenizer = made.checkpoint.tokenizer()
-    calibration = None if windows is None else described(windows, tokenizer)
+    calibration = None if windows is None else described(windows, made.checkpoint.tokenizer())
     return {
         "format_version": FORMAT_VERSION,
         "source": {"name": made.checkpoint.name, "sha256": made.checkpoint.fingerprint()},
@@ -87,6 +87,10 @@ def _card(made: Plan, manifest: dict[str, Any]) -> str:
         f"| {row.group} | {row.format} | {row.tensors} | {row.params:,} | {row.nbytes:,} |"
         for row in made.groups
     )
+    held = rounded_before(made.checkpoint)
+    before = (
+        "" if held is None else f"\nThe source was already {held}: it was de-quantized from that."
+    )
     return f"""---
 base_model: {source}
 library_name: transformers
@@ -96,7 +100,7 @@ tags: [{made.method.tags}]
 # {made.output.name}
 
 {made.checkpoint.name}, compressed with `optim`: {manifest["bytes"]:,} bytes of weights,
-{manifest["bits_per_weight"]:.2f} bits per weight (source: {made.source_bytes:,} bytes).
+{manifest["bits_per_weight"]:.2f} bits per weight (source: {made.source_bytes:,} bytes).{before}
 
 | group | format | tensors | weights | bytes |
 |---|---|---:|---:|---:|

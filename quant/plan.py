@@ -24,7 +24,7 @@ from optim.runtime.formats.bits import words
 from optim.runtime.formats.pack_quantized import Scheme
 from optim.runtime.storage.checkpoint import Checkpoint, require_plain
 from optim.runtime.storage.open import open_checkpoint
-from optim.runtime.storage.size_table import SizeRow, Stored, size_rows, stored
+from optim.runtime.storage.size_table import SizeRow, Stored, rounded_before, size_rows, stored
 from optim.runtime.system.machine import pick_device
 from optim.runtime.system.output import output_problems
 from optim.runtime.text.windows import calibration_notes, windows_for
@@ -36,7 +36,6 @@ COST_OF_FEW_BITS = {
     2: "2 bits break small models with every method here; look at the perplexity before you use it",
 }
 AUTO_GROUPS = (128, 64, 32, 16)
-FLOAT_BITS = 12  # a source of fewer bits a weight is integers already
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -109,8 +108,7 @@ def plan(
     require_plain(checkpoint)
     method = METHODS[recipe.quantize.method]
     method.check(recipe.quantize, checkpoint)
-    place = pick_device(device)
-    walk = Walk(checkpoint, place)
+    walk = Walk(checkpoint, pick_device(device))
     shapes = linear_shapes(checkpoint, walk)
     recipe = _resolve(recipe, checkpoint, shapes)
     assert recipe.quantize is not None
@@ -142,8 +140,7 @@ def plan(
         disk_bytes=disk,
         notes=(
             *method.notes(recipe, shapes, schemes),
-            *_notes(method, checkpoint, schemes),
-            *_source_notes(checkpoint, output_bytes),
+            *_notes(method, checkpoint, schemes, output_bytes),
         ),
     )
 
@@ -155,8 +152,11 @@ def _output(recipe: Recipe, method: Method, checkpoint: Checkpoint, suffix: str)
     return Path((recipe.output or name) + suffix)
 
 
-def _notes(method: Method, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> Iterator[str]:
+def _notes(
+    method: Method, checkpoint: Checkpoint, schemes: Mapping[str, Scheme], output_bytes: int
+) -> Iterator[str]:
     """What one should know beforehand, though nothing is wrong."""
+    yield from _source_notes(checkpoint, output_bytes)
     if method.reads_text:
         yield from calibration_notes(checkpoint.tokenizer())
     family = checkpoint.family
@@ -172,16 +172,13 @@ def _notes(method: Method, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]
 
 def _source_notes(checkpoint: Checkpoint, output_bytes: int) -> Iterator[str]:
     """What to know of a source that is integers already, as most GGUF files are."""
-    rows = stored(checkpoint)
-    weights, nbytes = sum(row.params for row in rows), sum(row.nbytes for row in rows)
-    if checkpoint.layout is not None or 8 * nbytes > FLOAT_BITS * weights:
+    if (held := rounded_before(checkpoint)) is None:
         return
-    kinds = {row.format for row in rows if 8 * row.nbytes <= FLOAT_BITS * row.params}
     yield (
-        f"the source is already {8 * nbytes / weights:.1f} bits a weight "
-        f"({', '.join(sorted(kinds))}): what it lost stays lost, and errors are measured against "
+        f"the source is already {held}: what it lost stays lost, and errors are measured against "
         "it; the original weights would give a better model"
     )
+    nbytes = sum(row.nbytes for row in stored(checkpoint))
     if output_bytes > nbytes:
         yield f"the result is larger than the source's {nbytes / 1e6:.0f} MB"
 

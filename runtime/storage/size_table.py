@@ -15,6 +15,7 @@ from optim.runtime.storage.checkpoint import Checkpoint, schemes_of
 
 BLOCK = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.\d+\.")
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
+FLOAT_BITS = 12  # weights of fewer bits are not floats
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -59,6 +60,16 @@ def stored(checkpoint: Checkpoint, *, as_read: bool = False) -> list[Stored]:
     for module, names in pieces.items():
         found.append(_packed(checkpoint, module, names, scheme_of))
     return found
+
+
+def rounded_before(checkpoint: Checkpoint) -> str | None:
+    """Bits and types of weights that were rounded before they came here, as in most GGUF files."""
+    rows = stored(checkpoint)
+    weights, nbytes = sum(row.params for row in rows), sum(row.nbytes for row in rows)
+    kinds = {row.format for row in rows if 8 * row.nbytes <= FLOAT_BITS * row.params}
+    if checkpoint.layout is not None or 8 * nbytes > FLOAT_BITS * weights:
+        return None
+    return f"{8 * nbytes / weights:.1f} bits a weight ({', '.join(sorted(kinds))})"
 
 
 def size_rows(tensors: Iterable[Stored]) -> list[SizeRow]:
