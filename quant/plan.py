@@ -4,7 +4,6 @@ Only configuration and headers are looked at: each linear's format, sizes, memor
 folder. All problems are found together and raised as one error.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -14,21 +13,20 @@ from typing import Any
 import torch
 
 from optim.quant.methods import METHODS
-from optim.quant.observe import GRAM_BYTES
+from optim.quant.needs import artifact_rows, peak_bytes, state_bytes
 from optim.quant.solver import Method
 from optim.recipes.errors import MACHINE, USAGE, OptimError
 from optim.recipes.patterns import matches
 from optim.recipes.schema import Override, Recipe, Rounding
 from optim.runtime.architecture.table import FAMILIES
-from optim.runtime.formats.bits import words
 from optim.runtime.formats.pack_quantized import Scheme
 from optim.runtime.storage.checkpoint import Checkpoint, require_plain
 from optim.runtime.storage.open import open_checkpoint
-from optim.runtime.storage.size_table import SizeRow, Stored, rounded_before, size_rows, stored
+from optim.runtime.storage.size_table import SizeRow, rounded_before, size_rows, stored
 from optim.runtime.system.machine import pick_device
 from optim.runtime.system.output import output_problems
 from optim.runtime.text.windows import calibration_notes, windows_for
-from optim.runtime.walk.walk import EXPERT_PARTS, TOKENS_PER_BATCH, Walk
+from optim.runtime.walk.walk import Walk
 
 # Perplexity of `demo` on the Debian handbook, group 64: the table of docs/awq.md.
 COST_OF_FEW_BITS = {
@@ -114,14 +112,12 @@ def plan(
     assert recipe.quantize is not None
     schemes = assign(recipe.quantize, shapes)
     output = _output(recipe, method, checkpoint, suffix)
-    rows = _planned(checkpoint, shapes, schemes)
+    rows = artifact_rows(checkpoint, shapes, schemes)
     output_bytes = sum(row.nbytes for row in rows)
-    disk = output_bytes + 2 * _state_bytes(method, recipe, checkpoint)
+    disk = output_bytes + 2 * state_bytes(method, recipe, checkpoint)
+    inputs = [*checkpoint.places, *recipe.calibration.places]
     problems = [*_pattern_problems(recipe.quantize, shapes), *_shape_problems(shapes, schemes)]
-    read = [*checkpoint.places, *recipe.calibration.places]
-    problems += output_problems(output, force, disk, read)
-    if not schemes:
-        problems.append(OptimError("the recipe leaves every linear as it is", code=USAGE))
+    problems += output_problems(output, force, disk, inputs)
     if problems:
         raise _together(problems)
     return Plan(
@@ -136,7 +132,7 @@ def plan(
         groups=size_rows(rows),
         source_bytes=sum(row.nbytes for row in stored(checkpoint)),
         output_bytes=output_bytes,
-        peak_bytes=_peak_bytes(method, recipe, checkpoint, shapes, walk),
+        peak_bytes=peak_bytes(method, recipe, checkpoint, shapes, walk),
         disk_bytes=disk,
         notes=(
             *method.notes(recipe, shapes, schemes),
@@ -245,63 +241,6 @@ def _resolve(
     return recipe.model_copy(update={"quantize": quantize})
 
 
-def _planned(
-    checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, int]], schemes: Mapping[str, Scheme]
-) -> list[Stored]:
-    """Every tensor of the artifact; groups that do not divide are counted as if they did."""
-    there = stored(checkpoint, as_read=True)
-    rows = [t for t in there if t.name.removesuffix(".weight") not in schemes]
-    for module, scheme in schemes.items():
-        out, columns = shapes[module]
-        size = columns if scheme.group_size == -1 else scheme.group_size
-        groups = math.ceil(columns / size)
-        packed = 4 * out * words(columns, scheme.bits) + 16 + 2 * out * groups
-        if not scheme.symmetric:
-            packed += 4 * words(out, scheme.bits) * groups
-        rows.append(Stored(f"{module}.weight", str(scheme), out * columns, packed))
-    return rows
-
-
-def _state_bytes(method: Method, recipe: Recipe, checkpoint: Checkpoint) -> int:
-    if not method.reads_text:
-        return 0
-    calibration = recipe.calibration
-    hidden = int(checkpoint.text_config.get("hidden_size", 0))
-    return 4 * calibration.num_samples * calibration.seq_len * hidden
-
-
-def _peak_bytes(
-    method: Method,
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    shapes: Mapping[str, tuple[int, int]],
-    walk: Walk,
-) -> int:
-    """An estimate: torch, a block as stored, its Gram matrices, and the largest linear's work."""
-    first = f"{walk.prefix}.0."
-    block = sum(i.nbytes for n, i in checkpoint.tensors.items() if n.startswith(first))
-    own = {name: shape for name, shape in shapes.items() if name.startswith(first)}
-    inside = list(own.values())
-    outer = max((i.nbytes for n, i in checkpoint.tensors.items() if not _in_block(n)), default=0)
-    widest = max((columns for _, columns in inside), default=0)
-    work = 2 * block + 4 * max((a * b for a, b in inside), default=0) * 3
-    if method.reads_text:
-        tokens = recipe.calibration.num_samples * recipe.calibration.seq_len
-        work += _gram_bytes(own) + 8 * widest**2 + 4 * TOKENS_PER_BATCH * widest * 4
-        work += method.sample_bytes(tokens, widest)
-    return 500_000_000 + max(work, 2 * outer)
-
-
-def _gram_bytes(block: Mapping[str, tuple[int, int]]) -> int:
-    """Gram matrices held at a time: one a width, one an expert, of inner inputs some at a time."""
-    experts = {name: 4 * shape[1] ** 2 for name, shape in block.items() if ".experts." in name}
-    outer = sum(size for name, size in experts.items() if name.endswith(EXPERT_PARTS[1]))
-    inner = [size for name, size in experts.items() if name.endswith(EXPERT_PARTS[2])]
-    widths = {columns for name, (_, columns) in block.items() if name not in experts}
-    held = min(sum(inner), GRAM_BYTES + max(inner, default=0))
-    return 4 * sum(columns**2 for columns in widths) + max(outer, held)
-
-
 def _pattern_problems(quantize: Rounding, names: Collection[str]) -> list[OptimError]:
     """Patterns that name no linear at all: most likely a slip, and it would go unnoticed."""
     given = [*quantize.targets, *(p for p in quantize.ignore if p != "lm_head")]
@@ -317,7 +256,9 @@ def _pattern_problems(quantize: Rounding, names: Collection[str]) -> list[OptimE
 def _shape_problems(
     shapes: Mapping[str, tuple[int, int]], schemes: Mapping[str, Scheme]
 ) -> list[OptimError]:
-    """One problem a group size that does not divide, layers that fail alike folded together."""
+    """Nothing to do; or one problem a group size that does not divide, alike layers together."""
+    if not schemes:
+        return [OptimError("the recipe leaves every linear as it is", code=USAGE)]
     bad: dict[int, list[str]] = defaultdict(list)
     for name, scheme in schemes.items():
         if scheme.group_size > 0 and shapes[name][1] % scheme.group_size:

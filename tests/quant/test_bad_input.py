@@ -284,7 +284,7 @@ def test_a_disk_that_fills_up_can_be_emptied_and_gone_on(shell: Shell) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
         original(tensors, path, **options)
 
-    shell.monkeypatch.setattr(safetensors.torch, "save_file", full)
+    shell.monkeypatch.setattr("optim.runtime.storage.workspace.save_file", full)
     code, err = shell.quantize()
     assert code == 4 and "No space left" in err and "same command" in err
     assert shell.left() == {"whole", "out.partial"}  # the finished block is kept
@@ -298,7 +298,7 @@ def test_a_disk_that_fills_up_at_once_leaves_nothing(shell: Shell) -> None:
     def full(tensors: Any, path: Any, **_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    shell.monkeypatch.setattr(safetensors.torch, "save_file", full)
+    shell.monkeypatch.setattr("optim.runtime.storage.workspace.save_file", full)
     code, err = shell.quantize()
     assert code == 4 and "No space left" in err and shell.left() == set()
 
