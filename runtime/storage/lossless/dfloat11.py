@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.recipes.patterns import check_pattern
+from optim.recipes.patterns import bounded, expression
 from optim.runtime.formats.dfloat11 import (
     BLOCK_BITS,
     BLOCK_BYTES,
@@ -53,7 +53,9 @@ class Dfloat11:
             unit, _, suffix = name.rpartition(".")
             if suffix != PIECES[0]:
                 continue
-            parts = next((parts for pattern, parts in known if pattern.fullmatch(unit)), None)
+            parts = next(
+                (parts for pattern, parts in known if pattern.fullmatch(bounded(unit))), None
+            )
             if parts is None:
                 raise damaged(unit, f"no pattern of {KEY} names it")
             if parts:
@@ -228,12 +230,12 @@ def _patterns(config: Mapping[str, Any]) -> list[tuple[re.Pattern[str], list[str
     made = []
     for text, parts in found.items():
         try:
-            check_pattern(f"re:{text}")
+            pattern = expression(text)
         except ValueError as error:
             raise OptimError(f"{KEY}: {error}", None, USAGE) from None
         if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
             raise OptimError(f"{KEY}: {text!r} must name a list of modules", None, USAGE)
-        made.append((re.compile(text), parts))
+        made.append((pattern, parts))
     return made
 
 
