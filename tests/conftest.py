@@ -58,6 +58,8 @@ OUTSIDE = {"starcoder2": ("Starcoder2", {}), "stablelm": ("StableLm", {})}
 
 LEVELS = instructions.levels() or [""]
 """The levels of instructions that this machine has; elsewhere what the compiler makes of it."""
+if os.environ.get("OPTIM_SANITIZE"):  # slow: those that differ most
+    LEVELS = sorted({LEVELS[0], LEVELS[-1]})
 
 MakeModel = Callable[..., Path]
 

@@ -76,7 +76,7 @@ static void add_run(Listed *l, const Active *a, int32_t group) {
         l->total[l->pieces - 1] += (float)(u + v);
         l->rows[2 * l->pairs] = a->rows[i];
         l->rows[2 * l->pairs + 1] = a->rows[i + 1];
-        l->values[l->pairs++] = (int16_t)((u & 255) | v << 8);
+        l->values[l->pairs++] = (int16_t)((u & 255) | v * 256);
     }
 }
 
