@@ -50,17 +50,22 @@ def array_address(array: Array, dtype: npt.DTypeLike, count: int, *, write: bool
     raise WrongTensor(f"a kernel reads {count} x {np.dtype(dtype)}, got {found}")
 
 
-def on_device(
-    tensor: Tensor, dtypes: torch.dtype | Container[torch.dtype], count: int, device: torch.device
-) -> Tensor:
-    """`tensor`, for a Triton kernel that touches `count` elements of it, one after the other.
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+Read = tuple[Tensor, torch.dtype | Container[torch.dtype], int]
+"""What a Triton kernel touches: a tensor, its dtype or one of several, how many elements."""
 
-    Raises WrongTensor unless it is contiguous, on `device`, in one of `dtypes`, with just so many.
+
+def check_launch(device: torch.device, *reads: Read) -> None:
+    """Look at what a Triton kernel is about to touch. Raises WrongTensor.
+
+    Each must be contiguous, on `device`, in its dtype, with just so many elements.
     """
-    known = tensor.dtype is dtypes if isinstance(dtypes, torch.dtype) else tensor.dtype in dtypes
-    if known and tensor.device == device and tensor.numel() == count and tensor.is_contiguous():
-        return tensor
-    raise WrongTensor(f"a kernel reads {count} x {dtypes} on {device}, got {_described(tensor)}")
+    for tensor, dtypes, count in reads:
+        known = (dtypes,) if isinstance(dtypes, torch.dtype) else dtypes
+        placed = tensor.device == device and tensor.is_contiguous()
+        if not placed or tensor.dtype not in known or tensor.numel() != count:
+            wanted = f"{count} x {dtypes} on {device}"
+            raise WrongTensor(f"a kernel reads {wanted}, got {_described(tensor)}")
 
 
 def _described(tensor: Tensor) -> str:

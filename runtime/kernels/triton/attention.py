@@ -20,6 +20,7 @@ from torch import Tensor
 from optim.runtime.cache.attention import Rule
 from optim.runtime.cache.device_position import Store, reference
 from optim.runtime.kernels.compile import NoKernel
+from optim.runtime.kernels.door import FLOATS, check_launch
 from optim.runtime.kernels.triton.w4a16 import processors
 
 TILE = 64  # keys at a time
@@ -176,6 +177,11 @@ def attend(
     sums = q.new_empty(rows, group, parts, dim, dtype=torch.float32)
     stats = q.new_empty(rows, group, parts, 2, dtype=torch.float32)
     out, q = torch.empty_like(q), q.contiguous()
+    check_launch(q.device, (q, FLOATS, batch * heads * dim), (place, torch.int64, 4))
+    if padding is not None:
+        check_launch(q.device, (padding, torch.int64, batch))
+    for store in stores:
+        _check_store(store, rows, dim)
     for store, split, first in zip(stores, splits, _starts(splits), strict=True):
         _attend[(rows, split)](
             q,
@@ -210,6 +216,16 @@ def attend(
         sums, stats, out, parts, D=dim, BLOCK_D=block_d, PARTS=triton.next_power_of_2(parts)
     )
     return out
+
+
+def _check_store(store: Store, rows: int, dim: int) -> None:
+    count, dtypes = rows * store.keys.shape[1] * dim, FLOATS if store.bits == 16 else torch.uint8
+    size = count * min(store.bits, 8) // 8
+    device = store.keys.device
+    check_launch(device, (store.keys, dtypes, size), (store.values, dtypes, size))
+    for grid in (store.key_grid, store.value_grid):
+        if grid is not None:
+            check_launch(device, (grid, FLOATS, count // dim * 2))
 
 
 def _starts(splits: list[int]) -> list[int]:

@@ -24,6 +24,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from optim.runtime.kernels.compile import NoKernel
+from optim.runtime.kernels.door import FLOATS, check_launch
 
 WINDOW = 15
 FEW_TOKENS, SOME_TOKENS = 4, 64  # sums in registers; tensor cores on tiles; beyond: expand
@@ -158,6 +159,8 @@ class Weight:
         out = torch.empty(len(flat), self.inputs, dtype=torch.int16, device=codes.device)
         added = (self.base - 1) << 7
         if len(flat):
+            size = codes.numel()
+            check_launch(codes.device, (codes, torch.int32, size), (rest, torch.int32, 2 * size))
             grid = (len(flat), triton.cdiv(codes.shape[1], 256))
             whole = added << 16 | added
             _expand[grid](codes, rest, out, *codes.shape, self.inputs, whole, BLOCK=256)
@@ -183,9 +186,19 @@ class Weight:
         block_m = max(16, triton.next_power_of_2(tokens)) if dot else triton.next_power_of_2(tokens)
         block_n = DOT_ROWS if dot else ROWS
         grid = (triton.cdiv(self.outputs, block_n), triton.cdiv(tokens, block_m))
+        turned, count = turned.permute(2, 1, 0).contiguous(), self.outputs * groups
+        check_launch(
+            x.device,
+            (x, FLOATS, tokens * self.inputs),
+            (turned, FLOATS, tokens * groups * 8),
+            (self.codes, torch.int32, count),
+            (self.rest, torch.int32, 2 * count),
+            (self.escapes, torch.int32, self.outputs + 1),
+            (self.at, torch.int32, len(self.values)),
+        )
         _product[grid](
             x,
-            turned.permute(2, 1, 0).contiguous(),
+            turned,
             *(self.codes, self.rest, self.escapes, self.at, self.values, y),
             *(tokens, self.outputs, self.inputs, groups, 2.0 ** (self.base - 65)),
             DOT=dot,

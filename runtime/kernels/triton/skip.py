@@ -15,6 +15,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from optim.runtime.formats.schemes import Scheme
+from optim.runtime.kernels.door import FLOATS, Read, check_launch
 
 TILE = 64  # outputs that weights are padded to
 BYTES = 64  # bytes of a row that one int4 program reads: two tiles
@@ -106,8 +107,18 @@ class Gather:
         share = -(-self.inputs // (splits * block)) * block
         splits = -(-self.inputs // share)
         parts = torch.empty(splits, padded, dtype=torch.float32, device=x.device)
+        kind = torch.uint8 if self.group else FLOATS
+        reads: list[Read] = [
+            (x, FLOATS, self.inputs),
+            (weight, kind, self.inputs * weight.shape[1]),
+        ]
         if self.group:
             scale, zero = self.tensors["scale"], self.tensors.get("zero")
+            count = -(-self.inputs // self.group) * padded
+            reads.append((scale, torch.bfloat16, count))
+            reads += [] if zero is None else [(zero, torch.uint8, count)]
+        check_launch(x.device, *reads)
+        if self.group:
             _int4[(wide, splits)](
                 x, weight, scale, scale if zero is None else zero, parts, threshold, self.inputs,
                 padded, share, GROUP=self.group, ZEROS=zero is not None, BLOCK_K=block, BYTES=BYTES,

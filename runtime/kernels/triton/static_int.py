@@ -19,6 +19,7 @@ from torch import Tensor
 
 from optim.runtime.formats.static_int import accumulate, limits, pack_nibbles, unpack_nibbles
 from optim.runtime.kernels.compile import NoKernel
+from optim.runtime.kernels.door import FLOATS, check_launch
 
 FEW_TOKENS = 4  # without tensor cores up to here
 MANY_TOKENS = 512
@@ -102,8 +103,14 @@ def norm_codes(
     columns, (low, high) = gain.shape[0], limits(bits)
     codes = torch.empty(rows, columns, dtype=torch.int8, device=x.device)
     sums = torch.empty(rows, dtype=torch.int32, device=x.device)
+    x = x.contiguous()
+    check_launch(
+        x.device, (x, FLOATS, rows * width), (gain, FLOATS, columns), (offset, FLOATS, columns)
+    )
+    if index is not None:
+        check_launch(x.device, (index, (torch.int64, torch.int32), columns))
     _norm_codes[(rows,)](
-        x.contiguous(),
+        x,
         gain if index is None else index,
         gain,
         offset,
@@ -132,14 +139,21 @@ def product(codes: Tensor, sums: Tensor, packed: Tensor) -> Tensor:
     block_m = min(64, triton.next_power_of_2(tokens)) if tokens > 16 else block_m
     block_n, block_h = (64, 64) if dot else (16, 128)
     grid = triton.cdiv(outputs, block_n), triton.cdiv(tokens, block_m)
+    half, codes = packed.shape[1], codes.contiguous()
+    check_launch(
+        codes.device,
+        (packed, torch.uint8, outputs * half),
+        (codes, torch.int8, tokens * 2 * half),
+        (sums, torch.int32, tokens),
+    )
     _product[grid](
         packed,
-        codes.contiguous(),
+        codes,
         sums,
         out,
         tokens,
         outputs,
-        packed.shape[1],
+        half,
         DOT=dot,
         BLOCK_N=block_n,
         BLOCK_M=block_m,

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from optim.runtime.formats.schemes import Scheme
 from optim.runtime.kernels.compile import NoKernel
+from optim.runtime.kernels.door import FLOATS, Read, check_launch
 from optim.runtime.kernels.torch_tiles import by_tiles
 
 SLICE = 16
@@ -215,8 +216,23 @@ class Weight:
         _reduce[grid](parts, y, y.numel(), SPLIT=config.split, BLOCK=1024)
         return y
 
+    def _check(self, x: Tensor, out: Tensor, tokens: int, split: int) -> None:
+        groups = self.scale.shape[0]
+        reads: list[Read] = [
+            (x, FLOATS, tokens * self.inputs),
+            (self.words, torch.int32, self.tiles * SLICE * self.outputs),
+            (self.scale, FLOATS, groups * self.outputs),
+            (out, FLOATS, split * tokens * self.outputs),
+        ]
+        if self.zero is not None:
+            reads.append((self.zero, (torch.uint8, *FLOATS), groups * self.outputs))
+        if self.bias is not None:
+            reads.append((self.bias, FLOATS, self.outputs))
+        check_launch(x.device, *reads)
+
     def _launch(self, x: Tensor, out: Tensor, config: Config) -> None:
         tokens, per = x.shape[0], 32 // self.bits
+        self._check(x, out, tokens, config.split)
         columns, rows = (
             triton.cdiv(self.outputs, config.block_n),
             triton.cdiv(tokens, config.block_m),

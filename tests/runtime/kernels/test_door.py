@@ -11,7 +11,7 @@ import torch
 
 from optim.runtime.kernels import compile, door
 from optim.runtime.kernels.cpu import bf12, decode, df11, skip_dense
-from optim.runtime.kernels.door import Struct, WrongTensor, address, array_address, on_device
+from optim.runtime.kernels.door import Struct, WrongTensor, address, array_address, check_launch
 
 ROOT = Path(__file__).parent.parent.parent.parent
 FOLDERS = ("cli", "quant", "prune", "export", "runtime", "recipes")
@@ -43,7 +43,7 @@ def test_any_other_tensor_is_refused(
     with pytest.raises(WrongTensor, match=words):
         address(tensor, dtype, count)
     with pytest.raises(WrongTensor):
-        on_device(tensor, dtype, count, torch.device("cpu"))
+        check_launch(torch.device("cpu"), (tensor, dtype, count))
 
 
 def test_arrays_go_through_the_same_door() -> None:
@@ -63,9 +63,9 @@ def test_arrays_go_through_the_same_door() -> None:
 
 def test_triton_takes_one_of_several_dtypes() -> None:
     x, here = torch.zeros(4, dtype=torch.bfloat16), torch.device("cpu")
-    assert on_device(x, (torch.bfloat16, F32), 4, here) is x
+    check_launch(here, (x, (torch.bfloat16, F32), 4))
     with pytest.raises(WrongTensor):
-        on_device(x, (torch.float16, F32), 4, here)
+        check_launch(here, (x, (torch.bfloat16, F32), 4), (x, (torch.float16, F32), 4))
 
 
 class _Pair(Struct):
