@@ -163,6 +163,8 @@ class Checkpoint:
         """The model's tokenizer and chat template."""
         trust = self.trust_remote_code
         made = load_tokenizer(self.folder, self.config, trust_remote_code=trust)
+        rows = getattr(self.settings, "vocab_size", None)
+        made.table = rows if isinstance(rows, int) else None
         static = static_int.read_config(self.quantization)
         if static is not None and made.begin:
             made.begun = static.prefix[: len(made.begin)] == made.begin

@@ -14,6 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from optim.recipes.errors import USAGE, OptimError
@@ -24,6 +25,7 @@ from optim.runtime.text.tokenizer_file import guarded, read_backend
 
 PRIVATE_USE = range(0xE000, 0xF8FF)
 LOST = "�"
+BELONG = "the tokenizer and the weights are of different models: fetch both again"
 CHECK = "is it valid text, and tokenizer.json that of the model?"
 
 
@@ -41,6 +43,8 @@ class Tokenizer:
     """What the tokenizer puts in front of every text: BOS, or nothing."""
     begun: bool = False
     """Whether the model has those already, as an artifact's prefix: then none is put in front."""
+    table: int | None = None
+    """Rows of the model's embedding table: a token beyond them is refused."""
     _control: re.Pattern[str] = field(init=False, repr=False)
     _takes_system: bool | None = field(init=False, repr=False, default=None)
 
@@ -48,7 +52,7 @@ class Tokenizer:
         added = self.backend.get_added_tokens_decoder().values()
         control = sorted((t.content for t in added if t.special), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, control)) or r"(?!)")
-        some = self.backend.encode("a", add_special_tokens=True)
+        some = self._encoding("a", special=True)
         put = takewhile(lambda pair: pair[1], zip(some.ids, some.special_tokens_mask, strict=True))
         self.begin = tuple(token for token, _ in put)
 
@@ -76,9 +80,16 @@ class Tokenizer:
 
     def _ids(self, text: str, special: bool, control: bool) -> list[int]:
         self.backend.encode_special_tokens = not control
+        ids = list(self._encoding(text, special).ids)
+        if self.table is not None and max(ids, default=0) >= self.table:
+            token = self.backend.id_to_token(max(ids))
+            what = f"the tokenizer gives {token!r} the number {max(ids)}"
+            raise OptimError(f"{what}, the model's table has {self.table} rows", BELONG, USAGE)
+        return ids
+
+    def _encoding(self, text: str, special: bool) -> Encoding:
         what = "the tokenizer cannot encode this text"
-        made = guarded(lambda: self.backend.encode(text, add_special_tokens=special), what, CHECK)
-        return list(made.ids)
+        return guarded(lambda: self.backend.encode(text, add_special_tokens=special), what, CHECK)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Token ids of a text; with `special` also what the tokenizer puts around one (BOS).

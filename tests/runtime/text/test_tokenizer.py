@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +222,18 @@ def test_no_tokenizer_at_all(tmp_path: Path) -> None:
     with pytest.raises(OptimError, match="no usable tokenizer") as caught:
         load_tokenizer(tmp_path, {})
     assert caught.value.code == 2
+
+
+def test_a_token_beyond_the_table_is_refused() -> None:
+    tokenizer = TOKENIZER
+    assert tokenizer.table == 49152
+    ids = tokenizer.encode("hello there")
+    small = replace(tokenizer, table=max(ids))
+    for work in (
+        lambda: small.encode("hello there"),
+        lambda: small.chat([{"role": "user", "content": "hello there"}]),
+    ):
+        with pytest.raises(OptimError, match=f"the model's table has {max(ids)} rows") as caught:
+            work()
+        assert caught.value.code == 2
+    assert replace(tokenizer, table=max(ids) + 1).encode("hello there") == ids
