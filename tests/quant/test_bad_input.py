@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -275,7 +274,7 @@ def test_a_full_disk_is_seen_up_front(shell: Shell) -> None:
 
 def test_a_disk_that_fills_up_can_be_emptied_and_gone_on(shell: Shell) -> None:
     assert shell.quantize("-o", "whole")[0] == 0
-    original, calls = safetensors.torch.save_file, []
+    original, calls = save_file, []
 
     def full(tensors: Any, path: Any, **options: Any) -> None:
         calls.append(path)

@@ -192,7 +192,6 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_finished_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import safetensors.torch
 
     def full(tensors: Any, path: Path, **_: Any) -> None:
         Path(path).write_bytes(b"some")
@@ -201,7 +200,7 @@ def test_a_full_disk_leaves_the_finished_steps(
     workspace = Workspace(tmp_path / "out", IDENTITY, False)
     workspace.commit(workspace.write_shard("shard-0.safetensors", _tensors(0)))
     with monkeypatch.context() as patch:
-        patch.setattr(safetensors.torch, "save_file", full)
+        patch.setattr("optim.runtime.storage.workspace.save_file", full)
         with pytest.raises(OptimError, match="No space left") as caught:
             workspace.write_shard("shard-1.safetensors", _tensors(1))
     assert caught.value.code == MACHINE and "same command" in (caught.value.fix or "")
