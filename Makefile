@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # A machine with no NVIDIA driver gets a pinned torch first, so that nothing pulls the CUDA packages.
 TORCH  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.6' || echo 'torch==2.13.0')
 
-.PHONY: demo test sanitize conformance lint types tour clean
+.PHONY: demo test sanitize test-neon conformance lint types tour clean
 
 $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -33,7 +33,12 @@ PRELOAD = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=
     $(shell gcc -print-file-name=libstdc++.so)
 sanitize: $(VENV)/.ready
 	OPTIM_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(PRELOAD)" \
-	    $(BIN)/python -m pytest -q -s $(SANITIZED) -k "not every_machine"
+	    $(BIN)/python -m pytest -q -s $(SANITIZED) -k "not every_machine and not neon"
+
+# the ARM kernels under qemu: needs Debian's gcc-aarch64-linux-gnu and qemu-user (`make test` runs
+# them too where these are installed)
+test-neon: $(VENV)/.ready
+	$(BIN)/python -m pytest -q tests/runtime/kernels/cpu/test_neon.py
 
 # each family and variant of its configuration beside transformers, as a table
 conformance: $(VENV)/.ready
