@@ -38,7 +38,7 @@ Sets = Annotated[
 ]
 PrintRecipe = Annotated[bool, Option("--print-recipe", help="Print the whole recipe and stop.")]
 DryRun = Annotated[bool, Option("--dry-run", help="Check everything, print the plan and stop.")]
-Force = Annotated[bool, Option("--force", help="Replace an existing output folder.")]
+Force = Annotated[bool, Option("--force", help="Replace an output folder that optim made.")]
 
 PruneOutput = Annotated[
     str | None, Option("-o", "--output", help="Folder to write. Default: ./MODEL-METHOD.")
