@@ -18,9 +18,11 @@ def main() -> int:
     for stream in (sys.stdout, sys.stderr):
         getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
     from optim.cli.app import app
+    from optim.cli.defaults import defaults
 
     try:
-        app(prog_name="optim")
+        made = defaults(app)
+        app(prog_name="optim", **({"default_map": made} if made else {}))
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:

@@ -1,0 +1,80 @@
+"""The user's file of defaults: read strictly, and what is typed goes over it."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import optim.cli
+from optim.cli import run as module
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "optim" / "config.yaml"
+    path.parent.mkdir()
+    monkeypatch.delenv("OPTIM_CONFIG", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    return path
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, Any]:
+    """The exit code of `optim run`, and the options that reach it."""
+    seen: list[Any] = []
+    monkeypatch.setattr(module, "run", lambda _source, _prompt, options: seen.append(options) or 0)
+    monkeypatch.setattr(sys, "argv", ["optim", "run", "m", "hi", *arguments])
+    return optim.cli.main(), seen[0] if seen else None
+
+
+def test_defaults_hold_until_something_is_typed(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file.write_text(
+        "# mine\nrun:\n  temperature: 0.25\n  kv-bits: 8\n  stats: true\n  stop: [END]\n"
+    )
+    code, options = asked(monkeypatch, "--kv-bits", "4")
+    assert (code, options.kv_bits, options.stats) == (0, 4, True)
+    assert options.sampling == {"temperature": 0.25, "stop": ("END",)}
+    monkeypatch.setenv("OPTIM_CONFIG", "")
+    assert asked(monkeypatch)[1].sampling == {}
+
+
+def test_a_file_of_comments_is_no_default(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.write_text("# run:\n")
+    assert asked(monkeypatch)[1].sampling == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("rum: {threads: 2}", "rum: defaults are for run, eval, bench; did you mean 'run'?"),
+        ("quantize: {bits: 3}", "quantize: defaults are for run"),
+        ("run: {temprature: 1}", "run.temprature: unknown; did you mean 'temperature'?"),
+        ("run: {temperature: hot}", "run.temperature: Input should be a valid number"),
+        ("run: {threads: 0}", "run.threads: Input should be greater than or equal to 1"),
+        ("run: {output: rows.jsonl}", "run.output: unknown"),
+        ("run: 3", "run must have options"),
+        ("run: {threads: 1, threads: 2}", "threads"),
+        ("- run", "not a mapping"),
+        ("run: !!python/object:os.system {}", "tag"),
+        ("run: {threads", "not valid YAML"),
+    ],
+)
+def test_anything_else_is_refused_with_the_file(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured, text: str, said: str
+) -> None:
+    file.write_text(text, encoding="utf-8")
+    code, options = asked(monkeypatch)
+    err = capsys.readouterr().err
+    assert (code, options) == (2, None)
+    assert said in err and str(file) in err
+    assert "recipe" not in err
+
+
+def test_a_named_file_must_be_there(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    monkeypatch.setenv("OPTIM_CONFIG", "/nowhere/at/all.yaml")
+    assert asked(monkeypatch)[0] == 2
+    assert "cannot read the defaults of /nowhere/at/all.yaml" in capsys.readouterr().err
