@@ -27,6 +27,7 @@ from optim.runtime.storage.tensors import Part
 from optim.runtime.storage.verify import verify
 
 Make = Callable[..., Path]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def quiet(at: int, total: int, text: str) -> None:

@@ -6,7 +6,7 @@ stream included; tables, gaps and positions are made here, bit by bit, from the 
 description, and unused table slots are left as the published encoder leaves them: filled with the
 value that stands before them.
 
-    python tests/export/lossless/make_fixture.py
+    python tests/runtime/storage/lossless/make_fixture.py
 """
 
 import random
