@@ -1,8 +1,9 @@
 """One new token a row, whose place in its cache is read from the device.
 
 The host decides where the token goes and writes four numbers. Nothing after that depends on them in
-Python, so that the work can be recorded once and replayed (graph.py). Beside it stands the
-attention of such a token over all that a buffer could hold, in torch: what the GPU's kernel gives.
+Python, so that the work can be recorded once and replayed (decoder/cuda_graph.py). Beside it stands
+the attention of such a token over all that a buffer could hold, in torch: what the GPU's kernel
+gives.
 """
 
 from collections.abc import Sequence

@@ -1,10 +1,10 @@
 """A decoder on a GPU whose one-token step is recorded as a CUDA graph and replayed.
 
 A step is hundreds of launches, and launching a kernel takes longer than many of them run. The
-recorded step reads its token and its place (placed.py) from fixed buffers, and the cache's buffers
-where they were when it was recorded: it is recorded anew where they have moved. The first few steps
-run unrecorded, which also compiles the kernels. What cannot be recorded, or fails to be, runs as it
-always did.
+recorded step reads its token and its place (cache/device_position.py) from fixed buffers, and the
+cache's buffers where they were when it was recorded: it is recorded anew where they have moved. The
+first few steps run unrecorded, which also compiles the kernels. What cannot be recorded, or fails
+to be, runs as it always did.
 """
 
 from collections.abc import Callable

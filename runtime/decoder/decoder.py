@@ -1,4 +1,4 @@
-"""The decoder: embeddings, blocks, head. One definition; a family is a row of architectures.py.
+"""The decoder: embeddings, blocks, head. A family is a row of architecture/table.py.
 
     h = embed(ids)
     for each block:  h += attention(norm(h));  h += mlp(norm(h))

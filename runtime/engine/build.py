@@ -44,7 +44,7 @@ def build(
 ) -> tuple[Decoder | CoreDecoder, int]:
     """The decoder of `checkpoint` and the bytes of weights that one token reads.
 
-    `form` says how weights that were packed without loss are held: see linear_source.Form. With
+    `form` says how weights that were packed without loss are held: see linears/source.Form. With
     `offload` blocks stay in the host's memory. Raises OptimError (2) for a tensor that is missing
     or does not fit the configuration.
     """

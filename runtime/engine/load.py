@@ -170,7 +170,7 @@ def load_model(
 ) -> Model:
     """Make `source` runnable on `device` ("auto": a GPU if there is one), with `threads` on a CPU.
 
-    `form` says how weights that were packed without loss are held: see plane_linear.Form;
+    `form` says how weights that were packed without loss are held: see linears/source.Form;
     `offload` leaves the blocks in the host's memory (runtime/decoder/offload.py).
     Raises OptimError: 2 for a source that cannot be read, 4 for a device that is not there.
     """

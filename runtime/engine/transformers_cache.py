@@ -19,7 +19,7 @@ from optim.runtime.decoder.rope import Rope, ropes
 
 
 class PackedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """Keys and values of 8 or 4 bits (cache_packed.py)."""
+    """Keys and values of 8 or 4 bits (cache/quantized.py)."""
 
     is_croppable = True
 
@@ -92,7 +92,7 @@ class PackedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class StreamCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """The first tokens and the latest ones of one text (cache_stream.py).
+    """The first tokens and the latest ones of one text (cache/streaming.py).
 
     transformers counts positions on without end; the sinks' keys are turned on to stay right
     before the window.

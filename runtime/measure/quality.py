@@ -10,9 +10,9 @@ Where the tokenizer begins every text with BOS, it is read before each window: s
 nonsense without. It is not measured, nor is the window's first token, so that the same tokens count
 for every model. Static integers whose prefix holds the BOS already are not given a second one.
 
-A sparse model (side.py) is dense while it reads a prompt. Its windows are therefore prompts of half
-a window, computed densely, and what follows, computed sparsely; only that is measured, of the base
-as well.
+A sparse model (sparsity/side_file.py) is dense while it reads a prompt. Its windows are therefore
+prompts of half a window, computed densely, and what follows, computed sparsely; only that is
+measured, of the base as well.
 """
 
 import math
@@ -58,7 +58,7 @@ class Evaluation:
     text_sha256: str
     begin: tuple[int, ...] = ()  # tokens before each window that are read and not measured
     prompt: int = 0  # tokens of each window that are read densely and not measured
-    skipped: list[dict[str, Any]] | None = None  # of each block, see sparsity.py
+    skipped: list[dict[str, Any]] | None = None  # of each block, see sparsity/rules.py
     read: float | None = None  # share of the blocks' weights that a token reads
     base_perplexity: float | None = None
     ppl_ratio: float | None = None

@@ -1,6 +1,6 @@
 """Linears that leave out small inputs when they decode, and read whole prompts densely.
 
-The weight is held input by input (kernels/skip_dense.py, skip_int4.py, triton_gather.py) and once
+The weight is held input by input (kernels/cpu/skip_dense.py, skip_int4.py, triton/skip.py) and once
 only: for many tokens 16 bits are widened a slice of inputs at a time. Where no kernel can do it, or
 where an input's weights are too short a run of memory to be left out with profit, the inputs are
 set to zero and the dense linear runs: the same result, at the dense speed.

@@ -1,4 +1,4 @@
-/* Attention of one new token over a packed cache (cache_packed.py), codes read as they are stored.
+/* Attention of one new token over a packed cache (cache/quantized.py), codes read as they are stored.
  *
  * Queries, and the new key and value, are rotated by blockwise Hadamard butterflies; the new ones
  * are rounded to 8 bits and stored. A head's size is a multiple of 16.

@@ -86,7 +86,7 @@ int64_t optim_lines(const Columns *c); /* the pieces that the outputs come in */
 /* Outputs of the lines from..end: y [outputs]. */
 void optim_columns(const Columns *c, const Listed *l, float *y, int64_t from, int64_t end);
 
-/* Keys, or values, of a packed cache (cache_packed.py). */
+/* Keys, or values, of a packed cache (cache/quantized.py). */
 typedef struct {
     int64_t bits, capacity;
     uint8_t *codes; /* [rows, capacity, dim * bits / 8] */

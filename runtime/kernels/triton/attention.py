@@ -5,8 +5,8 @@ token. Keys are split over programs where rows do not fill the card (flash decod
 2023); each leaves its largest score, the mass under it and the weighted values, and `_combine` adds
 the parts in order, so that results do not change from run to run.
 
-Keys and values are as they were computed, or packed as cache_packed.py says. A packed key is never
-made whole: q . (step * codes + low) = step * (q . codes) + low * sum(q).
+Keys and values are as they were computed, or packed as cache/quantized.py says. A packed key is
+never made whole: q . (step * codes + low) = step * (q . codes) + low * sum(q).
 """
 
 from collections.abc import Sequence
