@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from optim.cli import main
+from optim.cli import main, ui
 
 Captured = pytest.CaptureFixture[str]
 LETTERS = [chr(code) for code in range(32, 127)]
@@ -50,6 +50,12 @@ def make_letters(tmp_path_factory: pytest.TempPathFactory) -> MakeLetters:
         return str(folder)
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def _notes_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command sets `quiet` for its process, which here goes on to the next test."""
+    monkeypatch.setattr(ui.notes, "quiet", False)
 
 
 GREEDY = ("--temperature", "0")
