@@ -167,6 +167,21 @@ def test_an_existing_output_is_left_alone(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_what_appears_while_a_run_goes_on_is_kept(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    workspace = Workspace(output, IDENTITY, True)
+    workspace.commit(workspace.write_shard("shard-0.safetensors", _tensors(0)))
+    output.mkdir()
+    (output / "thesis.tex").write_text("keep")
+    with pytest.raises(OptimError, match="optim has not made it") as caught, workspace:
+        workspace.publish()
+    assert "the work is kept" in (caught.value.fix or "")
+    assert (output / "thesis.tex").read_text() == "keep"
+    (output / "thesis.tex").unlink()
+    output.rmdir()
+    assert _run(output) == [1, 2]  # the step that was done is not done again
+
+
 def test_another_recipe_is_refused_with_what_differs(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path / "out", IDENTITY, False)
     workspace.commit(workspace.write_shard("shard-0.safetensors", _tensors(0)))
