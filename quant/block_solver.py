@@ -21,7 +21,7 @@ from optim.quant.rounding import NearestLinear, RoundedLinear, round_linear, rou
 from optim.quant.solver import Solved, Task
 from optim.quant.stored import block_tensors
 from optim.recipes.errors import USAGE, OptimError
-from optim.recipes.schema import Awq, Gptq, Rtn
+from optim.recipes.schema import Awq, Gptq
 from optim.runtime.architecture.table import FAMILIES, Group
 from optim.runtime.formats.pack_quantized import Scheme, write_config
 from optim.runtime.system.machine import release_memory
@@ -34,13 +34,16 @@ STARVED = 0.125  # an expert that saw fewer tokens than this share of its inputs
 
 
 class BlockSolver:
-    """awq and gptq: everything that is the same for every block of a run."""
+    """What the weight-only methods share: everything that is the same for every block of a run.
 
-    def __init__(self, task: Task) -> None:
-        section = task.recipe.quantize
-        assert isinstance(section, Awq | Gptq | Rtn)
-        self.walk, self.checkpoint, self.recipe = task.walk, task.checkpoint, section
-        self.schemes, self.dtype, self.windows = task.schemes, task.dtype, task.windows
+    `clip` searches each group's range; `damping` is that of the error feedback, and without one
+    rounding is plain and the scales are refitted.
+    """
+
+    def __init__(self, task: Task, clip: bool, damping: float | None) -> None:
+        self.walk, self.checkpoint, self.windows = task.walk, task.checkpoint, task.windows
+        self.schemes, self.dtype = task.schemes, task.dtype
+        self.clip, self.damping = clip, damping
 
     def enter(self, states: HiddenStates) -> None:
         """Block 0 reads the embedded tokens as they are."""
@@ -119,8 +122,7 @@ class BlockSolver:
             inputs = observe(self.walk, i, block, states, needed, last)
             readers = {n: s for n, s in schemes.items() if leaders.get(n) in needed}
             few = _starved(block, readers, leaders, inputs)
-            if isinstance(self.recipe, Awq):
-                self._fold_scales(block, readers, leaders, inputs, probe, notes)
+            self._fold_scales(block, readers, leaders, inputs, probe, notes)
             enough = {n: s for n, s in readers.items() if n not in few}
             out |= self._round_all(block, enough, leaders, inputs)
             starved += few
@@ -157,13 +159,9 @@ class BlockSolver:
         self, readers: Mapping[str, StoredLinear], schemes: Mapping[str, Scheme], gram: Tensor
     ) -> dict[str, RoundedLinear]:
         """The linears that read one input, some rows at a time; uses up `gram`, the input's."""
-        recipe = self.recipe
-        assert not isinstance(recipe, Rtn)
-        clip = isinstance(recipe, Awq) and recipe.clip
         used = {schemes[name] for name in readers}
-        blocks = {s: awq.diagonal_blocks(gram, s) if clip else None for s in used}
-        feeds = isinstance(recipe, Gptq) or recipe.compensate
-        known = gptq.feedback(gram, recipe.damping) if feeds else gram
+        blocks = {s: awq.diagonal_blocks(gram, s) if self.clip else None for s in used}
+        known = gram if self.damping is None else gptq.feedback(gram, self.damping)
         out = {}
         for name, linear in readers.items():
             scheme = schemes[name]
@@ -176,6 +174,36 @@ class BlockSolver:
 
             out[name] = round_linear(linear, scheme, solve)
         return out
+
+    def _fold_scales(
+        self,
+        block: nn.Module,
+        schemes: Mapping[str, Scheme],
+        leaders: Mapping[str, str],
+        inputs: Mapping[str, Inputs],
+        probe: Probe,
+        notes: list[str],
+    ) -> None:
+        """Scale what is about to be rounded, where a method does."""
+
+
+class GptqSolver(BlockSolver):
+    """gptq: error feedback, and nothing before it."""
+
+    def __init__(self, task: Task) -> None:
+        section = task.recipe.quantize
+        assert isinstance(section, Gptq)
+        super().__init__(task, clip=False, damping=section.damping)
+
+
+class AwqSolver(BlockSolver):
+    """awq: scales that are folded into the layers before, clipped ranges, then error feedback."""
+
+    def __init__(self, task: Task) -> None:
+        section = task.recipe.quantize
+        assert isinstance(section, Awq)
+        super().__init__(task, section.clip, section.damping if section.compensate else None)
+        self.recipe = section
 
     def _fold_scales(
         self,
@@ -204,7 +232,6 @@ class BlockSolver:
         leaders: Mapping[str, str],
         inputs: Mapping[str, Inputs],
     ) -> Tensor | None:
-        assert isinstance(self.recipe, Awq)
         seen = [n for n in group.readers if n in schemes and leaders.get(n) in inputs]
         seen = [n for n in seen if inputs[leaders[n]].tokens > 0]
         if not seen:
@@ -230,6 +257,9 @@ class BlockSolver:
 
 class NearestSolver(BlockSolver):
     """rtn: each block rounded plainly, with no calibration."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task, clip=False, damping=None)
 
     def solve(self, i: int, states: HiddenStates | None) -> Solved:
         """Round block i; OptimError (2) for weights that are not finite."""
