@@ -8,6 +8,7 @@ from optim.recipes.errors import CHECK_FAILED, OptimError
 
 if TYPE_CHECKING:
     from optim.runtime.storage.checkpoint import Checkpoint
+    from optim.runtime.storage.manifest import Manifest
 
 
 def inspect(source: str, *, verify: bool, as_json: bool, tensors: bool = False) -> None:
@@ -16,8 +17,8 @@ def inspect(source: str, *, verify: bool, as_json: bool, tensors: bool = False) 
     Of a model that was packed without loss every tensor is decoded and compared with its hash;
     `tensors` lists its packed tensors beside the entropy limit.
     """
+    from optim.runtime.storage.manifest import verify as problems_of
     from optim.runtime.storage.open import open_checkpoint
-    from optim.runtime.storage.verify import verify as problems_of
 
     checkpoint = open_checkpoint(source, gate=False)
     facts = _facts(checkpoint)
@@ -39,9 +40,10 @@ def inspect(source: str, *, verify: bool, as_json: bool, tensors: bool = False) 
 
 
 def _facts(checkpoint: "Checkpoint") -> dict[str, Any]:
+    from optim.runtime.storage.manifest import Manifest, read_manifest
     from optim.runtime.storage.size_table import size_rows, stored
-    from optim.runtime.storage.verify import read_manifest
 
+    manifest = read_manifest(checkpoint.folder)
     rows = [asdict(row) for row in size_rows(stored(checkpoint))]
     params, nbytes = (sum(row[key] for row in rows) for key in ("params", "nbytes"))
     return {
@@ -54,9 +56,9 @@ def _facts(checkpoint: "Checkpoint") -> dict[str, Any]:
         "bits_per_weight": 8 * nbytes / params if params else None,
         "groups": rows,
         "types": _types(rows) if _is_gguf(checkpoint) else [],
-        "packed": [] if checkpoint.layout is None else _packed(checkpoint),
+        "packed": [] if checkpoint.layout is None else _packed(checkpoint, manifest or Manifest()),
         "left_out": list(checkpoint.left_out),
-        "manifest": read_manifest(checkpoint.folder),
+        "manifest": None if manifest is None else manifest.facts(),
     }
 
 
@@ -76,19 +78,14 @@ def _types(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: -row["nbytes"])
 
 
-def _packed(checkpoint: "Checkpoint") -> list[dict[str, Any]]:
+def _packed(checkpoint: "Checkpoint", manifest: "Manifest") -> list[dict[str, Any]]:
     """Each tensor that is packed without loss: its bits a weight, and the entropy limit."""
-    from optim.runtime.storage.verify import read_manifest
-
-    manifest = read_manifest(checkpoint.folder)
-    limits, known = _section(manifest, "limits"), _section(manifest, "packed_bits")
     found = []
     for name, info in checkpoint.tensors.items():
         if (held := checkpoint.held(name)) is not None:
-            bits, limit = known.get(name), limits.get(name)
-            bits = bits if isinstance(bits, int | float) else 16 * held[1] / info.nbytes
+            bits = manifest.packed_bits.get(name, 16 * held[1] / info.nbytes)
             facts = {"name": name, "format": held[0], "weights": info.nbytes // 2, "bits": bits}
-            found.append(facts | {"limit": limit if isinstance(limit, int | float) else None})
+            found.append(facts | {"limit": manifest.limits.get(name)})
     return found
 
 

@@ -59,12 +59,14 @@ def quantize_and_pack(recipe: Recipe, how: How) -> None:
 
 def _is_there(made: "Plan") -> bool:
     """Whether an earlier run of the same recipe on the same model has quantized already."""
-    from optim.runtime.storage.verify import read_manifest
+    from optim.runtime.storage.manifest import read_manifest
 
     found = read_manifest(made.output) if made.output.is_dir() else None
     wanted = made.recipe.model_dump(mode="json", exclude={"output"})
     source = made.checkpoint.fingerprint()
-    return found is not None and found["recipe"] == wanted and found["source"]["sha256"] == source
+    if found is None or found.source is None:
+        return False
+    return found.recipe == wanted and found.source.sha256 == source
 
 
 def _show_plan(plan: dict[str, Any]) -> None:

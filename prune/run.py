@@ -15,18 +15,19 @@ from optim.prune.pruner import Plan, Progress, Solved
 from optim.recipes.build import to_yaml
 from optim.runtime.sparsity.side_file import SIDE, write_side
 from optim.runtime.storage.checkpoint import Checkpoint
+from optim.runtime.storage.manifest import Calibration, Manifest, Sparsity, made_here
 from optim.runtime.storage.open import open_checkpoint
-from optim.runtime.storage.verify import MANIFEST, sha256
+from optim.runtime.storage.tensors import INDEX
 from optim.runtime.storage.workspace import (
-    FORMAT_VERSION,
-    INDEX,
     Workspace,
     identity,
     index_of,
+    shards_in,
     shards_of,
-    tensor_sha256,
+    source_of,
 )
-from optim.runtime.text.windows import described, token_hash, windows_for
+from optim.runtime.system.hashes import file_sha256, tensor_sha256, tokens_sha256
+from optim.runtime.text.windows import described, windows_for
 
 __all__ = ["Report", "plan", "prune"]
 
@@ -58,8 +59,8 @@ def prune(made: Plan, progress: Progress, windows: Tensor | None = None) -> Repo
     if windows is None:
         windows = windows_for(made.recipe.calibration, made.checkpoint.tokenizer())
     recipe = made.recipe.model_dump(mode="json", exclude={"model", "output"})
-    what = identity(made.checkpoint.fingerprint(), recipe, token_hash(windows))
-    workspace = Workspace(made.output, what, made.force)
+    what = identity(made.checkpoint, recipe, tokens_sha256(windows))
+    workspace = Workspace(made.output, what, made.force, made.checkpoint)
     with workspace:
         with torch.inference_mode(), tempfile.TemporaryDirectory(dir=workspace.folder) as folder:
             found = made.method.solve(made, windows, Path(folder), progress)
@@ -99,9 +100,7 @@ def _finish(made: Plan, workspace: Workspace, windows: Tensor, found: Solved) ->
     side = workspace.files / SIDE
     write_side(side, made.recipe.prune.method, options, model, found.tensors)
     side_bytes = side.stat().st_size
-    manifest = _manifest(made, workspace, windows, found) | {"side_bytes": side_bytes}
-    manifest["shards"][SIDE] = sha256(side)
-    workspace.write_text(MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    workspace.write_manifest(_manifest(made, workspace, windows, found))
     recipe = made.recipe.model_copy(update={"output": None})
     workspace.write_text("recipe.yaml", to_yaml(recipe))
     workspace.write_text("README.md", _card(made))
@@ -109,18 +108,19 @@ def _finish(made: Plan, workspace: Workspace, windows: Tensor, found: Solved) ->
     return side_bytes
 
 
-def _manifest(made: Plan, workspace: Workspace, windows: Tensor, found: Solved) -> dict[str, Any]:
-    records = workspace.done
-    return {
-        "format_version": FORMAT_VERSION,
-        "source": {"name": made.checkpoint.name, "sha256": made.checkpoint.fingerprint()},
-        "recipe": made.recipe.model_dump(mode="json", exclude={"output"}, exclude_none=True),
-        "calibration": described(windows, made.checkpoint.tokenizer()),
-        "sparsity": {"sizes": made.sizes, "blocks": found.blocks},
-        "notes": [*made.notes, *found.notes],
-        "shards": {record["file"]: record["sha256"] for record in records},
-        "original_sha256": {k: v for record in records for k, v in record["originals"].items()},
-    }
+def _manifest(made: Plan, workspace: Workspace, windows: Tensor, found: Solved) -> Manifest:
+    records, side = workspace.done, workspace.files / SIDE
+    return Manifest(
+        made=made_here(),
+        source=source_of(made.checkpoint),
+        recipe=made.recipe.model_dump(mode="json", exclude={"output"}, exclude_none=True),
+        calibration=Calibration(**described(windows, made.checkpoint.tokenizer())),
+        sparsity=Sparsity(sizes=made.sizes, blocks=found.blocks),
+        notes=[*made.notes, *found.notes],
+        shards=shards_in(records) | {SIDE: file_sha256(side)},
+        original_sha256={k: v for record in records for k, v in record["originals"].items()},
+        side_bytes=side.stat().st_size,
+    )
 
 
 def _card(made: Plan) -> str:

@@ -9,9 +9,10 @@ from torch import Tensor
 from optim.quant.plan import Plan
 from optim.quant.solver import Solver
 from optim.recipes.build import to_yaml
+from optim.runtime.storage.manifest import BlockError, Calibration, Manifest, made_here
 from optim.runtime.storage.size_table import rounded_before
-from optim.runtime.storage.verify import MANIFEST
-from optim.runtime.storage.workspace import FORMAT_VERSION, INDEX, Workspace, index_of
+from optim.runtime.storage.tensors import INDEX, OWN_INDEX
+from optim.runtime.storage.workspace import Workspace, index_of, shards_in, source_of
 from optim.runtime.text.windows import described
 
 
@@ -21,16 +22,18 @@ def finish(
     """Write what belongs beside the shards and publish; returns the facts of the report."""
     manifest = _manifest(made, workspace, windows)
     recipe = made.recipe.model_copy(update={"output": None})
-    workspace.write_text("config.json", json.dumps(_config(made, solver), indent=2) + "\n")
-    workspace.write_text(INDEX, index_of(workspace.done) + "\n")
-    workspace.write_text(MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    config = _config(made, solver)
+    shared = config["quantization_config"]["quant_method"] == "compressed-tensors"
+    workspace.write_text("config.json", json.dumps(config, indent=2) + "\n")
+    workspace.write_text(INDEX if shared else OWN_INDEX, index_of(workspace.done) + "\n")
+    workspace.write_manifest(manifest)
     workspace.write_text("recipe.yaml", to_yaml(recipe))
     workspace.write_text("README.md", _card(made, manifest))
     made.checkpoint.write_sidecars(workspace.files)
     facts = {
-        "bytes": manifest["bytes"],
-        "bits_per_weight": manifest["bits_per_weight"],
-        "blocks": manifest["blocks"],
+        "bytes": manifest.bytes,
+        "bits_per_weight": manifest.bits_per_weight,
+        "blocks": [block.model_dump() for block in manifest.blocks],
         "notes": [note for record in workspace.done for note in record["notes"]],
     }
     workspace.publish()
@@ -53,34 +56,36 @@ def _published(made: Plan, module: str) -> str:
     return made.checkpoint.disk_name(f"{module}.weight").removesuffix(".weight")
 
 
-def _manifest(made: Plan, workspace: Workspace, windows: Tensor | None) -> dict[str, Any]:
+def _manifest(made: Plan, workspace: Workspace, windows: Tensor | None) -> Manifest:
     records = workspace.done
     nbytes = sum(size for record in records for size in record["tensors"].values())
     tensors = made.checkpoint.tensors
     params = sum(math.prod(info.shape) for info in tensors.values())
     blocks = [
-        {key: record[key] for key in ("error", "rounding_error")}
+        BlockError(error=record["error"], rounding_error=record["rounding_error"])
         for record in records
         if record.get("error") is not None
     ]
-    calibration = None if windows is None else described(windows, made.checkpoint.tokenizer())
-    return {
-        "format_version": FORMAT_VERSION,
-        "source": {"name": made.checkpoint.name, "sha256": made.checkpoint.fingerprint()},
-        "recipe": made.recipe.model_dump(mode="json", exclude={"output"}),
-        "calibration": calibration,
-        "bytes": nbytes,
-        "parameters": params,
-        "bits_per_weight": 8 * nbytes / params,
-        "modules": {module: str(scheme) for module, scheme in sorted(made.schemes.items())},
-        "blocks": blocks,
-        "notes": [note for record in records for note in record["notes"]],
-        "shards": {record["file"]: record["sha256"] for record in records},
-        "original_sha256": {k: v for record in records for k, v in record["originals"].items()},
-    }
+    calibration = None
+    if windows is not None:
+        calibration = Calibration(**described(windows, made.checkpoint.tokenizer()))
+    return Manifest(
+        made=made_here(),
+        source=source_of(made.checkpoint),
+        recipe=made.recipe.model_dump(mode="json", exclude={"output"}),
+        calibration=calibration,
+        bytes=nbytes,
+        parameters=params,
+        bits_per_weight=8 * nbytes / params,
+        modules={module: str(scheme) for module, scheme in sorted(made.schemes.items())},
+        blocks=blocks,
+        notes=[note for record in records for note in record["notes"]],
+        shards=shards_in(records),
+        original_sha256={k: v for record in records for k, v in record["originals"].items()},
+    )
 
 
-def _card(made: Plan, manifest: dict[str, Any]) -> str:
+def _card(made: Plan, manifest: Manifest) -> str:
     source = made.checkpoint.source
     recipe = to_yaml(made.recipe.model_copy(update={"output": None})).strip()
     rows = "\n".join(
@@ -99,8 +104,8 @@ tags: [{made.method.tags}]
 
 # {made.output.name}
 
-{made.checkpoint.name}, compressed with `optim`: {manifest["bytes"]:,} bytes of weights,
-{manifest["bits_per_weight"]:.2f} bits per weight (source: {made.source_bytes:,} bytes).{before}
+{made.checkpoint.name}, compressed with `optim`: {manifest.bytes:,} bytes of weights,
+{manifest.bits_per_weight:.2f} bits per weight (source: {made.source_bytes:,} bytes).{before}
 
 | group | format | tensors | weights | bytes |
 |---|---|---:|---:|---:|

@@ -24,10 +24,11 @@ from optim.runtime.engine.sampling import Sampling
 from optim.runtime.engine.session import generate
 from optim.runtime.formats.pack_quantized import Scheme
 from optim.runtime.storage.checkpoint import Checkpoint
-from optim.runtime.storage.workspace import Workspace, identity, tensor_sha256
+from optim.runtime.storage.workspace import Workspace, identity
+from optim.runtime.system.hashes import file_sha256, tensor_sha256, tokens_sha256
 from optim.runtime.system.machine import peak_bytes
 from optim.runtime.text.self_generated import Generate
-from optim.runtime.text.windows import token_hash, windows_for
+from optim.runtime.text.windows import windows_for
 from optim.runtime.walk.walk import HiddenStates, Walk
 
 __all__ = ["Report", "plan", "quantize"]
@@ -67,9 +68,9 @@ def quantize(made: Plan, progress: Progress, windows: Tensor | None = None) -> R
     else:
         made = replace(made, recipe=_given(made.recipe, windows))
     recipe = made.recipe.model_dump(mode="json", exclude={"model", "output"})
-    tokens = None if windows is None else token_hash(windows)
-    what = identity(made.checkpoint.fingerprint(), recipe, tokens)
-    workspace = Workspace(made.output, what, made.force)
+    tokens = None if windows is None else tokens_sha256(windows)
+    what = identity(made.checkpoint, recipe, tokens)
+    workspace = Workspace(made.output, what, made.force, made.checkpoint)
     with workspace:
         with torch.inference_mode():
             job = _Job(made, workspace, windows, progress)
@@ -195,6 +196,8 @@ class _Job:
         prefix = f"{self.walk.prefix}.{i}."
         record = self._write(i, self.solver.tensors(solved.block, prefix))
         record |= {"error": solved.error, "rounding_error": solved.rounding_error}
+        if after is not None:
+            record["states"] = {after.path.name: file_sha256(after.path)}
         self.workspace.commit(record | {"notes": [f"block {i}: {n}" for n in solved.notes]})
         self._states_path(i).unlink(missing_ok=True)
         text = f"block {i}"

@@ -9,9 +9,8 @@ from optim.export.lossless.plan import Plan
 from optim.recipes.build import to_yaml
 from optim.recipes.schema import Pack, Recipe
 from optim.runtime.storage.lossless.layouts import LAYOUTS, without_layout
-from optim.runtime.storage.lossless.store import HASHES, SHAPES
-from optim.runtime.storage.verify import MANIFEST, read_manifest
-from optim.runtime.storage.workspace import FORMAT_VERSION, Workspace
+from optim.runtime.storage.manifest import Manifest, made_here, read_manifest
+from optim.runtime.storage.workspace import Workspace, shards_in, source_of
 
 # Of the manifest of a quantized model: facts that hold after packing too.
 KEPT = ("calibration", "parameters", "modules", "blocks", "source_sha256")
@@ -29,13 +28,13 @@ def finish(made: Plan, workspace: Workspace) -> dict[str, Any]:
     """Write what belongs beside the shards and publish; returns the facts of the report."""
     manifest = _manifest(made, workspace)
     workspace.write_text("config.json", json.dumps(_config(made, workspace), indent=2) + "\n")
-    workspace.write_text(MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    workspace.write_manifest(manifest)
     workspace.write_text("recipe.yaml", to_yaml(_recipe(made, manifest)))
     workspace.write_text("README.md", _card(made, manifest))
     made.checkpoint.write_sidecars(workspace.files)
     workspace.publish()
     keys = ("packed_weights", "packed_bits_per_weight", "limit_bits_per_weight", "notes")
-    return {key: manifest[key] for key in keys} | {"output_bytes": manifest["bytes"]}
+    return {key: getattr(manifest, key) for key in keys} | {"output_bytes": manifest.bytes}
 
 
 def _config(made: Plan, workspace: Workspace) -> dict[str, Any]:
@@ -46,7 +45,7 @@ def _config(made: Plan, workspace: Workspace) -> dict[str, Any]:
     return config | packed_config(made.pack, workspace.done)
 
 
-def _manifest(made: Plan, workspace: Workspace) -> dict[str, Any]:
+def _manifest(made: Plan, workspace: Workspace) -> Manifest:
     records = workspace.done
     limits = {name: bits for record in records for name, bits in record["limits"].items()}
     shapes = {name: shape for record in records for name, shape in record["shapes"].items()}
@@ -57,46 +56,48 @@ def _manifest(made: Plan, workspace: Workspace) -> dict[str, Any]:
     total = sum(weights.values())
     limit = sum(limits[name] * count for name, count in weights.items())
     before = _before(made)
-    return {
-        "format_version": FORMAT_VERSION,
-        **{key: before[key] for key in KEPT if key in before},
-        "source": before["source"],
-        "recipe": before["recipe"] | {"pack": made.pack.model_dump(mode="json")},
-        "bytes": sum(sizes.values()),
-        "packed_weights": total,
-        "packed_bits_per_weight": 8 * coded / total if total else 0.0,
-        "limit_bits_per_weight": limit / total if total else 0.0,
-        "notes": [*before["notes"], *made.notes, *(n for r in records for n in r["notes"])],
-        "shards": {record["file"]: record["sha256"] for record in records},
-        SHAPES: shapes,
-        "packed_bits": {k: v for record in records for k, v in record["packed_bits"].items()},
-        "limits": limits,
-        HASHES: {k: v for r in records for k, v in r["original_sha256"].items()},
-    }
+    assert before.recipe is not None
+    return Manifest(
+        **{key: getattr(before, key) for key in KEPT if key in before.model_fields_set},
+        made=made_here(),
+        source=before.source,
+        recipe=before.recipe | {"pack": made.pack.model_dump(mode="json")},
+        bytes=sum(sizes.values()),
+        packed_weights=total,
+        packed_bits_per_weight=8 * coded / total if total else 0.0,
+        limit_bits_per_weight=limit / total if total else 0.0,
+        notes=[*before.notes, *made.notes, *(n for r in records for n in r["notes"])],
+        shards=shards_in(records),
+        shapes=shapes,
+        packed_bits={k: v for record in records for k, v in record["packed_bits"].items()},
+        limits=limits,
+        original_sha256={k: v for r in records for k, v in r["original_sha256"].items()},
+    )
 
 
-def _before(made: Plan) -> dict[str, Any]:
+def _before(made: Plan) -> Manifest:
     """What the manifest of a model that optim itself has quantized says, else the model's name."""
     checkpoint = made.checkpoint
-    found = read_manifest(checkpoint.folder) or {}
-    if checkpoint.quantization is not None and {"source", "recipe", "notes"} <= found.keys():
-        return found | {"source_sha256": found.get(HASHES)}
-    source = {"name": checkpoint.name, "sha256": checkpoint.fingerprint()}
-    return {"source": source, "recipe": {"version": 1, "model": checkpoint.source}, "notes": []}
+    found = read_manifest(checkpoint.folder)
+    if found and checkpoint.quantization is not None and found.source and found.recipe:
+        return found.model_copy(update={"source_sha256": found.original_sha256})
+    recipe = {"version": 1, "model": checkpoint.source}
+    return Manifest(source=source_of(checkpoint), recipe=recipe)
 
 
-def _recipe(made: Plan, manifest: Mapping[str, Any]) -> Recipe:
+def _recipe(made: Plan, manifest: Manifest) -> Recipe:
     """What makes this folder again: quantization too, if that came first."""
-    given = {key: value for key, value in manifest["recipe"].items() if value is not None}
+    given = {key: value for key, value in (manifest.recipe or {}).items() if value is not None}
     try:
         return Recipe.model_validate(given)
     except ValueError:  # the manifest of another version
         return Recipe(version=1, model=made.checkpoint.source, pack=made.pack)
 
 
-def _card(made: Plan, manifest: Mapping[str, Any]) -> str:
+def _card(made: Plan, manifest: Manifest) -> str:
     name, recipe = made.output.name, _recipe(made, manifest)
     layout = LAYOUTS[made.pack.layout].title
+    source = manifest.source.name if manifest.source else made.checkpoint.name
     method = "" if recipe.quantize is None else f"quantized ({recipe.quantize.method}), the rest "
     return f"""---
 base_model: {recipe.model}
@@ -106,10 +107,10 @@ tags: [{made.pack.layout}, lossless, optim]
 
 # {name}
 
-{manifest["source"]["name"]}, {method}packed without loss by `optim` as {layout}:
-{manifest["bytes"]:,} bytes of weights (before packing {made.source_bytes:,}).
-{manifest["packed_bits_per_weight"]:.3f} bits for each packed weight; no code of single weights goes
-below {manifest["limit_bits_per_weight"]:.3f}.
+{source}, {method}packed without loss by `optim` as {layout}:
+{manifest.bytes:,} bytes of weights (before packing {made.source_bytes:,}).
+{manifest.packed_bits_per_weight:.3f} bits for each packed weight; no code of single weights goes
+below {manifest.limit_bits_per_weight:.3f}.
 
     optim run {name}
     optim inspect {name} --verify    # decodes every tensor and compares with the original's sha256

@@ -19,9 +19,11 @@ from optim.export.lossless.plan import Plan, Shard, stored_dtype
 from optim.recipes.errors import CHECK_FAILED, OptimError
 from optim.runtime.storage.lossless.layout import Encoder, Tally
 from optim.runtime.storage.lossless.layouts import LAYOUTS
-from optim.runtime.storage.lossless.store import SHAPES, LosslessStore, pieces, tensor_hash
+from optim.runtime.storage.lossless.store import LosslessStore, pieces
+from optim.runtime.storage.manifest import Manifest
 from optim.runtime.storage.workspace import Workspace, disk_error
 from optim.runtime.storage.writer import TensorWriter
+from optim.runtime.system.hashes import tensors_sha256
 from optim.runtime.system.machine import peak_bytes
 
 Progress = Callable[[int, int, str], None]
@@ -54,7 +56,7 @@ def pack(made: Plan, progress: Progress) -> Report:
     went in, 4 where the machine gave out.
     """
     start = time.monotonic()
-    workspace = Workspace(made.output, _identity(made), made.force)
+    workspace = Workspace(made.output, _identity(made), made.force, made.checkpoint)
     with workspace:
         _Job(made, workspace, progress).run()
         facts = finish(made, workspace)
@@ -73,6 +75,7 @@ def _identity(made: Plan) -> dict[str, Any]:
     """What a run is a function of; another identity is another run."""
     return {
         "source": made.checkpoint.fingerprint(),
+        "files": made.checkpoint.file_hashes(),
         "pack": made.pack.model_dump(mode="json"),
         "versions": {"optim-llm": version("optim-llm")},
     }
@@ -105,7 +108,7 @@ class _Job:
         """Write one file; returns its journal record."""
         tallies = {name: self.layout.tally() for names in shard.units.values() for name in names}
         found = [*shard.raw, *tallies]
-        hashes = {name: tensor_hash(self._counted(name, tallies.get(name))) for name in found}
+        hashes = {name: tensors_sha256(self._counted(name, tallies.get(name))) for name in found}
         unfit = {name: why for name, tally in tallies.items() if (why := tally.unfit)}
         units = {
             unit: kept
@@ -171,9 +174,9 @@ class _Job:
         """Decode the file that was written and compare with the originals' hashes."""
         path = self.workspace.files / record["file"]
         config = packed_config(self.made.pack, [record])
-        store = LosslessStore([path], config, {SHAPES: record["shapes"]})
+        store = LosslessStore([path], config, Manifest(shapes=record["shapes"]))
         for name, sha256 in record["original_sha256"].items():
-            if tensor_hash(pieces(store, name)) != sha256:
+            if tensors_sha256(pieces(store, name)) != sha256:
                 raise OptimError(
                     f"{name} does not decode to what it was: {path.name} is not kept",
                     "the memory or the disk of this machine may be at fault; run it again",

@@ -17,15 +17,16 @@ from optim.export.lossless.finish import KEPT
 from optim.recipes.errors import CHECK_FAILED, USAGE, OptimError
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.lossless.store import LosslessStore, pieces
+from optim.runtime.storage.manifest import Manifest, made_here, read_manifest
 from optim.runtime.storage.open import open_checkpoint
-from optim.runtime.storage.verify import MANIFEST, read_manifest
+from optim.runtime.storage.tensors import INDEX
 from optim.runtime.storage.workspace import (
-    FORMAT_VERSION,
-    INDEX,
     Workspace,
     disk_error,
     index_of,
+    shards_in,
     shards_of,
+    source_of,
 )
 from optim.runtime.storage.writer import TensorWriter
 from optim.runtime.system.output import check_output
@@ -57,13 +58,13 @@ def unpack(source: str, output: str, progress: Progress, *, force: bool = False)
     checkpoint = open_checkpoint(source)
     if not isinstance(checkpoint.store, LosslessStore):
         raise OptimError(f"{source} is not packed", "it can be used as it is", USAGE)
-    manifest = read_manifest(checkpoint.folder) or {}
-    hashes = manifest.get("original_sha256")
-    hashes = hashes if isinstance(hashes, dict) else {}
+    manifest = read_manifest(checkpoint.folder) or Manifest()
+    hashes = manifest.original_sha256
     place, infos = Path(output), checkpoint.store.infos
     total = sum(info.nbytes for info in infos.values())
     check_output(place, force, total, checkpoint.places)
-    workspace = Workspace(place, {"unpack": checkpoint.fingerprint()}, force)
+    what = {"unpack": checkpoint.fingerprint(), "files": checkpoint.file_hashes()}
+    workspace = Workspace(place, what, force, checkpoint)
     with workspace:
         shards = list(shards_of(checkpoint.store.infos))
         for i in range(len(workspace.done), len(shards)):
@@ -73,8 +74,7 @@ def unpack(source: str, output: str, progress: Progress, *, force: bool = False)
         config = json.dumps(checkpoint.config, indent=2)
         workspace.write_text("config.json", config + "\n")
         workspace.write_text(INDEX, index_of(workspace.done) + "\n")
-        left = _manifest(checkpoint, manifest, workspace.done)
-        workspace.write_text(MANIFEST, json.dumps(left, indent=1) + "\n")
+        workspace.write_manifest(_manifest(checkpoint, manifest, workspace.done))
         checkpoint.write_sidecars(workspace.files)
         workspace.publish()
     return Unpacked(
@@ -86,23 +86,19 @@ def unpack(source: str, output: str, progress: Progress, *, force: bool = False)
     )
 
 
-def _manifest(
-    checkpoint: Checkpoint, packed: dict[str, Any], records: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _manifest(checkpoint: Checkpoint, packed: Manifest, records: list[dict[str, Any]]) -> Manifest:
     """What the packed model's manifest says of the model itself, and the files' hashes."""
-    source = {"name": checkpoint.name, "sha256": checkpoint.fingerprint()}
-    recipe = packed.get("recipe")
-    recipe = recipe if isinstance(recipe, dict) else {"version": 1, "model": checkpoint.source}
-    kept = {key: packed[key] for key in KEPT if key in packed and key != "source_sha256"}
-    return {
-        "format_version": FORMAT_VERSION,
-        **kept,
-        "source": packed.get("source", source),
-        "recipe": {key: value for key, value in recipe.items() if key != "pack"},
-        "notes": [],
-        "shards": {record["file"]: record["sha256"] for record in records},
-        "original_sha256": packed.get("original_sha256", {}),
-    }
+    recipe = packed.recipe or {"version": 1, "model": checkpoint.source}
+    stated = packed.model_fields_set - {"source_sha256"}
+    return Manifest(
+        **{key: getattr(packed, key) for key in KEPT if key in stated},
+        made=made_here(),
+        source=packed.source or source_of(checkpoint),
+        recipe={key: value for key, value in recipe.items() if key != "pack"},
+        notes=[],
+        shards=shards_in(records),
+        original_sha256=packed.original_sha256,
+    )
 
 
 def _write(

@@ -18,8 +18,9 @@ from optim.prune.prosparse.train import Point
 from optim.prune.pruner import Plan
 from optim.recipes.build import to_yaml
 from optim.runtime.storage.checkpoint import Checkpoint
-from optim.runtime.storage.verify import MANIFEST
-from optim.runtime.storage.workspace import FORMAT_VERSION, INDEX, Workspace, index_of, shards_of
+from optim.runtime.storage.manifest import Calibration, Manifest, made_here
+from optim.runtime.storage.tensors import INDEX
+from optim.runtime.storage.workspace import Workspace, index_of, shards_in, shards_of, source_of
 from optim.runtime.text.windows import described
 
 
@@ -33,19 +34,19 @@ def write(
 ) -> None:
     """The checkpoint and the small files beside it; publishes."""
     records = _write_weights(made.checkpoint, workspace, student)
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "source": {"name": made.checkpoint.name, "sha256": made.checkpoint.fingerprint()},
-        "recipe": made.recipe.model_dump(mode="json", exclude={"output"}, exclude_none=True),
-        "calibration": described(windows, made.checkpoint.tokenizer()),
-        "held_back": held_back,
-        "notes": list(made.notes),
-        "shards": {record["file"]: record["sha256"] for record in records},
-    }
+    manifest = Manifest(
+        made=made_here(),
+        source=source_of(made.checkpoint),
+        recipe=made.recipe.model_dump(mode="json", exclude={"output"}, exclude_none=True),
+        calibration=Calibration(**described(windows, made.checkpoint.tokenizer())),
+        held_back=held_back,
+        notes=list(made.notes),
+        shards=shards_in(records),
+    )
     lines = [json.dumps(asdict(point)) for point in history]
     workspace.write_text("config.json", json.dumps(_config(made), indent=2) + "\n")
     workspace.write_text(INDEX, index_of(records) + "\n")
-    workspace.write_text(MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    workspace.write_manifest(manifest)
     workspace.write_text("recipe.yaml", to_yaml(made.recipe.model_copy(update={"output": None})))
     workspace.write_text("training.jsonl", "\n".join(lines) + "\n")
     plotted = plot(history, workspace.files)

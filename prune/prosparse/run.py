@@ -31,8 +31,9 @@ from optim.recipes.schema import ProSparse
 from optim.recipes.units import sizes_apart
 from optim.runtime.storage.checkpoint import require_plain
 from optim.runtime.storage.workspace import Workspace, identity
+from optim.runtime.system.hashes import tokens_sha256
 from optim.runtime.system.machine import reuse_memory
-from optim.runtime.text.windows import token_hash, windows_for
+from optim.runtime.text.windows import windows_for
 
 LOGIT_COPIES = 6  # logits, odds and gradients that a pass holds at once
 
@@ -114,13 +115,13 @@ def prune(
     team = join(made.walk.device)
     _check_batch(_section(made), team)
     recipe = made.recipe.model_dump(mode="json", exclude={"model", "output"})
-    what = identity(made.checkpoint.fingerprint(), recipe, token_hash(windows))
+    what = identity(made.checkpoint, recipe, tokens_sha256(windows))
     what["processes"] = team.size
     state = _state_file(made, what)
     workspace = None
     try:
         if team.leads:
-            workspace = Workspace(made.output, what, made.force)
+            workspace = Workspace(made.output, what, made.force, made.checkpoint)
         team.share(None)  # nobody trains before the output is known to be ours
         job = _job(made, windows, team, state)
         history = train(job, report if team.leads else lambda point, total: None)

@@ -32,8 +32,9 @@ from optim.runtime.sparsity.side_file import Side, read_side
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.dense_view import PlainView
 from optim.runtime.storage.open import open_checkpoint
+from optim.runtime.system.hashes import tokens_sha256
 from optim.runtime.system.machine import pick_device
-from optim.runtime.text.windows import evaluation_windows, token_hash
+from optim.runtime.text.windows import evaluation_windows
 from optim.runtime.walk.static import static_walk
 from optim.runtime.walk.walk import HiddenStates, Walk
 
@@ -231,7 +232,7 @@ def _summary(rows: Tensor, windows: Tensor, prompt: int, compared: bool) -> Eval
         tokens=len(rows) * (windows.shape[1] - 1 - prompt),
         windows=len(rows),
         window=windows.shape[1],
-        text_sha256=token_hash(windows),
+        text_sha256=tokens_sha256(windows),
         prompt=prompt,
     )
     if not compared:

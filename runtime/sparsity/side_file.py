@@ -104,7 +104,8 @@ def read_side(checkpoint: Checkpoint) -> Side | None:
     if not path.is_file():
         return None
     facts, tensors = _load(path)
-    if facts.get("model") != checkpoint.fingerprint():
+    known = facts.get("model")
+    if known != checkpoint.sampled_fingerprint() and known != checkpoint.fingerprint():
         raise OptimError(f"{path} was made for another model than the one beside it", AGAIN, USAGE)
     try:
         return make_side(checkpoint, facts["method"], facts["options"], tensors)

@@ -24,12 +24,13 @@ from optim.runtime.storage.gate import Stored, admit
 from optim.runtime.storage.lossless.store import LosslessStore
 from optim.runtime.storage.names import canonical_parts, published_name
 from optim.runtime.storage.tensors import Part, Store, TensorInfo
+from optim.runtime.system.hashes import known_sha256
 from optim.runtime.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-SAMPLES = 64  # places at which a weight file's bytes enter the fingerprint
+SAMPLES = 64  # places at which a weight file's bytes enter the older fingerprint
 
 
 @dataclass(slots=True)
@@ -53,6 +54,7 @@ class Checkpoint:
     _parts: dict[str, Part] = field(init=False)
     _settings: "PretrainedConfig | None" = field(init=False, default=None, repr=False)
     _text: dict[str, Any] | None = field(init=False, default=None, repr=False)
+    _hashes: dict[str, str] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         named = text_part(self.config).get("model_type")
@@ -179,13 +181,41 @@ class Checkpoint:
         copy_companions(self.folder, folder, code=self.trust_remote_code)
 
     def fingerprint(self) -> str:
-        """sha256 (hex) over config, names, shapes, dtypes and samples of every weight file."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name, info in sorted(self.tensors.items()):
-            digest.update(f"{name} {info.shape} {info.dtype}\n".encode())
+        """sha256 (hex) over config, names, shapes, dtypes and every byte of the weight files.
+
+        Raises OptimError (2) for a file that changes while it is read.
+        """
+        digest = self._outline()
+        for name, known in self.file_hashes().items():
+            digest.update(f"{name} {known}\n".encode())
+        return digest.hexdigest()
+
+    def file_hashes(self) -> dict[str, str]:
+        """sha256 (hex) of each weight file, by name; files are read once."""
+        if not self._hashes:
+            self._hashes.update({path.name: known_sha256(path) for path in self.store.files})
+        return self._hashes
+
+    def require_unchanged(self) -> None:
+        """OptimError (2) if a weight file is no longer what `file_hashes` found, naming it."""
+        for path in self.store.files:
+            if self._hashes and known_sha256(path) != self._hashes[path.name]:
+                message = f"{path} has changed while it was read: the result would be of two models"
+                raise OptimError(message, "run the command again", USAGE)
+
+    def sampled_fingerprint(self) -> str:
+        """What side files made before the fingerprint covered every byte know a model by."""
+        digest = self._outline()
         for path in self.store.files:
             _sample(path, digest)
         return digest.hexdigest()
+
+    def _outline(self) -> "hashlib._Hash":
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name, info in sorted(self.tensors.items()):
+            line = f"{name} {info.shape} {info.dtype}\n"
+            digest.update(line.encode("utf-8", "surrogatepass"))
+        return digest
 
 
 def _sample(path: Path, digest: "hashlib._Hash") -> None:

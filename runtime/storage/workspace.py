@@ -6,7 +6,6 @@ started again goes on after the last journalled step; at the end one rename make
 Nothing in it depends on time or machine, so a resumed run ends with the same bytes.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,29 +14,36 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
 
 from optim.recipes.errors import CHECK_FAILED, MACHINE, USAGE, OptimError
+from optim.runtime.storage.checkpoint import Checkpoint
+from optim.runtime.storage.manifest import MANIFEST, Manifest, Source
 from optim.runtime.storage.tensors import TensorInfo
-from optim.runtime.storage.verify import sha256
+from optim.runtime.system.files import ordinary_mode, sync
+from optim.runtime.system.hashes import file_sha256
 from optim.runtime.system.output import cannot_write, foreign_workspace, refusal, workspace_of
 
-FORMAT_VERSION = 1
 SHARD_BYTES = 2**30
-INDEX = "model.safetensors.index.json"
 
 
 class Workspace:
     """The unfinished artifact at `<output>.partial`, locked for this process.
 
     `identity` is what the run makes and from what; `done` the records of the steps already on disk.
+    `source` is what is read: it must be at the end what it was at the start.
     """
 
-    def __init__(self, output: Path, identity: Mapping[str, Any], force: bool) -> None:
-        self.output = output
+    def __init__(
+        self,
+        output: Path,
+        identity: Mapping[str, Any],
+        force: bool,
+        source: Checkpoint | None = None,
+    ) -> None:
+        self.output, self.source = output, source
         self.folder = workspace_of(output)
         self.files = self.folder / "artifact"
         self.done: list[dict[str, Any]] = []
@@ -78,17 +84,25 @@ class Workspace:
         path, unfinished = self.files / name, self.files / (name + ".unfinished")
         try:
             save_file(tensors, unfinished, metadata={"format": "pt"})
-            _sync(unfinished)
+            ordinary_mode(unfinished)
+            sync(unfinished)
             os.replace(unfinished, path)
         except OSError as error:
             unfinished.unlink(missing_ok=True)
             raise disk_error(path, error) from error
         sizes = {key: t.numel() * t.element_size() for key, t in tensors.items()}
-        return {"file": name, "sha256": sha256(path), "tensors": sizes}
+        return {"file": name, "sha256": file_sha256(path), "tensors": sizes}
 
     def commit(self, record: dict[str, Any]) -> None:
-        """Journal a finished step; after this line is on disk the step is never done again."""
+        """Journal a finished step; after this line is on disk the step is never done again.
+
+        OptimError (2) if another step has written a tensor of the same name.
+        """
         record = json.loads(json.dumps(record))
+        for earlier in self.done:
+            if twice := next(iter(record["tensors"].keys() & earlier["tensors"].keys()), None):
+                message = f"two tensors would be written as {twice}"
+                raise OptimError(message, "fetch the model again", USAGE)
         try:
             with self._journal.open("a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -105,6 +119,10 @@ class Workspace:
         except OSError as error:
             raise disk_error(self.files / name, error) from error
 
+    def write_manifest(self, manifest: Manifest) -> None:
+        """`optim.json`."""
+        self.write_text(MANIFEST, manifest.text())
+
     def publish(self) -> None:
         """Make the artifact appear at `output`, then remove the workspace.
 
@@ -112,6 +130,8 @@ class Workspace:
         the second rename leaves it there, and the next one puts it back. OptimError (1) if
         something has appeared at `output` that may not be replaced: the workspace is kept.
         """
+        if self.source is not None:
+            self.source.require_unchanged()
         problem = refusal(self.output, self._replace)
         if problem is not None:
             fix = "move it away, and run the same command again: the work is kept"
@@ -151,6 +171,12 @@ class Workspace:
                 self.close()
                 raise _other_run(self.output, lines[0], self._identity)
             lines = []
+        if (path := self._damaged(lines[1:])) is not None:
+            if not force:
+                self.close()
+                what = f"{path} is not what the unfinished run has written"
+                raise OptimError(what, "start over with --force", MACHINE)
+            lines = []
         if lines:
             self.done = lines[1:]
         else:
@@ -161,10 +187,33 @@ class Workspace:
         try:
             new = self._journal.with_suffix(".new")
             new.write_text(text)
-            _sync(new)
+            sync(new)
             os.replace(new, self._journal)
         except OSError as error:
             raise disk_error(self._journal, error) from error
+
+    def _damaged(self, records: list[dict[str, Any]]) -> Path | None:
+        """Hash again what an earlier run has left: the first file that is not what was written."""
+        kept: dict[Path, str] = {
+            self.files / r["file"]: r["sha256"] for r in records if "file" in r
+        }
+        if records:
+            states = records[-1].get("states", {})
+            kept |= {self.folder / name: known for name, known in states.items()}
+        for path, known in kept.items():
+            if not path.is_file() or file_sha256(path) != known:
+                return path
+        return None
+
+
+def source_of(checkpoint: Checkpoint) -> Source:
+    """What a manifest says of the model that was read."""
+    return Source(name=checkpoint.name, sha256=checkpoint.fingerprint())
+
+
+def shards_in(records: list[dict[str, Any]]) -> dict[str, str]:
+    """File -> hash, of the journal's records."""
+    return {record["file"]: record["sha256"] for record in records}
 
 
 def index_of(records: list[dict[str, Any]]) -> str:
@@ -187,19 +236,16 @@ def shards_of(infos: Mapping[str, TensorInfo]) -> Iterator[list[str]]:
     yield group
 
 
-def tensor_sha256(tensor: Tensor) -> str:
-    """sha256 (hex) of a tensor's bytes, row-major, as safetensors stores them."""
-    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(data.data).hexdigest()
-
-
-def identity(source: str, recipe: dict[str, Any], calibration: str | None) -> dict[str, Any]:
+def identity(
+    checkpoint: Checkpoint, recipe: dict[str, Any], calibration: str | None
+) -> dict[str, Any]:
     """What a run is a function of: another identity is another run.
 
-    `source` is the model's fingerprint, `calibration` the hash of the tokens.
+    `calibration` is the hash of the tokens.
     """
     return {
-        "source": source,
+        "source": checkpoint.fingerprint(),
+        "files": checkpoint.file_hashes(),
         "recipe": recipe,
         "calibration": calibration,
         "versions": {name: version(name) for name in ("optim-llm", "torch", "transformers")},
@@ -232,6 +278,14 @@ def _read_journal(path: Path) -> list[dict[str, Any]]:
 
 def _other_run(output: Path, there: Any, here: Any) -> OptimError:
     before, now = _flatten(there), _flatten(here)
+    changed = [k for k in now if k.startswith("files.") and before.get(k) not in (None, now[k])]
+    if changed:
+        names = ", ".join(key.removeprefix("files.") for key in changed)
+        return OptimError(
+            f"{output}.partial was begun with another source: {names} has changed since",
+            "--force to start over, or put the old file back",
+            USAGE,
+        )
     keys = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
     changes = ", ".join(f"{k} {before.get(k)} -> {now.get(k)}" for k in keys[:6])
     return OptimError(
@@ -249,11 +303,6 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     for key, inner in value.items():
         flat |= _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
     return flat
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def disk_error(path: Path, error: OSError) -> OptimError:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from optim.runtime.storage.tensors import DTYPES
-from optim.runtime.storage.verify import sha256
+from optim.runtime.system.hashes import file_sha256
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Entries = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -50,7 +50,7 @@ class TensorWriter:
 
     def facts(self) -> dict[str, Any]:
         """What the journal says of the finished file."""
-        return {"file": self.path.name, "sha256": sha256(self.path), "tensors": self.sizes}
+        return {"file": self.path.name, "sha256": file_sha256(self.path), "tensors": self.sizes}
 
     def __enter__(self) -> "TensorWriter":
         return self

@@ -1,4 +1,4 @@
-"""Folders of this machine."""
+"""Where `optim` keeps what it fetches and makes for later."""
 
 import os
 from pathlib import Path

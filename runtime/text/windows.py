@@ -8,7 +8,6 @@ begins with it, once. A calibration window counts it; an evaluation window comes
 walk puts it in front (quality.py), so that the tokens that are measured are the text's own.
 """
 
-import hashlib
 import random
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.schema import Calibration
+from optim.runtime.system.hashes import tokens_sha256
 from optim.runtime.text.chat_template import system_folded
 from optim.runtime.text.documents import MIXED, Document, builtin, documents
 from optim.runtime.text.self_generated import Generate, self_texts
@@ -25,13 +25,6 @@ from optim.runtime.text.tokenizer import Tokenizer
 
 SPARE = 4  # so many times the tokens needed are packed, then windows are drawn from them
 MOST_DOCUMENTS = 100_000  # of a data set; more are not looked at
-
-
-def token_hash(ids: Tensor) -> str:
-    """sha256 (hex) of token ids [n, length]: shape and values, whatever the integer type."""
-    digest = hashlib.sha256(f"{list(ids.shape)}".encode())
-    digest.update(ids.to("cpu", torch.int64).contiguous().numpy().astype("<i8").tobytes())
-    return digest.hexdigest()
 
 
 def described(windows: Tensor, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -43,7 +36,7 @@ def described(windows: Tensor, tokenizer: Tokenizer) -> dict[str, Any]:
         "samples": samples,
         "seq_len": length,
         "begin": begin if begun else [],
-        "sha256": token_hash(windows),
+        "sha256": tokens_sha256(windows),
     }
 
 

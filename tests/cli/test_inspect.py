@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import optim.cli
 from optim.runtime.formats.pack_quantized import Scheme, pack, write_config
-from optim.runtime.storage.verify import sha256
+from optim.runtime.system.hashes import file_sha256
 
 Captured = pytest.CaptureFixture[str]
 
@@ -48,7 +48,7 @@ def artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "calibration": {"samples": 4, "seq_len": 32, "sha256": "cd" * 32},
         "blocks": [{"error": 0.25, "rounding_error": 0.5}, {"error": 0.75, "rounding_error": 1.5}],
         "notes": ["block 0: a note"],
-        "shards": {SHARD: sha256(folder / SHARD)},
+        "shards": {SHARD: file_sha256(folder / SHARD)},
     }
     (folder / "optim.json").write_text(json.dumps(manifest))
     return folder
@@ -149,13 +149,13 @@ def test_verify_without_a_manifest_is_bad_input(
     )
 
 
-def test_a_hostile_manifest_is_shown_without_a_crash(
+def test_a_hostile_manifest_is_refused_by_name(
     artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     hostile = {"source": 3, "recipe": [], "calibration": "x", "blocks": [1, {"error": "x"}]}
     (artifact / "optim.json").write_text(json.dumps(hostile))
-    assert optim_main(monkeypatch, "small") == 0
-    assert "Traceback" not in capsys.readouterr().err
+    assert optim_main(monkeypatch, "small") == 2
+    assert "optim.json is damaged: source" in capsys.readouterr().err
 
 
 def test_a_gguf_file_is_shown_as_it_is_stored(

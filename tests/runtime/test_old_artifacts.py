@@ -15,8 +15,8 @@ from optim.runtime.engine.load import load_model
 from optim.runtime.kernels.compile import NoKernel
 from optim.runtime.kernels.cpu import w4a8
 from optim.runtime.sparsity.side_file import SIDE
+from optim.runtime.storage.manifest import verify
 from optim.runtime.storage.open import open_checkpoint
-from optim.runtime.storage.verify import verify
 
 ARTIFACTS = Path(__file__).parent.parent / "data" / "artifacts"
 KNOWN = load_file(ARTIFACTS / "logits.safetensors")

@@ -4,10 +4,8 @@ Units of a layout (storage/lossless/layouts.py) stand for bf16 tensors; what els
 as it was. The shapes are in our manifest, or follow from the configuration.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,11 @@ from optim.runtime.architecture.config import text_part
 from optim.runtime.kernels.door import Array
 from optim.runtime.storage.lossless.layout import Coded, Layout, ShapeOf, damaged
 from optim.runtime.storage.lossless.layouts import LAYOUTS, layout_of
+from optim.runtime.storage.manifest import Manifest, read_manifest
 from optim.runtime.storage.tensors import Part, SafetensorsFiles, Store, TensorInfo
-from optim.runtime.storage.verify import read_manifest
+from optim.runtime.system.hashes import tensors_sha256
 
 PIECE = 1 << 22  # weights of a tensor in memory at a time
-SHAPES, HASHES = "shapes", "original_sha256"  # of our manifest: tensor -> the fact
 
 
 class LosslessStore:
@@ -33,9 +31,9 @@ class LosslessStore:
     """
 
     def __init__(
-        self, files: Iterable[Path], config: Mapping[str, Any], manifest: Mapping[str, Any]
+        self, files: Iterable[Path], config: Mapping[str, Any], manifest: Manifest
     ) -> None:
-        """`manifest` may know the packed tensors' shapes and hashes; see SHAPES and HASHES."""
+        """`manifest` may know the packed tensors' shapes, and the hashes of the originals."""
         self._stored = SafetensorsFiles(files)
         self.files = self._stored.files
         self.layout = layout_of(config)
@@ -44,7 +42,7 @@ class LosslessStore:
         """Unit -> the tensors it stands for, in order."""
         self._open: dict[str, Coded] = {}
         self._where: dict[str, tuple[str, int]] = {}
-        shapes, self._hashes = (_mapping(manifest, key) for key in (SHAPES, HASHES))
+        shapes, self._hashes = manifest.shapes, manifest.original_sha256
         packed: set[str] = set()
         if self.layout is not None:
             layout = LAYOUTS[self.layout]
@@ -90,7 +88,7 @@ class LosslessStore:
         """
         tensor = self._decoded(part)
         known = self._hashes.get(part.stored)
-        if known and part == Part(part.stored) and tensor_hash([tensor]) != known:
+        if known and part == Part(part.stored) and tensors_sha256([tensor]) != known:
             raise damaged(part.stored, "it is not what was packed, its sha256 differs")
         return tensor
 
@@ -116,7 +114,7 @@ class LosslessStore:
 def open_lossless(folder: Path, config: Mapping[str, Any]) -> LosslessStore:
     """All the files of a packed folder: their names and order mean nothing."""
     files = sorted(folder.glob("*.safetensors"))
-    return LosslessStore(files, config, read_manifest(folder) or {})
+    return LosslessStore(files, config, read_manifest(folder) or Manifest())
 
 
 def pieces(store: Store, name: str) -> Iterator[Tensor]:
@@ -130,24 +128,6 @@ def pieces(store: Store, name: str) -> Iterator[Tensor]:
         yield store.read(Part(name, rows=(start, min(start + step, shape[0]))))
 
 
-def tensor_hash(tensors: Iterable[Tensor]) -> str:
-    """sha256 (hex) of the bytes of tensors one after the other; hashes one, makes the next."""
-    digest, waiting = hashlib.sha256(), None
-    with ThreadPoolExecutor(1) as pool:
-        for tensor in tensors:
-            data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
-            if waiting is not None:
-                waiting.result()
-            waiting = pool.submit(digest.update, data)
-    return digest.hexdigest()
-
-
-def _mapping(manifest: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """A mapping inside a manifest, which may come from anywhere: empty if it is not there."""
-    value = manifest.get(key)
-    return value if isinstance(value, dict) else {}
-
-
 def disproved(
     store: Store, folder: Path, progress: Callable[[int, int, str], None]
 ) -> tuple[list[str], int]:
@@ -155,12 +135,12 @@ def disproved(
 
     Needs no original: the manifest has its hashes. Tensors without one are not counted.
     """
-    hashes = _mapping(read_manifest(folder) or {}, HASHES)
+    hashes = (read_manifest(folder) or Manifest()).original_sha256
     problems = [f"{name} is missing" for name in sorted(hashes.keys() - store.infos.keys())]
     proven = 0
     for at, name in enumerate(store.infos, 1):
         progress(at, len(store.infos), name)
-        if name in hashes and tensor_hash(pieces(store, name)) != hashes[name]:
+        if name in hashes and tensors_sha256(pieces(store, name)) != hashes[name]:
             problems.append(f"{name} does not decode to what was packed")
         elif name in hashes:
             proven += 1

@@ -21,10 +21,11 @@ from optim.recipes.schema import Pack
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.lossless.dfloat11 import patterns
 from optim.runtime.storage.lossless.layouts import LAYOUTS
-from optim.runtime.storage.lossless.store import LosslessStore, tensor_hash
+from optim.runtime.storage.lossless.store import LosslessStore
+from optim.runtime.storage.manifest import verify
 from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.storage.tensors import Part
-from optim.runtime.storage.verify import verify
+from optim.runtime.system.hashes import tensors_sha256
 
 Make = Callable[..., Path]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -164,8 +165,8 @@ def test_a_pruned_model_is_not_packed(make_model: Make, tmp_path: Path) -> None:
 
 def test_a_shard_that_does_not_prove_is_not_kept(make_model: Make, tmp_path, monkeypatch) -> None:
     calls = count()
-    never_twice = lambda tensors: f"{next(calls)} {tensor_hash(tensors)}"  # noqa: E731
-    monkeypatch.setattr("optim.export.lossless.pack.tensor_hash", never_twice)
+    never_twice = lambda tensors: f"{next(calls)} {tensors_sha256(tensors)}"  # noqa: E731
+    monkeypatch.setattr("optim.export.lossless.pack.tensors_sha256", never_twice)
     with pytest.raises(OptimError, match="does not decode to what it was") as caught:
         packed(make_model("llama"), tmp_path / "out")
     assert caught.value.code == 3

@@ -17,8 +17,8 @@ from optim.recipes.build import build_recipe
 from optim.recipes.errors import OptimError
 from optim.runtime.engine.load import load_model
 from optim.runtime.measure.quality import evaluate
+from optim.runtime.storage.manifest import verify
 from optim.runtime.storage.open import open_checkpoint
-from optim.runtime.storage.verify import verify
 from optim.runtime.text.windows import evaluation_windows
 
 QUICK = {

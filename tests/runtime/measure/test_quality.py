@@ -12,7 +12,7 @@ from torch import Tensor
 from optim.recipes.errors import OptimError
 from optim.runtime.measure.quality import evaluate, evaluate_windows
 from optim.runtime.storage.open import open_checkpoint
-from optim.runtime.text.windows import token_hash
+from optim.runtime.system.hashes import tokens_sha256
 
 
 def _windows(count: int, length: int) -> Tensor:
@@ -39,7 +39,7 @@ def test_perplexity_is_transformers(family_: str, make_model: Callable[..., Path
     assert found.perplexity == pytest.approx(math.exp(nll.mean()), rel=1e-4)
     assert found.nll_error == pytest.approx(nll.mean(1).std().item() / 3**0.5, rel=1e-3)
     assert (found.tokens, found.windows, found.window) == (3 * 23, 3, 24)
-    assert found.text_sha256 == token_hash(windows)
+    assert found.text_sha256 == tokens_sha256(windows)
     assert found.kl is None and found.base_perplexity is None
 
 

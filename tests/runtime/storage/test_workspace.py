@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from optim.recipes.errors import MACHINE, USAGE, OptimError
-from optim.runtime.storage.verify import sha256
-from optim.runtime.storage.workspace import Workspace, index_of, tensor_sha256
+from optim.runtime.storage.checkpoint import open_checkpoint
+from optim.runtime.storage.workspace import Workspace, index_of
+from optim.runtime.system.hashes import file_sha256, tensor_sha256
 
 IDENTITY = {"source": "abc", "recipe": {"bits": 4, "sym": False}}
 STEPS = 3
@@ -64,7 +65,7 @@ def test_a_run_appears_whole(tmp_path: Path) -> None:
 def test_the_journal_tells_the_shards_hash(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path / "out", IDENTITY, False)
     record = workspace.write_shard("a.safetensors", _tensors(0))
-    assert record["sha256"] == sha256(workspace.files / "a.safetensors")
+    assert record["sha256"] == file_sha256(workspace.files / "a.safetensors")
     assert record["tensors"] == {"block.0.weight": 64}
     workspace.discard()
     assert list(tmp_path.iterdir()) == []
@@ -231,3 +232,57 @@ def test_tensor_hash_is_of_the_stored_bytes() -> None:
     assert tensor_sha256(tensor.T.contiguous().T) == tensor_sha256(tensor)
     raw = tensor.view(torch.uint8).numpy().tobytes()
     assert tensor_sha256(tensor) == hashlib.sha256(raw).hexdigest()
+
+
+def _stopped(output: Path) -> Workspace:
+    """A run that has done one of its steps."""
+    workspace = Workspace(output, IDENTITY, False)
+    record = workspace.write_shard("shard-0.safetensors", _tensors(0))
+    workspace.commit(record | {"step": 0})
+    workspace.close()
+    return workspace
+
+
+@pytest.mark.parametrize("damage", ["changed", "gone"])
+def test_a_kept_shard_that_is_not_what_was_written_is_refused(tmp_path: Path, damage: str) -> None:
+    shard = _stopped(tmp_path / "out").files / "shard-0.safetensors"
+    shard.unlink() if damage == "gone" else shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with pytest.raises(OptimError, match=r"shard-0\.safetensors is not what") as caught:
+        _run(tmp_path / "out")
+    assert caught.value.code == MACHINE
+    assert _run(tmp_path / "out", force=True) == [0, 1, 2]
+
+
+def test_another_source_is_named(tmp_path: Path) -> None:
+    identity = {"source": "a", "files": {"model.safetensors": "1", "other.safetensors": "2"}}
+    workspace = Workspace(tmp_path / "out", identity, False)
+    workspace.commit(workspace.write_shard("a.safetensors", _tensors(0)))
+    workspace.close()
+    now = {"source": "b", "files": {"model.safetensors": "3", "other.safetensors": "2"}}
+    with pytest.raises(OptimError, match=r"another source: model\.safetensors has changed since"):
+        Workspace(tmp_path / "out", now, False)
+
+
+def test_two_steps_do_not_write_one_tensor(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path / "out", IDENTITY, False)
+    workspace.commit(workspace.write_shard("a.safetensors", _tensors(0)))
+    with pytest.raises(OptimError, match=r"written as block\.0\.weight"):
+        workspace.commit(workspace.write_shard("b.safetensors", _tensors(0)))
+
+
+def test_a_shard_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "any").touch()
+    path = _stopped(tmp_path / "out").files / "shard-0.safetensors"
+    assert path.stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
+def test_a_source_that_changes_while_it_is_read_is_refused(tiny_folder: Path) -> None:
+    checkpoint = open_checkpoint(str(tiny_folder))
+    workspace = Workspace(tiny_folder.with_name("out"), IDENTITY, False, checkpoint)
+    checkpoint.fingerprint()
+    path = tiny_folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(OptimError, match=r"model\.safetensors has changed while it was read"):
+        workspace.publish()
+    workspace.close()
+    assert not tiny_folder.with_name("out").exists()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from optim.recipes.errors import OptimError
 from optim.runtime.storage.checkpoint import Checkpoint
+from optim.runtime.system.hashes import tokens_sha256
 from optim.runtime.text.documents import MIXED, builtin, documents
 from optim.runtime.text.self_generated import is_repetitive
 from optim.runtime.text.tokenizer import Tokenizer
@@ -21,7 +22,6 @@ from optim.runtime.text.windows import (
     calibration_windows,
     document_ids,
     evaluation_windows,
-    token_hash,
 )
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
@@ -57,7 +57,7 @@ def test_mixed_is_long_enough_and_seeded(demo_tokenizer: Tokenizer) -> None:
     assert windows.dtype == torch.int64
     again = calibrate("builtin:mixed", demo_tokenizer, num_samples=64, seq_len=512)
     other = calibrate("builtin:mixed", demo_tokenizer, num_samples=64, seq_len=512, seed=1)
-    assert token_hash(windows) == token_hash(again) != token_hash(other)
+    assert tokens_sha256(windows) == tokens_sha256(again) != tokens_sha256(other)
     assert len({tuple(row.tolist()) for row in windows}) == 64
 
 
@@ -330,6 +330,8 @@ def test_repetition() -> None:
 
 def test_hash_depends_on_values_and_shape_alone() -> None:
     ids = torch.arange(12).reshape(3, 4)
-    assert token_hash(ids) == token_hash(ids.to(torch.int32)) == token_hash(ids.T.clone().T)
-    assert token_hash(ids) != token_hash(ids.reshape(4, 3))
-    assert token_hash(ids) != token_hash(ids + 1)
+    assert (
+        tokens_sha256(ids) == tokens_sha256(ids.to(torch.int32)) == tokens_sha256(ids.T.clone().T)
+    )
+    assert tokens_sha256(ids) != tokens_sha256(ids.reshape(4, 3))
+    assert tokens_sha256(ids) != tokens_sha256(ids + 1)
