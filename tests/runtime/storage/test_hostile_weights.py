@@ -106,10 +106,10 @@ def test_two_tensors_of_one_name_are_refused() -> None:
     info = TensorInfo((2, 2), torch.float32, 16)
     names = ("model.layers.0.mlp.gate.weight", "model.layers.0.block_sparse_moe.gate.weight")
     with pytest.raises(OptimError, match="are both model"):
-        canonical_parts(dict.fromkeys(names, info), {"model_type": "mixtral", "hidden_size": 2})
+        canonical_parts(dict.fromkeys(names, info), {"hidden_size": 2}, "mixtral")
 
 
 def test_an_empty_stack_of_experts_is_no_stack() -> None:
     infos = {"model.layers.0.mlp.experts.down_proj": TensorInfo((2**62, 64, 0), torch.float32, 0)}
-    parts, _ = canonical_parts(infos, {"model_type": "mixtral", "hidden_size": 64})
+    parts, _ = canonical_parts(infos, {"hidden_size": 64}, "mixtral")
     assert len(parts) == 1
