@@ -48,7 +48,7 @@ def use(source: Path) -> torch.Tensor:
     """What inspect and run do with a model: facts, a chat, logits of a prompt and of two steps."""
     from optim.cli.inspect import _facts
     from optim.runtime.engine.load import load_model
-    from optim.runtime.storage.checkpoint import open_checkpoint
+    from optim.runtime.storage.open import open_checkpoint
 
     _facts(open_checkpoint(str(source)))
     model = load_model(str(source), threads=1, device="cpu")
@@ -67,7 +67,7 @@ def same_tensors(folder: Path) -> None:
     """Compare what is read with what the safetensors library reads."""
     from safetensors import SafetensorError
 
-    from optim.runtime.storage.checkpoint import open_checkpoint
+    from optim.runtime.storage.open import open_checkpoint
     from optim.runtime.storage.tensors import Part
 
     checkpoint = open_checkpoint(str(folder))
@@ -158,7 +158,7 @@ def tokenizer(draw: Random, folder: Path) -> tuple[str, Case]:
     lies.write_json(source / name, data)
 
     def case() -> None:
-        from optim.runtime.storage.checkpoint import open_checkpoint
+        from optim.runtime.storage.open import open_checkpoint
 
         made = open_checkpoint(str(source)).tokenizer()
         for text in ("Hi there, 12.5 cats\n", "a" * 200, "é漢🙂\x00"):
@@ -208,7 +208,7 @@ def template(draw: Random, folder: Path) -> tuple[str, Case]:
     lies.write_json(source / "tokenizer_config.json", data)
 
     def case() -> None:
-        from optim.runtime.storage.checkpoint import open_checkpoint
+        from optim.runtime.storage.open import open_checkpoint
 
         made = open_checkpoint(str(source)).tokenizer()
         made.chat(CHAT)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from optim.recipes.errors import MACHINE, USAGE, OptimError
-from optim.runtime.storage.checkpoint import open_checkpoint
+from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.storage.workspace import Workspace, index_of
 from optim.runtime.system.hashes import file_sha256, tensor_sha256
 
@@ -208,7 +208,6 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_finished_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
     def full(tensors: Any, path: Path, **_: Any) -> None:
         Path(path).write_bytes(b"some")
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
