@@ -25,7 +25,8 @@ from optim.recipes.schema import Awq, Gptq
 from optim.runtime.architecture.table import FAMILIES, Group
 from optim.runtime.formats.pack_quantized import Scheme, write_config
 from optim.runtime.system.machine import release_memory
-from optim.runtime.walk.walk import EXPERT_PARTS, HiddenStates, StoredLinear, linear_at, linears
+from optim.runtime.walk.skeleton import EXPERT_PARTS
+from optim.runtime.walk.walk import HiddenStates, StoredLinear, linear_at, linears
 
 PROBE_TOKENS = 512
 WIDE_BYTES = 256 * 2**20

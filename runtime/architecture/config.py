@@ -66,7 +66,9 @@ _OURS = ("auto_map", "attn_implementation", "_attn_implementation", "experts_imp
 def _class_of(config: dict[str, Any]) -> Any:
     """The configuration class; those of the table are imported alone, the others by their list."""
     import transformers
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns of what it mends
     name = config.pop("model_type", None)
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is not None:

@@ -1,10 +1,13 @@
 """A family outside the table: transformers' modules run it, with our linears set in.
 
 The model is made on the meta device, so nothing is allocated twice; each tensor is then read from
-the checkpoint to its place. Embeddings, norms and rotary tables are transformers' own.
+the checkpoint to its place. Embeddings, norms and rotary tables are transformers' own, and so is
+what is handed on from token to token: keys and values, or the state of a recurrent family.
 """
 
-from dataclasses import dataclass
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,32 +18,81 @@ from optim.runtime.cache.full import Policy, Reading
 from optim.runtime.decoder.linears.source import Source
 from optim.runtime.engine.loader import Loader
 from optim.runtime.storage.checkpoint import Checkpoint
+from optim.runtime.walk.skeleton import (
+    EXPERT_PARTS,
+    fill_buffers,
+    is_fused_experts,
+    meta_model,
+    refuse_strange,
+    their_errors,
+)
+from optim.runtime.walk.walk import Experts
+
+STATES = ("cache", "past_key_values", "cache_params", "state")  # what a forward may call its state
+CONTEXTS = ("max_position_embeddings", "max_seq_len", "context_length", "seq_length")
 
 
+@dataclass(slots=True)
 class ForeignCache:
-    """transformers' DynamicCache behind the interface of StaticCache."""
+    """What a model of transformers hands on, and the tokens that it stands for.
 
-    def __init__(self, limit: int, padding: Tensor | None) -> None:
-        from transformers import DynamicCache
+    The tokens are kept because not every state can be cut back: then all is read again.
+    """
 
-        self.past: Any = DynamicCache()
-        self.limit, self.padding, self.length = limit, padding, 0
-        self.reading: Reading | None = None  # a prompt is read in one piece
+    limit: int
+    padding: Tensor | None
+    length: int = 0
+    past: Any = None
+    held: int = 0
+    """Positions in `past`; fewer than `length` if a step was interrupted."""
+    tokens: Tensor | None = None
+    reading: Reading | None = None  # a prompt is read in one piece
 
     def truncate(self, length: int) -> None:
         """Forget everything from position `length` on."""
         self.length = min(self.length, length)
-        if self.past.get_seq_length() > self.length:  # an interrupted step left more
-            self.past.crop(self.length)
+
+    def resume(self, recurrent: bool, count: int) -> int:
+        """The position from which `count` tokens more can be read, after the state held.
+
+        A recurrent state stands for one text and goes on token by token; what cannot go on from
+        it begins at 0, with no state.
+        """
+        ahead = self.held - self.length
+        fits = not ahead and not (recurrent and count > 1)
+        if ahead > 0 and not recurrent and _crops(self.past):
+            self.past.crop(-ahead)
+            fits = True
+        if self.past is None or not fits:
+            self.past = None
+            return 0
+        return self.length
 
     @property
     def nbytes(self) -> int:
-        held = (t for layer in self.past.layers for t in vars(layer).values())
-        return sum(t.nbytes for t in held if isinstance(t, Tensor))
+        return sum(tensor.nbytes for tensor in _tensors(self.past))
 
     @property
     def summary(self) -> str:
         return f"{self.length} of {self.limit} tokens"
+
+
+def _crops(past: Any) -> bool:
+    """Whether all layers of a cache hold every position, so that the last can be taken off."""
+    layers = getattr(past, "layers", None) or []
+    return bool(layers) and all(type(layer).__name__ == "DynamicLayer" for layer in layers)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _tensors(entry)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif type(value).__module__.startswith("transformers.cache_utils"):
+        yield from _tensors(list(vars(value).values()))
 
 
 @dataclass(slots=True)
@@ -48,9 +100,18 @@ class Foreign:
     """A transformers model that answers like a Decoder."""
 
     model: Any
+    name: str
     max_context: int
     dtype: torch.dtype
     skipped_bytes: float = 0.0
+    takes: frozenset[str] = field(init=False)
+    state: str | None = field(init=False)
+    recurrent: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.takes = frozenset(inspect.signature(self.model.forward).parameters)
+        self.state = next((name for name in STATES if name in self.takes), None)
+        self.recurrent = bool(getattr(self.model, "_is_stateful", False))
 
     def new_cache(
         self,
@@ -71,24 +132,33 @@ class Foreign:
 
     def __call__(self, ids: Tensor, cache: ForeignCache, all_logits: bool) -> Tensor:
         """fp32 logits after `ids` `[B, T]`, which follow what is in `cache`: the last, or all T."""
-        end = cache.length + ids.shape[1]
-        cache.truncate(cache.length)
-        places = torch.arange(cache.length, end, device=ids.device)[None].expand_as(ids)
-        mask = None
+        count = ids.shape[1]
+        start = cache.resume(self.recurrent, count)
+        before = None if cache.tokens is None else cache.tokens[:, : cache.length]
+        whole = ids if before is None else torch.cat((before, ids), 1)
+        cache.tokens, cache.held = whole, -1
+        kept = count if all_logits else 1
+        with their_errors(self.name, type(self.model).__name__):
+            out = self.model(whole[:, start:], **self._inputs(whole, start, cache, kept))
+        cache.length = whole.shape[1]
+        cache.past = getattr(out, self.state, None) if self.state else None
+        cache.held = cache.length if cache.past is not None else 0
+        logits: Tensor = out.logits[:, -kept:].float()
+        return logits if all_logits else logits[:, -1]
+
+    def _inputs(self, whole: Tensor, start: int, cache: ForeignCache, kept: int) -> dict[str, Any]:
+        """What the family's forward takes beside the tokens from `start` on."""
+        end = whole.shape[1]
+        places = torch.arange(start, end, device=whole.device)[None].expand(len(whole), -1)
+        given: dict[str, Any] = {"use_cache": True, "logits_to_keep": kept}
+        if cache.padding is not None and not (self.recurrent and start):
+            every = torch.arange(end, device=whole.device)
+            given["attention_mask"] = (every >= cache.padding[:, None]).long()
         if cache.padding is not None:
             places = (places - cache.padding[:, None]).clamp(min=0)
-            mask = (torch.arange(end, device=ids.device) >= cache.padding[:, None]).long()
-        out = self.model(
-            ids,
-            attention_mask=mask,
-            position_ids=places,
-            past_key_values=cache.past,
-            use_cache=True,
-            logits_to_keep=0 if all_logits else 1,
-        )
-        cache.length = end
-        logits: Tensor = out.logits.float()
-        return logits if all_logits else logits[:, -1]
+        given["position_ids"] = places
+        given = {key: value for key, value in given.items() if key in self.takes}
+        return given | ({self.state: cache.past} if self.state else {})
 
 
 def build_foreign(
@@ -98,35 +168,59 @@ def build_foreign(
 
     Raises OptimError (2) for a model type transformers does not know, or tensors that do not fit.
     """
-    from transformers import AutoModelForCausalLM
-
-    factory: Any = AutoModelForCausalLM
-    config = checkpoint.hf_config()
-    with torch.device("meta"):
-        model = factory.from_config(config, dtype=dtype).eval()
+    model = meta_model(checkpoint, dtype)
+    refuse_strange(model, checkpoint.tensors, checkpoint.source)
     loader, weight_bytes = Loader(checkpoint, device, dtype), 0
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and not _tied(name, config):
+        if isinstance(module, nn.Linear) and (_stored(loader, name) or not _tied(model, module)):
             linear = loader.linear(name)
+            _same(f"{name}.weight", (linear.out_features, linear.in_features), module.weight)
             model.set_submodule(name, linear)
             weight_bytes += linear.nbytes
+        elif is_fused_experts(module):
+            model.set_submodule(name, _experts(loader, name, module))
     fill(model, loader)
-    context = getattr(config, "max_position_embeddings", None) or 2048
-    return Foreign(model, int(context), dtype), weight_bytes
+    config = model.config
+    found = (getattr(config, key, None) for key in CONTEXTS)
+    context = next((n for n in found if type(n) is int and n > 0), 2048)
+    return Foreign(model, checkpoint.source, context, dtype), weight_bytes
 
 
-def _tied(name: str, config: Any) -> bool:
-    return name == "lm_head" and bool(getattr(config, "tie_word_embeddings", False))
+def _stored(source: Source, name: str) -> bool:
+    return source.has(f"{name}.weight") or source.has(f"{name}.weight_packed")
+
+
+def _tied(model: Any, module: nn.Module) -> bool:
+    """A head that is the embedding: the file may leave it out."""
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    return tied and module is model.get_output_embeddings()
+
+
+def _experts(loader: Loader, name: str, fused: Any) -> Experts:
+    experts: list[nn.Module] = []
+    for e in range(fused.gate_up_proj.shape[0]):
+        expert = nn.Module()
+        for part in EXPERT_PARTS:
+            setattr(expert, part, loader.linear(f"{name}.{e}.{part}"))
+        experts.append(expert)
+    return Experts(experts, fused.act_fn)
+
+
+def _same(name: str, found: tuple[int, ...], like: Tensor) -> None:
+    if found != tuple(like.shape):
+        what = f"{name} is {list(found)}, expected {list(like.shape)}"
+        raise OptimError(what, "config.json and the weights do not belong together", USAGE)
 
 
 def fill(model: Any, source: Source) -> None:
     """Give every parameter and buffer that is still on the meta device its values.
 
-    Raises OptimError (2) if the checkpoint lacks one.
+    Raises OptimError (2) if the checkpoint lacks one, or has one of another shape.
     """
-    for module in model.modules():
-        _fresh_buffers(model, module, source.device)
-    missing = []
+    checkpoint, missing = source.checkpoint, []
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        fill_buffers(model, module, prefix, checkpoint.tensors, checkpoint.read, source.device)
     for name, weight in list(model.named_parameters()):
         if not weight.is_meta:
             continue
@@ -135,20 +229,13 @@ def fill(model: Any, source: Source) -> None:
             continue
         owner, _, leaf = name.rpartition(".")
         value = nn.Parameter(source.tensor(name, source.dtype), requires_grad=False)
+        _same(name, tuple(value.shape), weight)
         setattr(model.get_submodule(owner), leaf, value)
-    model.tie_weights()
+    if isinstance(model.get_output_embeddings(), nn.Linear):
+        model.tie_weights()
     if any(weight.is_meta for weight in model.parameters()):
         raise OptimError(
-            f"{source.checkpoint.source} lacks {missing[0]} and {len(missing) - 1} more",
+            f"{checkpoint.source} lacks {missing[0]} and {len(missing) - 1} more",
             "this family's tensors are not named as transformers names them",
             USAGE,
         )
-
-
-def _fresh_buffers(model: Any, module: nn.Module, device: torch.device) -> None:
-    """Buffers that no checkpoint has (rotary frequencies) come from transformers' own init."""
-    own = {k: b for k, b in module.named_buffers(recurse=False) if b.is_meta}
-    for key, buffer in own.items():
-        module.register_buffer(key, torch.empty_like(buffer, device=device), persistent=False)
-    if own and all(p.is_meta for p in module.parameters(recurse=False)):
-        model._init_weights(module)

@@ -123,8 +123,8 @@ def _refuse_foreign(config: Mapping[str, Any]) -> None:
         if config.get(key):
             raise _refused(f"it has a {key}, which would change the results")
     sparsity = config.get("sparsity_config") or {}
-    if sparsity.get("format", "dense") != "dense":
-        raise _refused(f"its weights are also stored sparse ({sparsity['format']!r})")
+    if not isinstance(sparsity, Mapping) or sparsity.get("format", "dense") != "dense":
+        raise _refused(f"its weights are also stored sparse ({sparsity!r:.60})")
 
 
 def _read_group(name: str, group: Mapping[str, Any]) -> Scheme:

@@ -63,6 +63,10 @@ class Checkpoint:
         self.tensors = {name: self._info(part) for name, part in self._parts.items()}
         if self.gate and self.family in FAMILIES and self.quantization_is_ours:
             self._pass_the_gate()
+        elif self.gate and (self.quantization or {}).get("quant_method") == static_int.METHOD:
+            known = ", ".join(sorted(FAMILIES))
+            what = f"{self.source}: static integers of the family {self.family!r} are not known"
+            raise OptimError(what, f"known families: {known}", USAGE)
 
     @property
     def quantization_is_ours(self) -> bool:

@@ -17,7 +17,8 @@ from optim.runtime.formats.hadamard import Mixing
 from optim.runtime.formats.static_int import Exact, Static, read_config, stream_rotation
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.dense_view import PlainView
-from optim.runtime.walk.walk import EXPERT_PARTS, Experts, HiddenStates, Walk, is_fused_experts
+from optim.runtime.walk.skeleton import EXPERT_PARTS, is_fused_experts
+from optim.runtime.walk.walk import Experts, HiddenStates, Walk
 
 
 @dataclass(slots=True)

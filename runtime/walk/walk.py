@@ -19,16 +19,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from optim.recipes.errors import OptimError
-from optim.runtime.architecture.shape import relu_threshold
-from optim.runtime.decoder.layers import raise_threshold
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.dense_view import PlainView
 from optim.runtime.system.machine import reuse_memory
 from optim.runtime.walk.hidden_states import HiddenStates as HiddenStates
+from optim.runtime.walk.skeleton import (
+    EXPERT_PARTS,
+    fill_buffers,
+    is_fused_experts,
+    meta_model,
+    refuse_strange,
+    their_errors,
+)
 
 TOKENS_PER_BATCH = 2048
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a parent passes beside the hidden states
-EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
 WIDEN_BYTES = 64 * 2**20  # a linear larger than this is widened and applied in slices of rows
 
 
@@ -108,7 +113,8 @@ class Walk:
     ) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
         self._read, self._dress = read or checkpoint.read, dress
-        self.model = _meta_model(checkpoint)
+        self.model = meta_model(checkpoint, torch.float32)
+        refuse_strange(self.model, checkpoint.tensors, checkpoint.name)
         self.prefix, self.blocks = find_blocks(self.model)
         self.calls: list[Call] = []
         self._loaded: set[str] = set()
@@ -161,7 +167,7 @@ class Walk:
 
     def release(self) -> None:
         """Free embeddings and head; they are read again when next asked for."""
-        self.model = _meta_model(self.checkpoint)
+        self.model = meta_model(self.checkpoint, torch.float32)
         self.blocks = self.model.get_submodule(self.prefix)
         self._loaded = set()
 
@@ -194,9 +200,9 @@ class Walk:
         return out[0] if isinstance(out, tuple) else out
 
     def _fill(self, module: nn.Module, prefix: str) -> nn.Module:
-        config = self.model.config.get_text_config()
         for name, child in list(module.named_modules()):
             path = f"{prefix}{name}." if name else prefix
+            self._fill_buffers(child, path)
             if isinstance(child, nn.Linear):
                 module.set_submodule(name, self._linear(path, child.weight, child.bias))
             elif is_fused_experts(child):
@@ -205,12 +211,11 @@ class Walk:
             if parameter.is_meta:
                 value = self._read(prefix + name).to(self.device, self.dtype)
                 _set_parameter(module, name, value)
-        for name, buffer in module.named_buffers():
-            if buffer.is_meta:
-                raise OptimError(
-                    f"{config.model_type}: the buffer {prefix}{name} has no value in the checkpoint"
-                )
         return module.eval()
+
+    def _fill_buffers(self, module: nn.Module, path: str) -> None:
+        names = self.checkpoint.tensors
+        fill_buffers(self.model, module, path, names, self._read, self.device)
 
     def _linear(self, path: str, weight: Tensor, bias: Tensor | None) -> StoredLinear:
         """The stored linear at `path`, shaped like `weight` and `bias` of the skeleton."""
@@ -257,8 +262,7 @@ class Walk:
             bias = self._read(f"{name}.bias") if f"{name}.bias" in names else None
             self.model.set_output_embeddings(StoredLinear(weight.to(self.device), bias))
             return
-        if any(b.is_meta for b in module.buffers(recurse=False)):
-            _refill_buffers(self.model, module)
+        self._fill_buffers(module, f"{name}." if name else "")
         for key, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
                 value = self._read(f"{name}.{key}").to(self.device)
@@ -287,7 +291,8 @@ class Walk:
         try:
             ids = windows.to(self.device)
             run = self.model if put else self.model.base_model
-            out = run(input_ids=ids, use_cache=False)
+            with their_errors(self.checkpoint.name, type(self.model).__name__):
+                out = run(input_ids=ids, use_cache=False)
         finally:
             for block in self.blocks:
                 del block.forward
@@ -308,26 +313,6 @@ def linears(block: nn.Module) -> dict[str, StoredLinear]:
     return {name: m for name, m in block.named_modules() if isinstance(m, StoredLinear)}
 
 
-def _meta_model(checkpoint: Checkpoint | PlainView) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    config = checkpoint.hf_config()
-    with torch.device("meta"):
-        try:
-            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=torch.float32
-            )
-        except ValueError as error:
-            raise OptimError(
-                f"{checkpoint.name}: transformers has no causal language model for "
-                f"model_type {config.model_type!r}",
-                fix="choose a decoder-only language model",
-                code=2,
-            ) from error
-    raise_threshold(model, relu_threshold(getattr(config, "hidden_act_param", None)))
-    return model.eval()
-
-
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The longest list of like modules is the stack of decoder blocks."""
     lists = [
@@ -338,12 +323,6 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if not lists:
         raise OptimError(f"{type(model).__name__} has no list of decoder blocks", code=2)
     return max(lists, key=lambda pair: len(pair[1]))
-
-
-def is_fused_experts(module: nn.Module) -> bool:
-    """Whether this is transformers' module of all experts of a mixture."""
-    weight = getattr(module, "gate_up_proj", None)
-    return isinstance(weight, nn.Parameter) and weight.dim() == 3
 
 
 def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
@@ -361,13 +340,3 @@ def _shaped(name: str, value: Tensor, like: Tensor) -> Tensor:
             code=2,
         )
     return value
-
-
-def _refill_buffers(model: Any, module: nn.Module) -> None:
-    """Give a meta module's derived buffers (rotary tables, embedding scales) their values.
-
-    Its parameters stay on the meta device: filling those costs nothing, and they are read later.
-    """
-    for name, buffer in module.named_buffers(recurse=False):
-        module.register_buffer(name, torch.empty_like(buffer, device="cpu"))
-    model._init_weights(module)
