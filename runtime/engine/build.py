@@ -52,7 +52,7 @@ def build(
     facts = family.decoder
     shape = resolve(checkpoint.settings, facts)
     loader = Loader(checkpoint, device, dtype, form, side=read_side(checkpoint))
-    head, weight_bytes = _own_head(loader, shape), 0
+    head, weight_bytes = _own_head(loader, facts, shape), 0
     blocks: Any = Offloaded(device) if offload else []
     for index in range(len(shape.layers)):
         block = _block(loader, family, shape, index)
@@ -110,11 +110,19 @@ def _rounded(shape: Shape, facts: Facts, stored: torch.dtype) -> Shape:
     return replace(shape, embed_scale=float(torch.tensor(shape.embed_scale, dtype=stored)))
 
 
-def _own_head(loader: Loader, shape: Shape) -> Linear | None:
-    """A head that is not the embedding table. Repacking it takes the most: it comes first."""
+def _own_head(loader: Loader, facts: Facts, shape: Shape) -> Linear | None:
+    """A head that is not the embedding table. Repacking it takes the most: it comes first.
+
+    A stored head that differs from the table is the model's own, whatever is said about a tie, as
+    transformers has it.
+    """
+    name, table = "lm_head.weight", f"{facts.embed}.weight"
+    if loader.has(name) and shape.tied:
+        read = loader.checkpoint.read
+        if torch.equal(read(name), read(table)):
+            return None
     stored = {name.partition(".")[0] for name in loader.checkpoint.tensors}
-    packed = "lm_head" in stored and not loader.has("lm_head.weight")
-    return loader.linear("lm_head") if packed or not shape.tied else None
+    return loader.linear("lm_head") if "lm_head" in stored else None
 
 
 def _ends(loader: Loader, facts: Facts, head: Linear | None) -> tuple[Table, Linear]:

@@ -21,11 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
+from optim.recipes.schema import CoreInfer, Prune
+from optim.runtime.architecture.shape import resolve
 from optim.runtime.architecture.table import FAMILIES, Decoder
 from optim.runtime.storage.checkpoint import Checkpoint
 
@@ -107,10 +110,45 @@ def read_side(checkpoint: Checkpoint) -> Side | None:
     known = facts.get("model")
     if known != checkpoint.sampled_fingerprint() and known != checkpoint.fingerprint():
         raise OptimError(f"{path} was made for another model than the one beside it", AGAIN, USAGE)
+    if why := _wrong(checkpoint, tensors):
+        raise _damaged(path, why)
     try:
-        return make_side(checkpoint, facts["method"], facts["options"], tensors)
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise _damaged(path, error) from None
+        section = TypeAdapter(Prune).validate_python(facts["options"] | {"method": facts["method"]})
+        side = make_side(checkpoint, section.method, section.model_dump(), tensors)
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise _damaged(path, " ".join(str(error).split())[:200]) from None
+    cores = [block.core for block in side.blocks if block.core is not None]
+    if cores and not isinstance(section, CoreInfer):
+        raise _damaged(path, f"{section.method} keeps no fixed neurons, and the file has some")
+    by_norm = isinstance(section, CoreInfer) and section.score == "energy"
+    if by_norm and any(core.norm is None for core in cores):
+        raise _damaged(path, "a block has no norms of its neurons")
+    return side
+
+
+def _wrong(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with a tensor of a side file: found and expected; None if all fit."""
+    facts = require_known(checkpoint)
+    neurons = resolve(checkpoint.settings, facts).inner
+    centroids = tensors.get("centroids")
+    kinds = None if centroids is None else tuple(centroids.shape[:1])
+    for name, tensor in tensors.items():
+        found, leaf = tuple(tensor.shape), name.rpartition(".")[2]
+        wanted: tuple[int, ...] = (neurons,)
+        if leaf in ("threshold", "keep"):
+            wanted = found if tensor.numel() == 1 else (1,)
+        elif leaf == "centroids" or (leaf == "prior" and kinds):
+            wanted = (*(kinds or (1,)), neurons)
+        elif leaf not in ("prior", "mean", "norm"):
+            continue
+        if found != wanted or (leaf == "centroids" and not tensor.numel()):
+            return f"{name} is {list(found)}, expected {list(wanted)}"
+        if tensor.is_complex() or not bool(tensor.isfinite().all()):
+            return f"{name} is not of finite numbers"
+        value = float(tensor) if tensor.numel() == 1 else 1.0
+        if leaf == "keep" and not (value.is_integer() and 1 <= value <= neurons):
+            return f"{name} is {value:g}, of {neurons} neurons"
+    return None
 
 
 def make_side(

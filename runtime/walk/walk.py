@@ -194,9 +194,9 @@ class Walk:
     def run(self, i: int, block: nn.Module, hidden: Tensor) -> Tensor:
         """One batch `[b, t, hidden]` through block i as its parent would call it."""
         args, kwargs = self.calls[i]
-        out: Tensor | tuple[Tensor, ...] = block(
-            hidden.to(self.device, self.dtype), *args, **kwargs
-        )
+        out: Tensor | tuple[Tensor, ...]
+        with their_errors(self.checkpoint.name, type(self.model).__name__):
+            out = block(hidden.to(self.device, self.dtype), *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     def _fill(self, module: nn.Module, prefix: str) -> nn.Module:
