@@ -10,7 +10,8 @@ from optim.runtime.formats.bits import words
 from optim.runtime.formats.pack_quantized import Scheme
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.size_table import Stored, stored
-from optim.runtime.walk.walk import EXPERT_PARTS, TOKENS_PER_BATCH, Walk
+from optim.runtime.walk.skeleton import EXPERT_PARTS
+from optim.runtime.walk.walk import TOKENS_PER_BATCH, Walk
 
 PROCESS = 500_000_000  # bytes that Python and torch take before anything is loaded
 

@@ -18,6 +18,10 @@ from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.dense_view import PlainView
 
 EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
+THEIRS = (
+    *(ValueError, TypeError, LookupError, ArithmeticError),
+    *(AttributeError, RuntimeError, AssertionError, ImportError),
+)
 FIX = "this family's tensors may not be named as transformers names them"
 
 
@@ -26,9 +30,9 @@ def their_errors(name: str, kind: str) -> Iterator[None]:
     """Errors of transformers' own code, which a configuration can cause in many ways, as ours."""
     try:
         yield
-    except (OptimError, MemoryError, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
         raise
-    except Exception as error:
+    except THEIRS as error:
         why = " ".join(str(error).split())[:300] or type(error).__name__
         what = f"{name}: transformers' {kind} does not run with this configuration: {why}"
         raise OptimError(what, "check config.json, or try another transformers", USAGE) from error
