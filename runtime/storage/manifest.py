@@ -54,10 +54,11 @@ class Made(Part):
 
 
 class Calibration(Part):
-    """The text that guided it: windows of tokens, and their hash."""
+    """The text that guided it: windows of tokens, what each begins with, and their hash."""
 
     samples: Count
     seq_len: Count
+    begin: list[Count] = []
     sha256: Sha256
 
 
