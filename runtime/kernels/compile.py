@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
+from optim.recipes.errors import OptimError
 from optim.runtime.kernels.door import Struct
 from optim.runtime.system import instructions
 from optim.runtime.system.paths import cache_folder
@@ -57,10 +58,13 @@ REFUSED: dict[str, str] = {}
 def works(check: Callable[[], object]) -> bool:
     """Whether a kernel's `check`, or `load`, goes through on this machine; tried once.
 
-    Whatever is wrong with it, it is not used, and REFUSED says why.
+    Whatever is wrong with it, it is not used, and REFUSED says why; OptimError (4) where the user
+    asks for what cannot be (OPTIM_ISA).
     """
     try:
         check()
+    except OptimError:
+        raise
     except Exception as why:
         REFUSED[check.__module__.rpartition(".")[2]] = str(why) or type(why).__name__
         return False

@@ -145,6 +145,8 @@ def test_levels_are_kept_apart(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("OPTIM_ISA", "mmx")
     with pytest.raises(OptimError, match="mmx"):
         compile.library("bf16")
+    with pytest.raises(OptimError, match="mmx"):
+        compile.works(lambda: compile.library("bf16"))
 
 
 @needs_compiler
