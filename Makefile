@@ -2,10 +2,12 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+CASES  ?= 10000
+SEED   ?= 0
 # A machine with no NVIDIA driver gets a pinned torch first, so that nothing pulls the CUDA packages.
 TORCH  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.6' || echo 'torch==2.13.0')
 
-.PHONY: demo test sanitize test-neon conformance lint types tour clean
+.PHONY: demo test fuzz sanitize test-neon conformance lint types tour clean
 
 $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -43,6 +45,10 @@ test-neon: $(VENV)/.ready
 # each family and variant of its configuration beside transformers, as a table
 conformance: $(VENV)/.ready
 	$(BIN)/python -m tests.conformance
+
+# 10,000 cases take about half an hour on one core; a short run is part of `make test`.
+fuzz: $(VENV)/.ready
+	$(BIN)/python tests/fuzz/run.py --cases $(CASES) --seed $(SEED)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check

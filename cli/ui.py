@@ -6,6 +6,7 @@ No other module of `optim` prints tables, progress or errors; algorithms report 
 import json
 import math
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,9 +30,9 @@ Step = Callable[[int, int, str], None]
 ETA_STEPS = 8
 WIDE = 160  # columns where there is no terminal, so that no name is cut
 
-# Names and messages may come from a stranger's file: no control but tab and newline passes.
-CONTROLS = dict.fromkeys([*range(0x20), *range(0x7F, 0xA0)])
-del CONTROLS[ord("\n")], CONTROLS[ord("\t")]
+# Names and messages may come from a stranger's file. What steers a terminal is taken out of them:
+# controls but tab and newline, marks that turn the direction of writing, halves of characters.
+STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 notes = Console(stderr=True, markup=False, highlight=False, soft_wrap=True, emoji=False)
 """Notes and progress; `notes.quiet = True` is `--quiet`. Errors are shown all the same."""
@@ -39,12 +40,13 @@ notes = Console(stderr=True, markup=False, highlight=False, soft_wrap=True, emoj
 
 def plain(text: str) -> str:
     """`text` without characters that steer a terminal."""
-    return text.translate(CONTROLS)
+    return STEERING.sub("", text)
 
 
 def emit(data: Any) -> None:
     """Print one JSON document, the whole result of a command."""
-    print(json.dumps(_finite(data), indent=2, ensure_ascii=False), flush=True)
+    text = json.dumps(_finite(data), indent=2, ensure_ascii=False)
+    print(STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text), flush=True)
 
 
 def say(text: str) -> None:
@@ -133,7 +135,8 @@ def progress(title: str) -> Iterator[Step]:
     if notes.quiet or not notes.is_terminal:
         yield lambda at, total, text: note(_line(title, at, total, text, eta))
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
+    words = (TextColumn(f"{{task.{x}}}", markup=False) for x in ("description", "fields[text]"))
+    columns = (next(words), BarColumn(), next(words))
     with Progress(*columns, console=notes, transient=True) as bar:
         task = bar.add_task(title, total=None, text="")
 

@@ -31,6 +31,7 @@ from optim.recipes.schema import CoreInfer, Prune
 from optim.runtime.architecture.shape import resolve
 from optim.runtime.architecture.table import FAMILIES, Decoder
 from optim.runtime.storage.checkpoint import Checkpoint
+from optim.runtime.system.files import ordinary_mode
 
 SIDE = "sparsity.safetensors"
 VERSION = 1
@@ -96,6 +97,7 @@ def write_side(
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     # One key: safetensors writes several in any order, and equal runs must give equal bytes.
     save_file(whole, path, metadata={"optim": json.dumps(facts)})
+    ordinary_mode(path)
 
 
 def read_side(checkpoint: Checkpoint) -> Side | None:

@@ -93,3 +93,17 @@ def test_json_has_no_infinity(capsys: Captured) -> None:
 def test_done_names_the_next_command(capsys: Captured) -> None:
     ui.done("./out · 2.67 GB", following="optim run ./out")
     assert capsys.readouterr().err == "✓ ./out · 2.67 GB\n  next: optim run ./out\n"
+
+
+STEERING = "a\x1b[31m\x07\x9b2J\u202eb\ud800[/x]\tc\n"
+
+
+def test_what_steers_a_terminal_is_taken_out() -> None:
+    assert ui.plain(STEERING) == "a[31m2Jb[/x]\tc\n"
+
+
+def test_json_has_no_raw_controls_and_is_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    ui.emit({"name": STEERING})
+    shown = capsys.readouterr().out
+    assert all(letter.isprintable() or letter == "\n" for letter in shown)
+    assert json.loads(shown) == {"name": STEERING}
