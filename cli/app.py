@@ -279,11 +279,11 @@ def bench(
 
 
 @app.command(rich_help_panel="Look", epilog="Example: optim doctor --json")
-def doctor(json: flags.Json = False) -> None:
+def doctor(json: flags.Json = False, levels: flags.Levels = False) -> None:
     """Show what this machine can run, and test each kernel on it."""
     from optim.cli import doctor as command
 
-    command.doctor(as_json=json)
+    command.doctor(as_json=json, levels=levels)
 
 
 CachedModel = Annotated[

@@ -22,9 +22,9 @@ from optim.recipes.errors import CHECK_FAILED, OptimError
 PACKAGES = ("optim-llm", "torch", "triton", "transformers", "safetensors", "tokenizers", "numba")
 
 
-def doctor(as_json: bool) -> None:
+def doctor(as_json: bool, levels: bool = False) -> None:
     """Print what this machine can run; raises OptimError (3) if a path does not hold."""
-    proofs = _prove()
+    proofs = _prove(levels)
     found = {
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -51,11 +51,13 @@ def doctor(as_json: bool) -> None:
         raise OptimError(what, fix, CHECK_FAILED)
 
 
-def _prove() -> list[Proof]:
+def _prove(levels: bool) -> list[Proof]:
+    from optim.runtime.system import instructions
+
     ui.wait_quietly()
     ui.status("proving every path, some 15 s ...")
     try:
-        return prove()
+        return prove(instructions.levels() if levels else ())
     finally:
         ui.status()
 

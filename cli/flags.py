@@ -115,6 +115,9 @@ Stop = Annotated[
     list[str] | None, Option("--stop", help="Text that ends a reply.", rich_help_panel=SAMPLING)
 ]
 
+Levels = Annotated[
+    bool, Option("--levels", help="Prove the paths at each level of instructions too: minutes.")
+]
 Revision = Annotated[str | None, Option("--revision", help="A branch, tag or commit of the hub.")]
 
 # inspect, eval, bench.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -59,14 +59,20 @@ class Proof:
         return asdict(self) | {"holds": self.holds}
 
 
-def prove() -> list[Proof]:
-    """Make the models, decode them in every way, and compare with torch."""
+def prove(levels: Sequence[str] = ()) -> list[Proof]:
+    """Make the models, decode them in every way, and compare with torch.
+
+    For each of `levels` of instructions a process of its own decodes them once more.
+    """
     with TemporaryDirectory(prefix="optim-paths-") as name:
         folder = Path(name)
         make(folder)
         reference = _start(folder, "torch", _as_here(), OPTIM_NO_C="1")
-        ways = decode_all(folder)
-        return list(_compare(ways, _result(*reference)))
+        ways = {"": decode_all(folder)}
+        wanted = _result(*reference)
+        for level in levels:
+            ways[level] = _result(*_start(folder, level, [], OPTIM_ISA=level))
+        return [proof for level in ways for proof in _compare(ways[level], wanted, level)]
 
 
 def _as_here() -> list[str]:
@@ -169,7 +175,9 @@ def decode(model: Model, cache: str, route: str) -> Tensor:
     return torch.cat(logits).cpu()
 
 
-def _compare(ways: dict[str, Tensor], wanted: dict[str, Tensor]) -> Iterator[Proof]:
+def _compare(
+    ways: dict[str, Tensor], wanted: dict[str, Tensor], level: str = ""
+) -> Iterator[Proof]:
     for way, logits in ways.items():
         model, route, cache = way.split("/", 2)
         cache, _, problem = cache.partition(": ")
@@ -177,7 +185,8 @@ def _compare(ways: dict[str, Tensor], wanted: dict[str, Tensor]) -> Iterator[Pro
         if plain is None or plain.shape != logits.shape:
             problem = problem or "torch alone gives nothing to compare with"
         share = FAR if problem or plain is None else _share(logits, plain)
-        yield Proof(model, route, cache, share, BOUNDS[model], problem)
+        where = f"{route}, {level}" if level else route
+        yield Proof(model, where, cache, share, BOUNDS[model], problem)
 
 
 def _share(got: Tensor, wanted: Tensor) -> float:

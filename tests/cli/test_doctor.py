@@ -47,7 +47,7 @@ def test_fields_keeps_the_first_of_a_key(tmp_path: Path) -> None:
 
 def test_json_and_table(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
     monkeypatch.setattr(doctor, "_kernels", lambda: ["good", "bad"])
-    monkeypatch.setattr(doctor, "prove", lambda: [PROOF])
+    monkeypatch.setattr(doctor, "prove", lambda _levels: [PROOF])
     kernel(monkeypatch, "good", check=lambda: "AVX2")
     kernel(monkeypatch, "bad", check=None)
     monkeypatch.setattr(sys, "argv", ["optim", "doctor", "--json"])
@@ -78,7 +78,7 @@ def test_a_path_that_does_not_hold_is_exit_3(
 ) -> None:
     wrong = Proof("bf12", "in a batch", "full 8 bit", share, 0.05)
     monkeypatch.setattr(doctor, "_kernels", lambda: [])
-    monkeypatch.setattr(doctor, "prove", lambda: [PROOF, wrong])
+    monkeypatch.setattr(doctor, "prove", lambda _levels: [PROOF, wrong])
     monkeypatch.setattr(sys, "argv", ["optim", "doctor"])
     assert optim.cli.main() == 3
     assert "1 of 2 paths do not hold, such as bf12 in a batch" in capsys.readouterr().err

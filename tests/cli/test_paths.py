@@ -64,3 +64,11 @@ def test_what_cannot_be_loaded_is_a_path_that_does_not_hold(
     (proof,) = paths._compare(paths.decode_all(models), reference)
     assert not proof.holds
     assert "no | such thing" in proof.problem
+
+
+def test_each_level_of_instructions_is_named(
+    models: Path, reference: dict[str, torch.Tensor]
+) -> None:
+    some = {"bf12/alone/full 16 bit": reference["bf12/alone/full 16 bit"]}
+    (proof,) = paths._compare(some, reference, "avx2")
+    assert proof.holds and proof.route == "alone, avx2"
