@@ -268,3 +268,32 @@ def test_endings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert complete("/load on") == ["one.json", "onward/"]
     assert complete("/load nowhere/x") == []
     assert complete("hello") == []
+
+
+def test_ctrl_c_while_a_prompt_is_read_leaves_the_question_out(converse: Converse) -> None:
+    class Reading(FakeSession):
+        def reply(self, text: str, reading: Any = None) -> Generator[str, None, None]:
+            reading(0, 6000)
+            os.kill(os.getpid(), signal.SIGINT)
+            reading(512, 6000)
+            raise AssertionError("not reached")
+            yield ""
+
+    session = Reading([])
+    out, err = converse(session, "a long one")
+    assert out == "\n"
+    assert err == "stopped before the question was read; it is not part of the conversation\n"
+    assert session.messages == []
+
+
+def test_a_loop_is_said_once(converse: Converse) -> None:
+    class Looping(FakeSession):
+        def reply(self, text: str, reading: Any = None) -> Generator[str, None, None]:
+            self.messages = [{"role": "user", "content": text}]
+            for _ in range(4):
+                self.stats = Stats(new_tokens=1, repeats=True)
+                yield "ha "
+
+    out, err = converse(Looping([]), "laugh")
+    assert out == "ha ha ha ha \n"
+    assert err.count("the reply repeats itself: Ctrl-C stops it") == 1
