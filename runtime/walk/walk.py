@@ -160,7 +160,16 @@ class Walk:
         return states
 
     def prepare(self, windows: Tensor) -> None:
-        """Record what the parent passes to every block for windows of this length."""
+        """Record what the parent passes to every block for windows of this length.
+
+        Raises OptimError (2) for windows longer than a family's learned positions.
+        """
+        config = self.model.config
+        family = FAMILIES.get(config.model_type)
+        limit, length = getattr(config, "max_position_embeddings", None), windows.shape[1]
+        if family is not None and family.decoder.positions and limit and length > limit:
+            what = f"{self.checkpoint.name} has {limit} learned positions, a window {length} tokens"
+            raise OptimError(what, f"windows of {limit} tokens at most", 2)
         self._load_outer(head=False)
         self.calls = []
         self._through(windows[:1], [])

@@ -133,3 +133,11 @@ def test_weights_of_another_shape_are_refused(
     with pytest.raises(OptimError, match=r"bfloat16 \[264, 64\], expected .*\[300, 64\]") as caught:
         Walk(open_checkpoint(str(folder))).embed(_ids(1, 8), tmp_path / "states")
     assert caught.value.code == 2
+
+
+def test_a_window_longer_than_the_learned_positions_is_refused(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    walk = Walk(open_checkpoint(str(make_model("opt"))))
+    with pytest.raises(OptimError, match="has 128 learned positions, a window 140 tokens"):
+        walk.embed(_ids(1, 140), tmp_path / "states")
