@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from optim.recipes.errors import OptimError
+from optim.runtime.architecture.table import FAMILIES
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.dense_view import PlainView
 from optim.runtime.system.machine import reuse_memory
