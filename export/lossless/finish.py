@@ -115,4 +115,6 @@ below {manifest.limit_bits_per_weight:.3f}.
     optim run {name}
     optim inspect {name} --verify    # decodes every tensor and compares with the original's sha256
     optim unpack {name} -o ORIGINAL  # the original tensors, byte for byte
+
+transformers finds no weights in this folder and says so; what `optim unpack` writes it loads.
 """

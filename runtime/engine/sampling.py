@@ -157,8 +157,11 @@ class Sampler:
             self._random.manual_seed(sampling.seed)
 
     def __call__(self, logits: Tensor, history: Sequence[int]) -> int:
-        """The next id after `history`, from `logits` `[V]`."""
+        """The next id after `history`, from `logits` `[V]`. OptimError (2) for NaN or infinity."""
         s = self._sampling
+        if not bool(logits.max().isfinite()):
+            fix = "its weights are damaged or overflow: use another copy"
+            raise OptimError("what the model computes is not a finite number", fix, USAGE)
         if s.repetition_penalty != 1 and history:
             seen = torch.tensor(sorted(set(history)), device=logits.device)
             logits = penalize(logits, seen, s.repetition_penalty)

@@ -183,3 +183,11 @@ def test_a_loop_is_one_phrase_four_times_and_long() -> None:
     assert not repeats([5] * 63)
     assert repeats([5] * 64)
     assert not repeats([])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_is_no_number_is_refused(bad: float, temperature: float) -> None:
+    logits = torch.tensor([1.0, bad, float("-inf")])
+    with pytest.raises(OptimError, match="not a finite number"):
+        Sampler(Sampling(temperature=temperature), torch.device("cpu"))(logits, [])
