@@ -145,7 +145,7 @@ def _wrong(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> str | None:
             continue
         if found != wanted or (leaf == "centroids" and not tensor.numel()):
             return f"{name} is {list(found)}, expected {list(wanted)}"
-        if tensor.is_complex() or not bool(tensor.isfinite().all()):
+        if tensor.is_complex() or not bool(tensor.float().isfinite().all()):
             return f"{name} is not of finite numbers"
         value = float(tensor) if tensor.numel() == 1 else 1.0
         if leaf == "keep" and not (value.is_integer() and 1 <= value <= neurons):
