@@ -79,8 +79,6 @@ def ropes(config: Any, facts: Decoder, head_dim: int) -> dict[str, Rope]:
 
 
 def _rope(config: Any, p: dict[str, Any], head_dim: int, share: str, kind: str | None) -> Rope:
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     def frequencies(end: int | None = None) -> Frequencies:
         """Those of transformers for a text of `end` tokens, checked."""
         try:
@@ -88,6 +86,8 @@ def _rope(config: Any, p: dict[str, Any], head_dim: int, share: str, kind: str |
                 r = int(head_dim * p.get(share, 1.0))
                 found = p["rope_theta"] ** -(torch.arange(0, r, 2, dtype=torch.float) / r), 1.0
             else:
+                from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
                 compute = ROPE_INIT_FUNCTIONS[style]
                 found = compute(config, torch.device("cpu"), seq_len=end, layer_type=kind)
         except Exception as error:  # a formula raises nearly anything on wrong parameters

@@ -4,7 +4,6 @@ Only configuration and headers have been read; `read` fetches one tensor at a ti
 ever holds a model. Tensors are named as in transformers' modeling code (names.py).
 """
 
-import copy
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.architecture.config import needs_remote_code, read_config, text_part
+from optim.runtime.architecture.settings import read_settings
 from optim.runtime.architecture.shape import resolve
 from optim.runtime.architecture.table import FAMILIES
 from optim.runtime.formats import static_int
@@ -52,7 +52,7 @@ class Checkpoint:
     family: str = field(init=False)
     """transformers' `model_type` of the text model."""
     _parts: dict[str, Part] = field(init=False)
-    _settings: "PretrainedConfig | None" = field(init=False, default=None, repr=False)
+    _settings: Any = field(init=False, default=None, repr=False)
     _text: dict[str, Any] | None = field(init=False, default=None, repr=False)
     _hashes: dict[str, str] = field(init=False, default_factory=dict)
 
@@ -104,13 +104,14 @@ class Checkpoint:
         return scheme if isinstance(scheme, dict) and scheme else None
 
     @property
-    def settings(self) -> "PretrainedConfig":
-        """transformers' configuration object of the text model, to be read only.
+    def settings(self) -> Any:
+        """The values of transformers' configuration object of the text model, to be read only.
 
         Raises OptimError (2) for a model type that transformers does not know.
         """
         if self._settings is None:
-            self._settings = _read_settings(self)
+            ours = not needs_remote_code(self.config)
+            self._settings = read_settings(self.config, self.source) if ours else _read_remote(self)
         return self._settings
 
     @property
@@ -123,7 +124,7 @@ class Checkpoint:
         if text is self.config:
             return text
         if self._text is None:
-            whole = self.settings.to_dict()
+            whole = self.hf_config().to_dict()
             whole.pop("transformers_version", None)
             self._text = whole | {k: v for k, v in text.items() if v is not None}
             self._text["tie_word_embeddings"] = whole.get("tie_word_embeddings", False)
@@ -177,8 +178,10 @@ class Checkpoint:
         return made
 
     def hf_config(self) -> "PretrainedConfig":
-        """A copy of `settings` for a model of transformers' own, which may change it."""
-        return copy.deepcopy(self.settings)
+        """transformers' object for a model of its own, which may change it."""
+        if needs_remote_code(self.config):
+            return _read_remote(self)
+        return read_config(self.config, self.source)
 
     def write_sidecars(self, folder: Path) -> None:
         """Copy what belongs with the weights (companions.py) into `folder`."""
@@ -231,9 +234,8 @@ def _sample(path: Path, digest: "hashlib._Hash") -> None:
             digest.update(file.read(4096))
 
 
-def _read_settings(checkpoint: Checkpoint) -> "PretrainedConfig":
-    if not needs_remote_code(checkpoint.config):
-        return read_config(checkpoint.config, checkpoint.source)
+def _read_remote(checkpoint: Checkpoint) -> "PretrainedConfig":
+    """The configuration object of a model whose repository has the code of its class."""
     from transformers import AutoConfig, PretrainedConfig
 
     try:

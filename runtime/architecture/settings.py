@@ -1,0 +1,81 @@
+"""What transformers' class makes of a configuration, kept in the cache folder.
+
+Importing the class takes a second or two, at each start. For a family of the table only its values
+are asked for, so they are written down once for each configuration and version of transformers.
+Scaled rotary embeddings take their formulas from transformers and need the object itself.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from optim.recipes.errors import OptimError
+from optim.runtime.architecture.config import read_config
+from optim.runtime.architecture.table import FAMILIES
+from optim.runtime.system.files import load_json, replace_text
+from optim.runtime.system.paths import cache_folder
+
+LAYOUT = "1"  # of a kept file; another number makes all of them anew
+NOT_VALUES = ("id2label", "label2id")
+KINDS = "nested_rope_parameter_keys"
+
+
+class Settings:
+    """The values of a transformers configuration object, under its names."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        kinds = values.pop(KINDS)
+        self.__dict__.update(values)
+        self.nested_rope_parameter_keys = lambda _parameters: kinds
+
+
+def read_settings(config: dict[str, Any], source: str) -> Any:
+    """`read_config` of a family of the table, or its values if they were kept.
+
+    Raises OptimError (2) as `read_config` does.
+    """
+    place = _place(config)
+    with suppress(OptimError, KeyError, AttributeError):
+        return Settings(load_json(place))
+    made = read_config(config, source)
+    if made.model_type in FAMILIES and _unscaled(made):
+        with suppress(OptimError, OSError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(place, json.dumps(values_of(made)))
+    return made
+
+
+def values_of(config: Any) -> dict[str, Any]:
+    """What a configuration object answers, as far as JSON can hold it."""
+    names = {*vars(config), *config.attribute_map, "model_type"} - {*NOT_VALUES}
+    found = {name: getattr(config, name) for name in names}
+    kept = {name: value for name, value in found.items() if _is_json(value)}
+    return kept | {KINDS: config.nested_rope_parameter_keys(_rotary(config))}
+
+
+def _place(config: dict[str, Any]) -> Path:
+    facts = LAYOUT, importlib.metadata.version("transformers"), json.dumps(config, sort_keys=True)
+    name = hashlib.sha256("\0".join(facts).encode("utf-8", "surrogatepass")).hexdigest()
+    return cache_folder() / "settings" / f"{name[:32]}.json"
+
+
+def _rotary(config: Any) -> dict[str, Any]:
+    return getattr(config, "rope_parameters", None) or {}
+
+
+def _unscaled(config: Any) -> bool:
+    """Whether all rotary embeddings are plain ones."""
+    rotary = _rotary(config)
+    kinds = config.nested_rope_parameter_keys(rotary)
+    parts = [rotary[kind] for kind in kinds] if kinds else [rotary]
+    return all(isinstance(p, dict) and p.get("rope_type", "default") == "default" for p in parts)
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        return bool(json.loads(json.dumps(value)) == value)
+    except (TypeError, ValueError, RecursionError):
+        return False
