@@ -133,7 +133,9 @@ def _request(line: Line, model: Model, how: How) -> Request:
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if line.stop is not None:
         changes["stop"] = tuple(line.stop)
-    request = Request(_ids(line, model, how), replace(how.sampling, **changes))
+    sampling = replace(how.sampling, **changes)
+    exact = line.prompt is not None and how.raw
+    request = Request(_ids(line, model, how), sampling, exact)
     check(request, model, how.context)
     return request
 

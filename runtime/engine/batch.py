@@ -23,6 +23,8 @@ class Request:
 
     ids: list[int]
     sampling: Sampling
+    exact: bool = False
+    """The answer may end inside a character, as U+FFFD: text that is continued, not a reply."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class _Row:
         self.letters, self.stops = model.tokenizer.stream(), StopText(request.sampling.stop)
         self.pieces: list[str] = []
         self.reason = ""
+        self.exact = request.exact
 
     @property
     def count(self) -> int:
@@ -77,7 +80,8 @@ class _Row:
 
     def answer(self) -> Answer:
         if not self.stops.found:
-            self.pieces.append(self.stops.push(self.letters.flush(cut=self.reason != "stop")))
+            left = self.letters.flush(cut=self.reason != "stop" and not self.exact)
+            self.pieces.append(self.stops.push(left))
             self.pieces.append(self.stops.flush())
         return Answer("".join(self.pieces), self.count, self.reason)
 

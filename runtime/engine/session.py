@@ -127,9 +127,12 @@ class Session:
             self.messages = [*asked, reply] if heard else before
 
     def complete(self, text: str, reading: Reading | None = None) -> Generator[str, None, None]:
-        """Continue `text` as it is, without a chat template; yields pieces."""
+        """Continue `text` as it is, without a chat template; yields pieces.
+
+        They are just what the tokens stand for: a character that is cut ends them as U+FFFD.
+        """
         ids = self._fitting(self.model.tokenizer.encode(text, special=True))
-        return self._stream(ids, reading)
+        return self._stream(ids, reading, exact=True)
 
     @property
     def limit(self) -> int:
@@ -188,8 +191,10 @@ class Session:
             raise OptimError(what, fix, USAGE)
         return ids
 
-    def _stream(self, ids: list[int], reading: Reading | None) -> Generator[str, None, None]:
-        """Generate after `ids`; whole characters, up to a stop text."""
+    def _stream(
+        self, ids: list[int], reading: Reading | None, exact: bool = False
+    ) -> Generator[str, None, None]:
+        """Generate after `ids`, up to a stop text; the end may be half a character if `exact`."""
         cached = self._reuse(ids)
         self.stats = Stats(prompt_tokens=len(ids), cached_tokens=cached, stop_reason="interrupted")
         self._tokens = list(ids)
@@ -201,7 +206,7 @@ class Session:
             if stops.found:
                 self.stats.stop_reason = "stop"
                 return
-        left = text.flush(cut=self.stats.stop_reason != "stop")
+        left = text.flush(cut=self.stats.stop_reason != "stop" and not exact)
         if piece := stops.push(left) + stops.flush():
             yield piece
 

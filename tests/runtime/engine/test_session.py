@@ -251,3 +251,13 @@ def test_undo_beyond_what_a_stream_forgot_reads_everything_again(model: Model) -
     talked.messages = []
     assert "".join(talked.reply("HELLO")) == first
     assert talked.stats.cached_tokens == 0
+
+
+def test_a_reply_ends_with_a_whole_character_and_a_text_with_all_of_its_tokens(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = "\ufffd"
+    monkeypatch.setattr(Letters, "flush", lambda _self, cut=False: "" if cut else lost)
+    talk = Session(model, sampling=Sampling(max_tokens=1))
+    assert lost not in "".join(talk.reply("A"))
+    assert "".join(talk.complete("A")).endswith(lost)
