@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from optim.quant.plan import Plan
+from optim.quant.plan import Plan, only_ours
 from optim.quant.solver import Solver
 from optim.recipes.build import to_yaml
 from optim.runtime.storage.manifest import BlockError, Calibration, Manifest, made_here
@@ -85,6 +85,12 @@ def _manifest(made: Plan, workspace: Workspace, windows: Tensor | None) -> Manif
     )
 
 
+def _readers(made: Plan) -> str:
+    """What reads the folder beside `optim`."""
+    why = only_ours(made.schemes)
+    return f"transformers does not load {why}." if why else made.method.readers
+
+
 def _card(made: Plan, manifest: Manifest) -> str:
     source = made.checkpoint.source
     recipe = to_yaml(made.recipe.model_copy(update={"output": None})).strip()
@@ -115,7 +121,7 @@ tags: [{made.method.tags}]
 
     optim run {made.output.name}
 
-{made.method.readers}
+{_readers(made)}
 
 ## Make it again
 

@@ -158,12 +158,23 @@ def _notes(
     family = checkpoint.family
     if family not in FAMILIES:
         yield f"family {family} is not in the table: its groups are found from the graph"
+    if why := only_ours(schemes):
+        yield f"transformers will not load {why}; `optim run` does"
     formats = set(schemes.values())
-    if len(formats) > 1 and not all(scheme.symmetric for scheme in formats):
-        yield "transformers will not load this mixture of asymmetric formats; `optim run` does"
     fewest = min((scheme.bits for scheme in formats), default=16)
     if fewest in COST_OF_FEW_BITS:
         yield COST_OF_FEW_BITS[fewest]
+
+
+def only_ours(schemes: Mapping[str, Scheme]) -> str | None:
+    """What it is in a packed model that transformers refuses, if there is something."""
+    formats = set(schemes.values())
+    if all(scheme.symmetric for scheme in formats):
+        return None
+    if len(formats) > 1:
+        return "linears of several asymmetric formats"
+    experts = any(".experts." in name for name in schemes)
+    return "experts with zero points (--sym makes a folder that it loads)" if experts else None
 
 
 def _source_notes(checkpoint: Checkpoint, output_bytes: int) -> Iterator[str]:

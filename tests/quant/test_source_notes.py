@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import pytest
+
 from optim.quant.plan import plan
+from optim.quant.run import quantize
 from optim.recipes.schema import Recipe
 
 
@@ -24,3 +27,25 @@ def test_floats_are_not(make_model: object, tmp_path: Path) -> None:
     recipe = {"version": 1, "model": str(folder), "output": str(tmp_path / "out")}
     made = plan(Recipe.model_validate(recipe | {"quantize": section}), device="cpu")
     assert made.notes == ()
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_a_card_says_whether_transformers_loads_a_mixture(
+    make_model: object, tmp_path: Path, sym: bool
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = make_model("mixtral")  # type: ignore[operator]
+    section = {"method": "rtn", "bits": 4, "group_size": 32, "sym": sym}
+    out = tmp_path / "out"
+    recipe = {"version": 1, "model": str(folder), "output": str(out), "quantize": section}
+    made = plan(Recipe.model_validate(recipe), device="cpu")
+    quantize(made, lambda at, total, text: None)
+    card = (out / "README.md").read_text(encoding="utf-8")
+    refused = "transformers does not load experts with zero points" in card
+    assert refused == ("experts with zero points" in " ".join(made.notes)) == (not sym)
+    if refused:
+        with pytest.raises(Exception, match=r"\w"):
+            AutoModelForCausalLM.from_pretrained(out)
+    else:
+        AutoModelForCausalLM.from_pretrained(out)
