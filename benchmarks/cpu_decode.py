@@ -31,7 +31,7 @@ import transformers
 from optim.runtime.measure.job import Job
 from optim.runtime.measure.speed import MARK, engines
 from optim.runtime.storage.demo import demo_file
-from optim.runtime.system.machine import peak_bytes
+from optim.runtime.system.memory import peak_bytes
 
 FILES = {"Q4_0": 2, "Q4_1": 3, "Q4_K_M": 15}  # llama_ftype
 OURS = {

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from optim.runtime.cache.full import Policy
 from optim.runtime.engine.load import Model, load_model
-from optim.runtime.system.machine import peak_bytes
+from optim.runtime.system.memory import peak_bytes
 from optim.runtime.text.windows import evaluation_windows
 
 

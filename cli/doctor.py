@@ -123,7 +123,7 @@ def _gpus() -> list[dict[str, Any]]:
 def _packed() -> str:
     """What models packed without loss gain on the device that `auto` takes."""
     from optim.runtime.decoder.linears.bf12 import prospect
-    from optim.runtime.system.machine import pick_device
+    from optim.runtime.system.devices import pick_device
 
     device = pick_device("auto")
     return f"{device.type}: {prospect(device)[1]}"

@@ -13,7 +13,7 @@ from optim.runtime.sparsity.side_file import require_known
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.dense_view import PlainView
 from optim.runtime.storage.open import open_checkpoint
-from optim.runtime.system.machine import pick_device
+from optim.runtime.system.devices import pick_device
 from optim.runtime.system.output import check_output
 from optim.runtime.text.windows import calibration_notes
 from optim.runtime.walk.walk import Walk

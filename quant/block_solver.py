@@ -24,7 +24,7 @@ from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.schema import Awq, Gptq
 from optim.runtime.architecture.table import FAMILIES, Group
 from optim.runtime.formats.pack_quantized import Scheme, write_config
-from optim.runtime.system.machine import release_memory
+from optim.runtime.system.memory import release_memory
 from optim.runtime.walk.skeleton import EXPERT_PARTS
 from optim.runtime.walk.walk import HiddenStates, StoredLinear, linear_at, linears
 

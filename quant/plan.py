@@ -23,7 +23,7 @@ from optim.runtime.formats.pack_quantized import Scheme
 from optim.runtime.storage.checkpoint import Checkpoint, require_plain
 from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.storage.size_table import SizeRow, rounded_before, size_rows, stored
-from optim.runtime.system.machine import pick_device
+from optim.runtime.system.devices import pick_device
 from optim.runtime.system.output import output_problems
 from optim.runtime.text.windows import calibration_notes, windows_for
 from optim.runtime.walk.walk import Walk

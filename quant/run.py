@@ -26,7 +26,7 @@ from optim.runtime.formats.pack_quantized import Scheme
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.workspace import Workspace, identity
 from optim.runtime.system.hashes import file_sha256, tensor_sha256, tokens_sha256
-from optim.runtime.system.machine import peak_bytes
+from optim.runtime.system.memory import peak_bytes
 from optim.runtime.text.self_generated import Generate
 from optim.runtime.text.windows import windows_for
 from optim.runtime.walk.walk import HiddenStates, Walk

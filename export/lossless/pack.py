@@ -24,7 +24,7 @@ from optim.runtime.storage.manifest import Manifest
 from optim.runtime.storage.workspace import Workspace, disk_error
 from optim.runtime.storage.writer import TensorWriter
 from optim.runtime.system.hashes import tensors_sha256
-from optim.runtime.system.machine import peak_bytes
+from optim.runtime.system.memory import peak_bytes
 
 Progress = Callable[[int, int, str], None]
 

@@ -32,7 +32,7 @@ from optim.recipes.units import sizes_apart
 from optim.runtime.storage.checkpoint import require_plain
 from optim.runtime.storage.workspace import Workspace, identity
 from optim.runtime.system.hashes import tokens_sha256
-from optim.runtime.system.machine import reuse_memory
+from optim.runtime.system.memory import reuse_memory
 from optim.runtime.text.windows import windows_for
 
 LOGIT_COPIES = 6  # logits, odds and gradients that a pass holds at once

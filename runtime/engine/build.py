@@ -31,7 +31,7 @@ from optim.runtime.sparsity.core_ffn import CoreFeedForward
 from optim.runtime.sparsity.gated_ffn import gated_feed_forward
 from optim.runtime.sparsity.side_file import read_side
 from optim.runtime.storage.checkpoint import Checkpoint
-from optim.runtime.system.machine import release_memory
+from optim.runtime.system.memory import release_memory
 
 
 def build(

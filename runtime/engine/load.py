@@ -23,7 +23,8 @@ from optim.runtime.kernels.compile import REFUSED, turned_off
 from optim.runtime.sparsity.side_file import SIDE
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.open import open_checkpoint
-from optim.runtime.system.machine import compute_dtype, pick_device, release_memory
+from optim.runtime.system.devices import compute_dtype, pick_device
+from optim.runtime.system.memory import release_memory
 from optim.runtime.text.tokenizer import Tokenizer
 
 

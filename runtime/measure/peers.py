@@ -11,7 +11,7 @@ from optim.recipes.errors import MACHINE, USAGE, OptimError
 from optim.runtime.measure.job import Job
 from optim.runtime.storage.checkpoint import Checkpoint, require_plain
 from optim.runtime.storage.open import open_checkpoint
-from optim.runtime.system.machine import pick_device
+from optim.runtime.system.devices import pick_device
 
 
 class Transformers:

@@ -32,8 +32,8 @@ from optim.runtime.sparsity.side_file import Side, read_side
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.dense_view import PlainView
 from optim.runtime.storage.open import open_checkpoint
+from optim.runtime.system.devices import pick_device
 from optim.runtime.system.hashes import tokens_sha256
-from optim.runtime.system.machine import pick_device
 from optim.runtime.text.windows import evaluation_windows
 from optim.runtime.walk.static import static_walk
 from optim.runtime.walk.walk import HiddenStates, Walk

@@ -21,7 +21,8 @@ from optim.runtime.cache.full import Policy
 from optim.runtime.engine.load import load_model
 from optim.runtime.measure.job import Job
 from optim.runtime.measure.peers import LlamaCpp, Transformers
-from optim.runtime.system.machine import peak_bytes, pick_device
+from optim.runtime.system.devices import pick_device
+from optim.runtime.system.memory import peak_bytes
 
 WORKER = "import sys; from optim.runtime.measure.speed import worker; worker(sys.stdin, sys.stdout)"
 MARK = "optim-measure:"  # libraries may print to stdout too

@@ -22,7 +22,7 @@ from optim.recipes.errors import OptimError
 from optim.runtime.architecture.table import FAMILIES
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.dense_view import PlainView
-from optim.runtime.system.machine import reuse_memory
+from optim.runtime.system.memory import reuse_memory
 from optim.runtime.walk.hidden_states import HiddenStates as HiddenStates
 from optim.runtime.walk.skeleton import (
     EXPERT_PARTS,

@@ -1,4 +1,4 @@
-"""What this machine computes fastest in, and on which device."""
+"""The memory of this process: the most it held, and what the allocator keeps."""
 
 import ctypes
 import resource
@@ -6,28 +6,8 @@ import sys
 
 import torch
 
-from optim.recipes.errors import MACHINE, USAGE, OptimError
-
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 KEPT_BLOCK, KEPT_HEAP = 32 << 20, 64 << 20  # 32 MB is the most glibc takes
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:1`, ... Raises OptimError (2, or 4 if the machine lacks it)."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise OptimError(f"there is no device {name!r}", "use auto, cpu or cuda", USAGE) from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise OptimError(f"this machine has no {name}", "use --device cpu", MACHINE)
-    return device
-
-
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of activations and of dense weights: fp32 on every CPU (docs/engine.md)."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def peak_bytes() -> int:
