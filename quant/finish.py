@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from optim.quant.plan import Plan, only_ours
+from optim.quant.plan import Plan, mixes_experts, only_ours
 from optim.quant.solver import Solver
 from optim.recipes.build import to_yaml
 from optim.runtime.storage.manifest import BlockError, Calibration, Manifest, made_here
@@ -23,9 +23,10 @@ def finish(
     manifest = _manifest(made, workspace, windows)
     recipe = made.recipe.model_copy(update={"output": None})
     config = _config(made, solver)
-    shared = config["quantization_config"]["quant_method"] == "compressed-tensors"
+    ours = config["quantization_config"]["quant_method"] != "compressed-tensors"
+    hidden = ours or mixes_experts(made.schemes)  # others would read weights that are not there
     workspace.write_text("config.json", json.dumps(config, indent=2) + "\n")
-    workspace.write_text(INDEX if shared else OWN_INDEX, index_of(workspace.done) + "\n")
+    workspace.write_text(OWN_INDEX if hidden else INDEX, index_of(workspace.done) + "\n")
     workspace.write_manifest(manifest)
     workspace.write_text("recipe.yaml", to_yaml(recipe))
     workspace.write_text("README.md", _card(made, manifest))

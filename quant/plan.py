@@ -169,12 +169,19 @@ def _notes(
 def only_ours(schemes: Mapping[str, Scheme]) -> str | None:
     """What it is in a packed model that transformers refuses, if there is something."""
     formats = set(schemes.values())
+    if mixes_experts(schemes):
+        return "experts in a model of several formats"
     if all(scheme.symmetric for scheme in formats):
         return None
     if len(formats) > 1:
         return "linears of several asymmetric formats"
     experts = any(".experts." in name for name in schemes)
     return "experts with zero points (--sym makes a folder that it loads)" if experts else None
+
+
+def mixes_experts(schemes: Mapping[str, Scheme]) -> bool:
+    """Whether a model of several formats has experts: transformers reads some of those wrongly."""
+    return len(set(schemes.values())) > 1 and any(".experts." in name for name in schemes)
 
 
 def _source_notes(checkpoint: Checkpoint, output_bytes: int) -> Iterator[str]:

@@ -8,6 +8,7 @@ what is handed on from token to token: keys and values, or the state of a recurr
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.cache.full import Policy, Reading
+from optim.runtime.decoder.linears.base import Linear
 from optim.runtime.decoder.linears.source import Source
 from optim.runtime.engine.loader import Loader
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.walk.skeleton import (
-    EXPERT_PARTS,
     fill_buffers,
     is_fused_experts,
     meta_model,
@@ -173,12 +174,12 @@ def build_foreign(
     loader, weight_bytes = Loader(checkpoint, device, dtype), 0
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and (_stored(loader, name) or not _tied(model, module)):
-            linear = loader.linear(name)
-            _same(f"{name}.weight", (linear.out_features, linear.in_features), module.weight)
+            linear = _linear(loader, name, module.weight)
             model.set_submodule(name, linear)
             weight_bytes += linear.nbytes
         elif is_fused_experts(module):
-            model.set_submodule(name, _experts(loader, name, module))
+            read = partial(_expert, loader, name)
+            model.set_submodule(name, Experts.read(module, read))
     fill(model, loader)
     config = model.config
     found = (getattr(config, key, None) for key in CONTEXTS)
@@ -196,14 +197,15 @@ def _tied(model: Any, module: nn.Module) -> bool:
     return tied and module is model.get_output_embeddings()
 
 
-def _experts(loader: Loader, name: str, fused: Any) -> Experts:
-    experts: list[nn.Module] = []
-    for e in range(fused.gate_up_proj.shape[0]):
-        expert = nn.Module()
-        for part in EXPERT_PARTS:
-            setattr(expert, part, loader.linear(f"{name}.{e}.{part}"))
-        experts.append(expert)
-    return Experts(experts, fused.act_fn)
+def _expert(loader: Loader, path: str, name: str, like: Tensor) -> Linear:
+    return _linear(loader, f"{path}.{name}", like)
+
+
+def _linear(loader: Loader, name: str, like: Tensor) -> Linear:
+    """The stored linear `name`, which must have the shape of the skeleton's weight `like`."""
+    linear = loader.linear(name)
+    _same(f"{name}.weight", (linear.out_features, linear.in_features), like)
+    return linear
 
 
 def _same(name: str, found: tuple[int, ...], like: Tensor) -> None:

@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.system.files import load_json
 from optim.runtime.system.hashes import file_sha256
+from optim.runtime.system.output import MANIFEST
 
-MANIFEST = "optim.json"
 VERSION: Final = 1
 PACKAGES = {"optim": "optim-llm", "torch": "torch", "transformers": "transformers"}
 AGAIN = "make the artifact again, or fetch it again"

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.storage.manifest import MANIFEST, Manifest, read_manifest
+from optim.runtime.storage.manifest import Manifest, read_manifest
 from optim.runtime.system.files import replace_text
+from optim.runtime.system.output import MANIFEST
 
 CARD = "README.md"
 HEADING = "## What it cost"

@@ -20,11 +20,17 @@ from torch import Tensor
 
 from optim.recipes.errors import CHECK_FAILED, MACHINE, USAGE, OptimError
 from optim.runtime.storage.checkpoint import Checkpoint
-from optim.runtime.storage.manifest import MANIFEST, Manifest, Source
+from optim.runtime.storage.manifest import Manifest, Source
 from optim.runtime.storage.tensors import TensorInfo
 from optim.runtime.system.files import ordinary_mode, sync
 from optim.runtime.system.hashes import file_sha256
-from optim.runtime.system.output import cannot_write, foreign_workspace, refusal, workspace_of
+from optim.runtime.system.output import (
+    MANIFEST,
+    cannot_write,
+    foreign_workspace,
+    refusal,
+    workspace_of,
+)
 
 SHARD_BYTES = 2**30
 

@@ -5,8 +5,8 @@ The engine has its own blocks, and the same modules in them: what is evaluated i
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from optim.runtime.formats.hadamard import Mixing
 from optim.runtime.formats.static_int import Exact, Static, read_config, stream_rotation
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.dense_view import PlainView
-from optim.runtime.walk.skeleton import EXPERT_PARTS, is_fused_experts
+from optim.runtime.walk.skeleton import is_fused_experts
 from optim.runtime.walk.walk import Experts, HiddenStates, Walk
 
 
@@ -84,17 +84,12 @@ def dress(reader: StaticReader, block: nn.Module, prefix: str) -> None:
         if isinstance(module, nn.Linear) and reader.has(path):
             block.set_submodule(name, reader.linear(path))
         elif is_fused_experts(module):
-            block.set_submodule(name, _experts(reader, module, path))
+            made = Experts.read(module, partial(_expert, reader, path))
+            block.set_submodule(name, made)
         elif reader.has(path):
             eps = float(getattr(module, "variance_epsilon", getattr(module, "eps", 0.0)))
             block.set_submodule(name, reader.norm(path, eps))
 
 
-def _experts(reader: StaticReader, fused: Any, path: str) -> Experts:
-    experts: list[nn.Module] = []
-    for e in range(fused.gate_up_proj.shape[0]):
-        expert = nn.Module()
-        for part in EXPERT_PARTS:
-            setattr(expert, part, reader.linear(f"{path}.{e}.{part}"))
-        experts.append(expert)
-    return Experts(experts, fused.act_fn)
+def _expert(reader: StaticReader, path: str, name: str, _like: Tensor) -> nn.Module:
+    return reader.linear(f"{path}.{name}")

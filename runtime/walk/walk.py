@@ -11,6 +11,7 @@ its stored bytes. Compressing a model larger than memory and evaluating one are 
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,22 @@ class Experts(nn.ModuleList):
     def __init__(self, experts: list[nn.Module], act_fn: Callable[[Tensor], Tensor]) -> None:
         super().__init__(experts)
         self.act_fn = act_fn
+
+    @classmethod
+    def read(cls, fused: Any, linear: Callable[[str, Tensor], nn.Module]) -> "Experts":
+        """The experts of transformers' module `fused`, one linear after the other.
+
+        `linear(name, like)` gives the one called `name` ("3.up_proj"), shaped like the weight
+        `like` `[out, in]` of the skeleton.
+        """
+        experts: list[nn.Module] = []
+        for e in range(fused.gate_up_proj.shape[0]):
+            expert = nn.Module()
+            like = (*fused.gate_up_proj[e].chunk(2), fused.down_proj[e])
+            for part, weight in zip(EXPERT_PARTS, like, strict=True):
+                setattr(expert, part, linear(f"{e}.{part}", weight))
+            experts.append(expert)
+        return cls(experts, fused.act_fn)
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden `[tokens, hidden]`, top_k_* `[tokens, k]` -> `[tokens, hidden]`."""
@@ -216,7 +233,7 @@ class Walk:
             if isinstance(child, nn.Linear):
                 module.set_submodule(name, self._linear(path, child.weight, child.bias))
             elif is_fused_experts(child):
-                module.set_submodule(name, self._experts(child, path))
+                module.set_submodule(name, Experts.read(child, partial(self._expert, path)))
         for name, parameter in module.named_parameters():
             if parameter.is_meta:
                 value = self._read(prefix + name).to(self.device, self.dtype)
@@ -236,15 +253,8 @@ class Walk:
         ]
         return StoredLinear(read[0], read[1] if len(read) == 2 else None)
 
-    def _experts(self, fused: Any, path: str) -> Experts:
-        experts: list[nn.Module] = []
-        for e in range(fused.gate_up_proj.shape[0]):
-            expert = nn.Module()
-            like = (*fused.gate_up_proj[e].chunk(2), fused.down_proj[e])
-            for part, weight in zip(EXPERT_PARTS, like, strict=True):
-                setattr(expert, part, self._linear(f"{path}{e}.{part}.", weight, None))
-            experts.append(expert)
-        return Experts(experts, fused.act_fn)
+    def _expert(self, path: str, name: str, like: Tensor) -> StoredLinear:
+        return self._linear(f"{path}{name}.", like, None)
 
     def _load_outer(self, head: bool) -> None:
         """Fill what stands outside the blocks: embeddings, final norm, the head if asked for."""
