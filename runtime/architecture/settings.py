@@ -18,8 +18,9 @@ from optim.runtime.architecture.table import FAMILIES
 from optim.runtime.system.files import load_json, replace_text
 from optim.runtime.system.paths import cache_folder
 
-LAYOUT = "1"  # of a kept file; another number makes all of them anew
-NOT_VALUES = ("id2label", "label2id")
+LAYOUT = "2"  # of a kept file; another number makes all of them anew
+NOT_VALUES = ("id2label", "label2id", "dtype", "ignore_keys_at_rope_validation")
+"""What JSON cannot hold, and nobody asks for."""
 KINDS = "nested_rope_parameter_keys"
 
 
@@ -41,19 +42,23 @@ def read_settings(config: dict[str, Any], source: str) -> Any:
     with suppress(OptimError, KeyError, AttributeError):
         return Settings(load_json(place))
     made = read_config(config, source)
-    if made.model_type in FAMILIES and _unscaled(made):
+    if made.model_type in FAMILIES and _unscaled(made) and (text := text_of(made)) is not None:
         with suppress(OptimError, OSError):
             place.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(place, json.dumps(values_of(made)))
+            replace_text(place, text)
     return made
 
 
-def values_of(config: Any) -> dict[str, Any]:
-    """What a configuration object answers, as far as JSON can hold it."""
+def text_of(config: Any) -> str | None:
+    """What a configuration object answers, as JSON; None if JSON would change an answer."""
     names = {*vars(config), *config.attribute_map, "model_type"} - {*NOT_VALUES}
     found = {name: getattr(config, name) for name in names}
-    kept = {name: value for name, value in found.items() if _is_json(value)}
-    return kept | {KINDS: config.nested_rope_parameter_keys(_rotary(config))}
+    found[KINDS] = config.nested_rope_parameter_keys(_rotary(config))
+    try:
+        text = json.dumps(found)
+        return text if json.loads(text) == found else None
+    except (TypeError, ValueError, RecursionError):
+        return None
 
 
 def _place(config: dict[str, Any]) -> Path:
@@ -72,10 +77,3 @@ def _unscaled(config: Any) -> bool:
     kinds = config.nested_rope_parameter_keys(rotary)
     parts = [rotary[kind] for kind in kinds] if kinds else [rotary]
     return all(isinstance(p, dict) and p.get("rope_type", "default") == "default" for p in parts)
-
-
-def _is_json(value: Any) -> bool:
-    try:
-        return bool(json.loads(json.dumps(value)) == value)
-    except (TypeError, ValueError, RecursionError):
-        return False

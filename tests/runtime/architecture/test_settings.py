@@ -10,7 +10,7 @@ import torch
 from optim.recipes.errors import OptimError
 from optim.runtime.architecture import settings
 from optim.runtime.architecture.config import read_config
-from optim.runtime.architecture.settings import Settings, read_settings, values_of
+from optim.runtime.architecture.settings import Settings, read_settings, text_of
 from optim.runtime.architecture.shape import resolve
 from optim.runtime.architecture.table import FAMILIES
 from optim.runtime.decoder.rope import ropes
@@ -21,7 +21,9 @@ from tests.conformance.variants import CASES, config_of
 def test_a_model_has_the_same_shape(family: str, variant: str) -> None:
     object_ = read_config(config_of(family, variant), "test")
     facts = FAMILIES[object_.model_type].decoder
-    kept = Settings(json.loads(json.dumps(values_of(object_))))
+    text = text_of(object_)
+    assert text is not None
+    kept = Settings(json.loads(text))
     shape = resolve(object_, facts)
     assert resolve(kept, facts) == shape
     if facts.positions or not settings._unscaled(object_):
@@ -65,6 +67,14 @@ def test_scaled_angles_need_the_object(cache: Path) -> None:
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
     read_settings(config_of("llama", CASES[0][1]) | {"rope_parameters": rope}, "test")
     assert not cache.exists() or not list(cache.iterdir())
+
+
+def test_a_value_that_json_changes_keeps_the_object(cache: Path) -> None:
+    config = config_of(*CASES[0]) | {"hidden_act_param": float("nan")}
+    for _ in range(2):
+        value = read_settings(config, "test").hidden_act_param
+        assert value != value
+    assert not cache.exists()
 
 
 def test_what_is_refused_is_not_kept(cache: Path) -> None:
