@@ -1,0 +1,111 @@
+"""The commands that make artifacts. Each reads its flags and calls one function of `cli/`."""
+
+from typing import Any
+
+import typer
+
+from optim.cli import flags
+from optim.cli.recipe_flags import with_keys
+
+app = typer.Typer()
+
+
+@app.command(
+    rich_help_panel="Compress",
+    epilog="Example: optim quantize demo -m awq --bits 4 --group-size 64 -o smollm2-awq",
+)
+@with_keys("quantize")
+def quantize(
+    model: flags.RecipeModel = None,
+    output: flags.QuantizeOutput = None,
+    recipe: flags.Recipe = None,
+    sets: flags.Sets = None,
+    print_recipe: flags.PrintRecipe = False,
+    dry_run: flags.DryRun = False,
+    force: flags.Force = False,
+    device: flags.Device = "auto",
+    threads: flags.Threads = None,
+    trust_remote_code: flags.TrustCode = False,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    **keys: Any,
+) -> None:
+    """Store weights in 2, 3, 4 or 8 bits, guided by text or not; mergequant: activations too."""
+    from optim.cli import quantize as command
+    from optim.cli.compress import How
+
+    keys |= {"model": model, "output": output}
+    how = How(device, threads, trust_remote_code, force, json, quiet, print_recipe, dry_run)
+    command.quantize(recipe, keys, sets or [], how)
+
+
+@app.command(
+    rich_help_panel="Compress",
+    epilog="Example: optim prune demo --sparsity 0.25 -o smollm2-sparse",
+)
+@with_keys("prune")
+def prune(
+    model: flags.RecipeModel = None,
+    output: flags.PruneOutput = None,
+    recipe: flags.Recipe = None,
+    sets: flags.Sets = None,
+    print_recipe: flags.PrintRecipe = False,
+    dry_run: flags.DryRun = False,
+    force: flags.Force = False,
+    device: flags.Device = "auto",
+    threads: flags.Threads = None,
+    trust_remote_code: flags.TrustCode = False,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    **keys: Any,
+) -> None:
+    """Leave out what hardly matters as the model runs: small inputs, idle neurons, zeros."""
+    from optim.cli import prune as command
+    from optim.cli.compress import How
+
+    keys |= {"model": model, "output": output}
+    how = How(device, threads, trust_remote_code, force, json, quiet, print_recipe, dry_run)
+    command.prune(recipe, keys, sets or [], how)
+
+
+@app.command(rich_help_panel="Compress", epilog="Example: optim pack demo -o smollm2-df11")
+@with_keys("pack")
+def pack(
+    model: flags.RecipeModel = None,
+    output: flags.PackOutput = None,
+    recipe: flags.Recipe = None,
+    print_recipe: flags.PrintRecipe = False,
+    dry_run: flags.DryRun = False,
+    force: flags.Force = False,
+    threads: flags.Threads = None,
+    trust_remote_code: flags.TrustCode = False,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    **keys: Any,
+) -> None:
+    """Store bf16 weights in 11 or 12 bits without any loss, and prove it."""
+    from optim.cli import pack as command
+    from optim.cli.compress import How
+
+    keys |= {"model": model, "output": output}
+    how = How("cpu", threads, trust_remote_code, force, json, quiet, print_recipe, dry_run)
+    command.pack(recipe, keys, how)
+
+
+@app.command(
+    rich_help_panel="Compress", epilog="Example: optim unpack smollm2-df11 -o smollm2-original"
+)
+def unpack(
+    model: flags.Packed,
+    output: flags.UnpackOutput = None,
+    force: flags.Force = False,
+    threads: flags.Threads = None,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+) -> None:
+    """Write the tensors that were packed, byte for byte."""
+    from optim.cli import pack as command
+    from optim.cli.compress import How
+
+    how = How("cpu", threads, force=force, as_json=json, quiet=quiet)
+    command.unpack(model, output, how)

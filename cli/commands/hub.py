@@ -1,0 +1,37 @@
+"""The commands for models of the hub. Each reads its flags and calls one function of `cli/`."""
+
+from typing import Annotated
+
+import typer
+
+from optim.cli import flags
+
+app = typer.Typer()
+
+CachedModel = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A hub id, owner/name or owner/name@revision; demo.")
+]
+
+
+@app.command("list", rich_help_panel="Models", epilog="Example: optim list")
+def list_models(json: flags.Json = False) -> None:
+    """List the models that were fetched."""
+    from optim.cli import models as command
+
+    command.list_models(as_json=json)
+
+
+@app.command(rich_help_panel="Models", epilog="Example: optim pull demo")
+def pull(model: CachedModel, revision: flags.Revision = None, quiet: flags.Quiet = False) -> None:
+    """Fetch a model. HF_ENDPOINT names another hub, HF_TOKEN opens private models."""
+    from optim.cli import models as command
+
+    command.pull(model, revision, quiet=quiet)
+
+
+@app.command(rich_help_panel="Models", epilog="Example: optim rm demo")
+def rm(model: CachedModel, json: flags.Json = False) -> None:
+    """Remove a fetched model from the cache."""
+    from optim.cli import models as command
+
+    command.remove(model, as_json=json)

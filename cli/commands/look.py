@@ -1,0 +1,98 @@
+"""The commands that look at models and measure them.
+
+Each reads its flags and calls one function of `cli/`.
+"""
+
+import typer
+
+from optim.cli import flags
+
+app = typer.Typer()
+
+
+@app.command(rich_help_panel="Look", epilog="Example: optim inspect smollm2-awq --verify")
+def inspect(
+    model: flags.Model,
+    verify: flags.Verify = False,
+    tensors: flags.Tensors = False,
+    json: flags.Json = False,
+) -> None:
+    """Show where the bytes are, and how an artifact was made, without loading it."""
+    from optim.cli import inspect as command
+
+    command.inspect(model, verify=verify, as_json=json, tensors=tensors)
+
+
+@app.command(
+    "eval", rich_help_panel="Look", epilog="Example: optim eval smollm2-awq --against demo"
+)
+def evaluate(
+    model: flags.Model,
+    against: flags.Against = None,
+    text: flags.Text = "builtin:eval",
+    text_column: flags.TextColumn = "text",
+    window: flags.Window = 1024,
+    max_windows: flags.MaxWindows = None,
+    max_ppl_increase: flags.MaxIncrease = None,
+    record: flags.Record = False,
+    device: flags.Device = "auto",
+    threads: flags.Threads = None,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+) -> None:
+    """Measure perplexity, and the divergence from the original model."""
+    from optim.cli import evaluate as command
+
+    asked = command.Asked(against, text, text_column, window, max_windows, device, threads)
+    what = command.Then(max_ppl_increase, record, json, quiet)
+    command.evaluate(model, asked, what)
+
+
+@app.command(
+    rich_help_panel="Look", epilog="Example: optim bench smollm2-awq --against demo --threads 2"
+)
+def bench(
+    model: flags.Model,
+    against: flags.Against = None,
+    peer: flags.Peer = None,
+    prompt_tokens: flags.PromptTokens = "64,512",
+    new_tokens: flags.NewTokens = 64,
+    batch: flags.Batch = 1,
+    repeat: flags.Repeat = 3,
+    context: flags.Context = None,
+    kv_bits: flags.KvBits = 16,
+    kv_policy: flags.KvPolicy = "full",
+    exact: flags.Exact = False,
+    offload: flags.Offload = False,
+    device: flags.Device = "auto",
+    threads: flags.Threads = None,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+) -> None:
+    """Measure speed and memory, against the original and other engines."""
+    from optim.cli import bench as command
+
+    asked = command.Asked(
+        against,
+        tuple(peer or ()),
+        prompt_tokens,
+        new_tokens,
+        batch,
+        repeat,
+        threads,
+        device,
+        kv_bits,
+        kv_policy,
+        context,
+        exact,
+        offload,
+    )
+    command.bench(model, asked, as_json=json, quiet=quiet)
+
+
+@app.command(rich_help_panel="Look", epilog="Example: optim doctor --json")
+def doctor(json: flags.Json = False, levels: flags.Levels = False) -> None:
+    """Show what this machine can run, and test each kernel on it."""
+    from optim.cli import doctor as command
+
+    command.doctor(as_json=json, levels=levels)
