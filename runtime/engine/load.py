@@ -152,13 +152,32 @@ class Model:
         fp32 `[B, vocab]` of the last position, or `[B, T, vocab]` with `all_logits`.
         Raises OptimError (2) where the cache's limit would be passed.
         """
-        if cache.length + ids.shape[1] > cache.limit:
+        self._check_room(cache, ids.shape[1])
+        return self.decoder(ids.to(self.device), cache, all_logits)
+
+    @torch.inference_mode()
+    def step_many(self, work: Sequence[tuple[Cache, Sequence[int]]]) -> list[Tensor]:
+        """Logits after every token of several texts: their caches, and the few tokens that follow.
+
+        fp32 `[k, vocab]` a text, in every bit what `forward` gives for one token after the other,
+        whatever else is in `work`; so are the caches. `truncate` takes tokens back. A cache, of one
+        row, stands in `work` once. Prompts are for `forward`: this computes logits for every token.
+        Raises OptimError (2), and changes nothing, where the limit of a cache would be passed.
+        """
+        for cache, tokens in work:
+            self._check_room(cache, len(tokens))
+        return [torch.cat([self._one(token, cache) for token in ids]) for cache, ids in work]
+
+    def _one(self, token: int, cache: Cache) -> Tensor:
+        return self.decoder(torch.tensor([[token]], device=self.device), cache, False)
+
+    def _check_room(self, cache: Cache, count: int) -> None:
+        if cache.length + count > cache.limit:
             raise OptimError(
-                f"{cache.length + ids.shape[1]} tokens do not fit a context of {cache.limit}",
+                f"{cache.length + count} tokens do not fit a context of {cache.limit}",
                 self.more_room(cache.limit),
                 USAGE,
             )
-        return self.decoder(ids.to(self.device), cache, all_logits)
 
 
 def load_model(
