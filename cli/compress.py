@@ -10,7 +10,7 @@ from optim.recipes.build import build_recipe, to_yaml
 from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.schema import Recipe
 
-SECTIONS = ("quantize", "prune", "pack")  # of a recipe: each is a command
+SECTIONS = ("quantize", "prune", "pack", "export")  # of a recipe: each is a command
 GOES_ON = "the same command goes on where it was"
 
 

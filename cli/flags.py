@@ -50,6 +50,10 @@ PackOutput = Annotated[
 Packed = Annotated[str, Argument(metavar="MODEL", help="A packed folder, or a hub id of one.")]
 UnpackOutput = Annotated[str | None, Option("-o", "--output", help="Folder to write.")]
 
+ExportOutput = Annotated[
+    str | None, Option("-o", "--output", help="What to write. Default: ./MODEL and the format.")
+]
+
 # run: sampling.
 SAMPLING = "Sampling"
 Prompt = Annotated[

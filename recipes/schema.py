@@ -324,6 +324,17 @@ class Pack(Section):
     )
 
 
+class Export(Section):
+    """The model in the form of another program."""
+
+    format: Annotated[Literal["safetensors"], Spelled(("-f", "--format"))] = Field(
+        default="safetensors", description="what is written"
+    )
+    type: Literal["f32", "f16", "bf16"] | None = Field(
+        default=None, description="type of the weights that do not stay integers"
+    )
+
+
 # The sections whose keys depend on their method.
 SECTIONS: dict[str, Mapping[str, type[Section]]] = {"quantize": METHODS, "prune": PRUNINGS}
 
@@ -338,6 +349,7 @@ class Recipe(Section):
     quantize: Quantize | None = None
     prune: Prune | None = None
     pack: Pack | None = None
+    export: Export | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -350,7 +362,7 @@ class Recipe(Section):
             return data
         return data | {"calibration": TRAINING | given}
 
-    @field_validator("quantize", "prune", "pack", mode="before")
+    @field_validator("quantize", "prune", "pack", "export", mode="before")
     @classmethod
     def _has_keys(cls, section: Any) -> Any:
         if section is None:
@@ -359,8 +371,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _has_sections_that_go_together(self) -> "Recipe":
-        if self.quantize is None and self.prune is None and self.pack is None:
-            raise ValueError("must have a section quantize, prune or pack")
+        makes = [self.quantize, self.prune, self.pack]
+        if self.export is None and makes == [None, None, None]:
+            raise ValueError("must have a section quantize, prune, pack or export")
+        if self.export is not None and makes != [None, None, None]:
+            raise ValueError("export stands alone: export the folder that was written")
         if self.prune is not None and self.quantize is not None:
             raise ValueError("prune cannot stand beside quantize: prune the folder it has written")
         if self.prune is not None and self.pack is not None:
@@ -375,6 +390,8 @@ def keys_of(path: tuple[str | int, ...], method: str | None) -> list[str]:
         section = Calibration
     elif path[:1] == ("pack",):
         section = Pack
+    elif path[:1] == ("export",):
+        section = Export
     elif path[:2] == ("quantize", "overrides"):
         section = Override
     elif path and path[0] in SECTIONS:

@@ -109,3 +109,30 @@ def unpack(
 
     how = How("cpu", threads, force=force, as_json=json, quiet=quiet)
     command.unpack(model, output, how)
+
+
+@app.command(
+    rich_help_panel="Compress",
+    epilog="Example: optim export smollm2-awq --format safetensors -o smollm2-plain",
+)
+@with_keys("export")
+def export(
+    model: flags.RecipeModel = None,
+    output: flags.ExportOutput = None,
+    recipe: flags.Recipe = None,
+    print_recipe: flags.PrintRecipe = False,
+    dry_run: flags.DryRun = False,
+    force: flags.Force = False,
+    threads: flags.Threads = None,
+    trust_remote_code: flags.TrustCode = False,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+    **keys: Any,
+) -> None:
+    """Write the model in the form of another program, integers as they are where it has them."""
+    from optim.cli import export as command
+    from optim.cli.compress import How
+
+    keys |= {"model": model, "output": output}
+    how = How("cpu", threads, trust_remote_code, force, json, quiet, print_recipe, dry_run)
+    command.export(recipe, keys, how)

@@ -5,14 +5,13 @@ What evaluation walks over: the same tensors for every format, one definition of
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from optim.runtime.formats.pack_quantized import (
-    SUFFIXES,
-    dequantize,
-    unpack,
-)
+from optim.runtime.formats.bits import unpack_rows
+from optim.runtime.formats.pack_quantized import SUFFIXES, Scheme, dequantize, unpack
 from optim.runtime.storage.checkpoint import Checkpoint, schemes_of
+from optim.runtime.storage.tensors import TensorInfo
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -28,13 +27,14 @@ class PlainView:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.name = checkpoint, checkpoint.name
         self._scheme_of = schemes_of(checkpoint)
-        self._packed = {
-            n.removesuffix(".weight_packed")
-            for n in checkpoint.tensors
-            if n.endswith(".weight_packed")
-        }
-        plain = {n for n in checkpoint.tensors if n.rpartition(".")[2] not in SUFFIXES}
-        self.tensors = plain | {f"{module}.weight" for module in self._packed}
+        self.tensors: dict[str, str | None] = {}
+        """Plain name -> the packed linear it is read from; None where it is stored as it is."""
+        for name in checkpoint.tensors:
+            module, _, suffix = name.rpartition(".")
+            if suffix == "weight_packed":
+                self.tensors[f"{module}.weight"] = module
+            elif suffix not in SUFFIXES:
+                self.tensors[name] = None
 
     def hf_config(self) -> "PretrainedConfig":
         """The configuration without its quantization, so that a plain skeleton is built."""
@@ -45,12 +45,37 @@ class PlainView:
 
     def read(self, name: str) -> Tensor:
         """One tensor by its plain name; OptimError (2) naming it if it is missing or corrupt."""
-        module = name.removesuffix(".weight")
-        if module not in self._packed:
+        if self.tensors.get(name) is None:
             return self.checkpoint.read(name)
-        scheme = self._scheme_of(module)
-        assert scheme is not None, module
+        return dequantize(*self.integers(name))
+
+    def scheme(self, name: str) -> Scheme | None:
+        """How the tensor of this plain name is packed; None where it is not."""
+        module = self.tensors[name]
+        return None if module is None else self._scheme_of(module)
+
+    def integers(self, name: str) -> tuple[Tensor, Tensor, Tensor | None, Scheme]:
+        """What a packed weight is stored as: `unpack`'s q, scale and zero, and their scheme."""
+        module, scheme = self.tensors[name], self.scheme(name)
+        assert module is not None and scheme is not None, name
         keys = (k for k in SUFFIXES if f"{module}.{k}" in self.checkpoint.tensors)
         tensors = {k: self.checkpoint.read(f"{module}.{k}") for k in keys}
-        q, scale, zero = unpack(tensors, scheme, module)
-        return dequantize(q, scale, zero, scheme)
+        return *unpack(tensors, scheme, module), scheme
+
+    def grid(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """The scales `[out, groups]` and zero points of a packed weight, without its integers."""
+        module, scheme = self.tensors[name], self.scheme(name)
+        assert module is not None and scheme is not None, name
+        scale = self.checkpoint.read(f"{module}.weight_scale")
+        if scheme.symmetric:
+            return scale, None
+        packed = self.checkpoint.read(f"{module}.weight_zero_point")
+        return scale, unpack_rows(packed.T, scheme.bits, scale.shape[0]).T.contiguous()
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype of what `read` gives."""
+        module = self.tensors[name]
+        if module is None:
+            return self.checkpoint.tensors[name]
+        outputs, inputs = (int(n) for n in self.checkpoint.read(f"{module}.weight_shape"))
+        return TensorInfo((outputs, inputs), torch.float32, 4 * outputs * inputs)

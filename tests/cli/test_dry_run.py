@@ -79,7 +79,7 @@ def test_few_bits_are_warned_of(make_model: Make, tmp_path: Path, capfd) -> None
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_cannot_be_written(make_model: Make, tmp_path: Path, capfd) -> None:
     tmp_path.chmod(0o500)
-    for command in ("quantize", "prune", "pack"):
+    for command in ("quantize", "prune", "pack", "export"):
         assert run(command, make_model("llama"), "-o", tmp_path / "out", "--dry-run") == 4
         assert "Cannot write to" in capfd.readouterr().err
     tmp_path.chmod(0o700)

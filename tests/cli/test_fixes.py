@@ -88,7 +88,7 @@ OWN = {
     "runtime/cache": {"run", "bench"},
     "quant": {"quantize"},
     "prune": {"prune"},
-    "export": {"pack", "unpack"},
+    "export": {"pack", "unpack", "export"},
 }
 
 

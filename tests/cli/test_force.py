@@ -17,6 +17,7 @@ COMMANDS = {
     "prune": ("-m", "threshold", *TEXT),
     "pack": (),
     "unpack": (),
+    "export": (),
 }
 
 
@@ -98,7 +99,7 @@ def test_the_old_one_stays_until_the_new_one_is_whole(
     assert run(*words) == 0 and held(out) == before
 
 
-@pytest.mark.parametrize("name", ["quantize", "prune", "pack"])
+@pytest.mark.parametrize("name", ["quantize", "prune", "pack", "export"])
 def test_a_dry_run_says_what_it_would_replace(
     name: str, make_model: Make, tmp_path: Path, capfd
 ) -> None:

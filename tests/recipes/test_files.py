@@ -96,7 +96,7 @@ HEAD2 = "bad.yaml is not a valid recipe (2 problems)\n  "
         ("a: !!python/object:os.system x", HEAD + "bad.yaml:1: "
          "tags (tag:yaml.org,2002:python/object:os.system) are not allowed"),
         ("? [a]\n: 2", HEAD + "bad.yaml:1: a key must be a word"),
-        ("version: 1", HEAD + "bad.yaml:1: must have a section quantize, prune or pack"),
+        ("version: 1", HEAD + "bad.yaml:1: must have a section quantize, prune, pack or export"),
         ("version: 1\nprune:\npack: {cast: 1}", HEAD2 + "bad.yaml:2: prune: "
          "must be a mapping of keys to values (got nothing)\n"
          "  bad.yaml:3: pack.cast: must be true or false (got 1)"),

@@ -1,0 +1,110 @@
+"""`optim export`: open a model, say what a format makes of it, write it."""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from optim.export.exporter import Exporter, Held, Plan, Progress, rows
+from optim.export.formats import FORMATS
+from optim.recipes.errors import USAGE, OptimError
+from optim.recipes.schema import Export
+from optim.runtime.formats import static_int
+from optim.runtime.sparsity.side_file import SIDE
+from optim.runtime.storage.checkpoint import Checkpoint
+from optim.runtime.storage.dense_view import PlainView
+from optim.runtime.storage.open import open_checkpoint
+from optim.runtime.storage.size_table import rounded_before
+from optim.runtime.system.memory import peak_bytes
+from optim.runtime.system.output import check_output
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was made: for the screen and `--json`."""
+
+    output: str
+    format: str
+    source_bytes: int
+    output_bytes: int
+    weights: list[dict[str, Any]]
+    seconds: float
+    peak_memory_bytes: int
+    notes: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """A plain dictionary."""
+        return asdict(self)
+
+
+def plan(
+    source: str | Checkpoint,
+    wanted: Export,
+    output: str | None = None,
+    *,
+    force: bool = False,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Open a model and decide what becomes of each weight; nothing is written.
+
+    Raises OptimError: 2 for a model or an output that will not do, 4 for the disk.
+    """
+    if isinstance(source, str):
+        source = open_checkpoint(source, trust_remote_code=trust_remote_code)
+    exporter = FORMATS[wanted.format]
+    _refuse(source, wanted, exporter)
+    model = PlainView(source)
+    held = exporter.hold(model, wanted)
+    name = f"./{source.name}-{wanted.format}" if not exporter.suffix else f"./{source.name}"
+    place = Path(output or f"{name}{exporter.suffix}")
+    nbytes = sum(item.nbytes for item in held)
+    check_output(place, force, nbytes, source.places)
+    notes = tuple(_notes(source, held))
+    return Plan(source, model, wanted, exporter, place, force, held, notes)
+
+
+def export(made: Plan, progress: Progress) -> Report:
+    """Carry out a plan. Raises OptimError: 2 for input that turns out to be bad, 4 for the disk."""
+    start = time.monotonic()
+    nbytes = made.exporter.write(made, progress)
+    facts = made.as_dict()
+    return Report(
+        output=str(made.output),
+        format=made.wanted.format,
+        source_bytes=facts["source_bytes"],
+        output_bytes=nbytes,
+        weights=rows(made.held),
+        seconds=time.monotonic() - start,
+        peak_memory_bytes=peak_bytes(),
+        notes=list(made.notes),
+    )
+
+
+def _refuse(checkpoint: Checkpoint, wanted: Export, exporter: Exporter) -> None:
+    """Keys that the format does not read, and models that no format of others holds."""
+    given = wanted.model_fields_set - {"format"}
+    for key in sorted(given - exporter.keys):
+        if getattr(wanted, key):
+            readers = [name for name, other in FORMATS.items() if key in other.keys]
+            fix = f"leave it out, or choose --format {' or '.join(readers)}"
+            raise OptimError(f"--{key} means nothing to the format {wanted.format}", fix, USAGE)
+    if (checkpoint.quantization or {}).get("quant_method") == static_int.METHOD:
+        what = f"{checkpoint.source} has static integer activations, which no other format holds"
+        fix = "quantize the original with `optim quantize -m awq`, and export that"
+        raise OptimError(what, fix, USAGE)
+    if not checkpoint.quantization_is_ours:
+        method = (checkpoint.quantization or {}).get("quant_method")
+        what = f"{checkpoint.source} is stored by the method {method!r}, which is not known here"
+        raise OptimError(what, "export the original 16-bit model", USAGE)
+
+
+def _notes(checkpoint: Checkpoint, held: list[Held]) -> list[str]:
+    notes = []
+    if (checkpoint.folder / SIDE).is_file():
+        notes.append("what pruning skips as the model runs is not carried over: all weights are")
+    if checkpoint.left_out:
+        notes.append(f"{len(checkpoint.left_out)} tensors that are no part of the text model stay")
+    before = rounded_before(checkpoint)
+    if before is not None:
+        notes.append(f"the source is {before}: its weights are read as they are de-quantized")
+    return notes
