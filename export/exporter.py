@@ -2,7 +2,7 @@
 
 `hold` decides from headers and grids alone, so that a plan says before any work which weights keep
 their integers, which are rounded and by how much. `write` then reads one weight at a time. To add a
-format: a file with a class like this, a word in `recipes/schema.py`, a row in `formats.py`.
+format: a file with a class like this, a word in `recipes/writing.py`, a row in `formats.py`.
 """
 
 import math

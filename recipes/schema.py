@@ -8,40 +8,23 @@ are made from the field's name, type, description and default (keys.py).
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from optim.recipes.patterns import Pattern
+from optim.recipes.section import SET_ONLY as SET_ONLY
+from optim.recipes.section import Patterns
+from optim.recipes.section import Section as Section
+from optim.recipes.section import Spelled as Spelled
+from optim.recipes.writing import Export as Export
+from optim.recipes.writing import Pack as Pack
 
 VERSION = 1
 
 Bits = Literal[2, 3, 4, 8]
 # "auto" is the largest of 128, 64, 32 and 16 that divides every input; -1 is one group per row.
 GroupSize = Literal["auto", -1, 16, 32, 64, 128, 256]
-# Files give lists; a frozen recipe holds tuples.
-Patterns = Annotated[tuple[Pattern, ...], Field(strict=False)]
-
-
-@dataclass(frozen=True, slots=True)
-class Spelled:
-    """How a key is typed on the command line; without one it is `--` and the key's name.
-
-    With no names at all the key has no flag of its own: `--set SECTION.KEY=VALUE` gives it.
-    """
-
-    names: tuple[str, ...]
-
-
-SET_ONLY = Spelled(())
-
-
-class Section(BaseModel):
-    """What every part of a recipe is: frozen, with no key it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Calibration(Section):
@@ -308,31 +291,6 @@ PRUNINGS: dict[str, type[Section]] = {
     "prosparse": ProSparse,
 }
 Prune = Annotated[Threshold | CoreInfer | ReluExact | ProSparse, Field(discriminator="method")]
-
-
-class Pack(Section):
-    """The same bits in fewer bytes: DFloat11's codes, or fixed-rate planes."""
-
-    layout: Literal["df11", "bf12"] = Field(
-        default="df11", description="df11 is the smallest; bf12 is made to be run"
-    )
-    cast: Annotated[bool, Spelled(("--cast",))] = Field(
-        default=False, description="round fp16 and fp32 weights to bf16 first: not lossless"
-    )
-    targets: Annotated[Patterns, Spelled(("--target",))] = Field(
-        default=("Linear",), min_length=1, description="modules to pack: names or re:PATTERN"
-    )
-
-
-class Export(Section):
-    """The model in the form of another program."""
-
-    format: Annotated[Literal["safetensors"], Spelled(("-f", "--format"))] = Field(
-        default="safetensors", description="what is written"
-    )
-    type: Literal["f32", "f16", "bf16"] | None = Field(
-        default=None, description="type of the weights that do not stay integers"
-    )
 
 
 # The sections whose keys depend on their method.

@@ -54,7 +54,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / package, copy / package, ignore=ignored)
     (code,) = blocks("python")
     (copy / FILE).write_text(code, encoding="utf-8")
-    files = [copy / "recipes/schema.py", copy / "runtime/storage/lossless/layouts.py"]
+    files = [copy / "recipes/writing.py", copy / "runtime/storage/lossless/layouts.py"]
     changed = [apply(change, files) for change in blocks("diff")]
     assert changed == [files[0], files[1], files[1]]  # one literal, one row and its import
     return copy.parent

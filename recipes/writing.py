@@ -1,0 +1,32 @@
+"""The sections that write a model otherwise, with weights that are there: `pack` and `export`."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from optim.recipes.section import Patterns, Section, Spelled
+
+
+class Pack(Section):
+    """The same bits in fewer bytes: DFloat11's codes, or fixed-rate planes."""
+
+    layout: Literal["df11", "bf12"] = Field(
+        default="df11", description="df11 is the smallest; bf12 is made to be run"
+    )
+    cast: Annotated[bool, Spelled(("--cast",))] = Field(
+        default=False, description="round fp16 and fp32 weights to bf16 first: not lossless"
+    )
+    targets: Annotated[Patterns, Spelled(("--target",))] = Field(
+        default=("Linear",), min_length=1, description="modules to pack: names or re:PATTERN"
+    )
+
+
+class Export(Section):
+    """The model in the form of another program."""
+
+    format: Annotated[Literal["safetensors"], Spelled(("-f", "--format"))] = Field(
+        default="safetensors", description="what is written"
+    )
+    type: Literal["f32", "f16", "bf16"] | None = Field(
+        default=None, description="type of the weights that do not stay integers"
+    )
