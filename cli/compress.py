@@ -26,6 +26,7 @@ class How:
     quiet: bool = False
     print_recipe: bool = False
     dry_run: bool = False
+    evaluate: bool = True
 
     @property
     def given(self) -> "Given":
@@ -99,8 +100,12 @@ def carry_out(
     how: How,
     facts: Callable[[dict[str, Any]], list[str]],
     when_stopped: str = GOES_ON,
+    against: str | None = None,
 ) -> None:
-    """Do the work under a progress bar, and say in one line what came out."""
+    """Do the work under a progress bar, and say in one line what came out.
+
+    What changes a model is measured `against` it; None where every byte is proven already.
+    """
     try:
         with ui.progress(title) as step:
             report = work(step).as_dict()
@@ -109,7 +114,51 @@ def carry_out(
         raise
     for text in report["notes"]:
         ui.note(text)
+    if against is not None and how.evaluate:
+        report["evaluation"] = prove(report["output"], against, how)
     if how.as_json:
         ui.emit(report)
     line = [report["output"], *facts(report)]
     ui.done(" · ".join(line), following=f"optim run {report['output']}")
+
+
+def prove(output: str, against: str, how: How) -> dict[str, Any] | None:
+    """Measure a finished artifact and say what it cost; None where that cannot be measured.
+
+    The artifact is whole before: Ctrl-C ends the measurement alone.
+    """
+    from optim.runtime.measure.proof import prove as measure
+
+    try:
+        with ui.progress("measuring") as step:
+            found = measure(
+                Path(output),
+                against,
+                step,
+                device=how.device,
+                threads=how.threads,
+                trust_remote_code=how.trust_remote_code,
+            )
+    except KeyboardInterrupt:
+        again = f"optim eval {output} --against {against} --record"
+        ui.note(f"stopped measuring; {output} is whole, and `{again}` measures it")
+        raise
+    except OptimError as problem:
+        ui.note(f"not measured: {problem.message}")
+        return None
+    ui.note(in_a_line(found))
+    return found
+
+
+def in_a_line(found: dict[str, Any]) -> str:
+    """A comparison with the original, in one line."""
+    error = "" if found.get("kl_error") is None else f" ± {found['kl_error']:.4f}"
+    return " · ".join(
+        (
+            f"perplexity {found['base_perplexity']:.3f} -> {found['perplexity']:.3f}"
+            f" ({found['ppl_ratio'] - 1:+.2%})",
+            f"KL {found['kl']:.4f}{error}",
+            f"same likeliest token {found['same_top']:.1%}",
+            f"{found['windows']} x {found['window']} tokens of {found['text']}",
+        )
+    )

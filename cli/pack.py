@@ -25,7 +25,8 @@ def pack(file_or_name: str | None, keys: dict[str, Any], how: How) -> None:
     trust = how.trust_remote_code
     made = plan(recipe.model, recipe.pack, recipe.output, force=how.force, trust_remote_code=trust)
     if not only_planned(made.as_dict(), how, _show_plan):
-        carry_out("pack", lambda step: pack(made, step), how, _facts)
+        rounded = recipe.model if recipe.pack.cast else None
+        carry_out("pack", lambda step: pack(made, step), how, _facts, against=rounded)
 
 
 def unpack(model: str, output: str | None, how: How) -> None:

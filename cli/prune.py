@@ -27,7 +27,7 @@ def prune(file_or_name: str | None, keys: dict[str, Any], sets: Sequence[str], h
         return
     assert recipe.prune is not None
     title, again = recipe.prune.method, "the same command starts again"
-    carry_out(title, lambda step: prune(made, step), how, _facts, again)
+    carry_out(title, lambda step: prune(made, step), how, _facts, again, against=recipe.model)
 
 
 def _fitting_method(model: str | None, sets: Sequence[str]) -> str | None:

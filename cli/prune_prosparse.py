@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from optim.cli import ui
-from optim.cli.compress import How, only_planned
+from optim.cli.compress import How, only_planned, prove
 from optim.recipes.schema import Recipe
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -44,8 +44,12 @@ def work(recipe: Recipe, how: How) -> None:
     except KeyboardInterrupt:
         ui.note("stopped; the same command goes on from the last saved state")
         raise
-    if os.environ.get("RANK", "0") == "0":
-        show(outcome.as_dict(), recipe.model or "", how.as_json)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    found = outcome.as_dict()
+    if how.evaluate and recipe.model is not None:
+        found["evaluation"] = prove(found["output"], recipe.model, how)
+    show(found, recipe.model or "", how.as_json)
 
 
 def _own_device(asked: str) -> str:

@@ -25,7 +25,8 @@ def quantize(file_or_name: str | None, keys: dict[str, Any], sets: Sequence[str]
     if only_planned(made.as_dict(), how, _show_plan):
         return
     assert recipe.quantize is not None
-    carry_out(recipe.quantize.method, lambda step: quantize(made, step), how, _facts)
+    title = recipe.quantize.method
+    carry_out(title, lambda step: quantize(made, step), how, _facts, against=recipe.model)
 
 
 def _show_plan(plan: dict[str, Any]) -> None:

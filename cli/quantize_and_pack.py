@@ -54,7 +54,7 @@ def quantize_and_pack(recipe: Recipe, how: How) -> None:
         shutil.rmtree(made.output)
         return report
 
-    carry_out(f"{recipe.quantize.method}, pack", work, how, _facts)
+    carry_out(f"{recipe.quantize.method}, pack", work, how, _facts, against=recipe.model)
 
 
 def _is_there(made: "Plan") -> bool:

@@ -22,6 +22,7 @@ def quantize(
     sets: flags.Sets = None,
     print_recipe: flags.PrintRecipe = False,
     dry_run: flags.DryRun = False,
+    no_eval: flags.NoEval = False,
     force: flags.Force = False,
     device: flags.Device = "auto",
     threads: flags.Threads = None,
@@ -35,7 +36,8 @@ def quantize(
     from optim.cli.compress import How
 
     keys |= {"model": model, "output": output}
-    how = How(device, threads, trust_remote_code, force, json, quiet, print_recipe, dry_run)
+    work = (print_recipe, dry_run, not no_eval)
+    how = How(device, threads, trust_remote_code, force, json, quiet, *work)
     command.quantize(recipe, keys, sets or [], how)
 
 
@@ -51,6 +53,7 @@ def prune(
     sets: flags.Sets = None,
     print_recipe: flags.PrintRecipe = False,
     dry_run: flags.DryRun = False,
+    no_eval: flags.NoEval = False,
     force: flags.Force = False,
     device: flags.Device = "auto",
     threads: flags.Threads = None,
@@ -64,7 +67,8 @@ def prune(
     from optim.cli.compress import How
 
     keys |= {"model": model, "output": output}
-    how = How(device, threads, trust_remote_code, force, json, quiet, print_recipe, dry_run)
+    work = (print_recipe, dry_run, not no_eval)
+    how = How(device, threads, trust_remote_code, force, json, quiet, *work)
     command.prune(recipe, keys, sets or [], how)
 
 
@@ -76,6 +80,7 @@ def pack(
     recipe: flags.Recipe = None,
     print_recipe: flags.PrintRecipe = False,
     dry_run: flags.DryRun = False,
+    no_eval: flags.NoEval = False,
     force: flags.Force = False,
     threads: flags.Threads = None,
     trust_remote_code: flags.TrustCode = False,
@@ -88,7 +93,8 @@ def pack(
     from optim.cli.compress import How
 
     keys |= {"model": model, "output": output}
-    how = How("cpu", threads, trust_remote_code, force, json, quiet, print_recipe, dry_run)
+    work = (print_recipe, dry_run, not no_eval)
+    how = How("cpu", threads, trust_remote_code, force, json, quiet, *work)
     command.pack(recipe, keys, how)
 
 

@@ -84,6 +84,7 @@ def evaluate(
     max_windows: int | None = None,
     device: str = "auto",
     threads: int | None = None,
+    trust_remote_code: bool = False,
     progress: Progress = lambda at, total, text: None,
 ) -> Evaluation:
     """Perplexity of `source` on `text`, and with `against` the divergence from that model.
@@ -92,8 +93,9 @@ def evaluate(
     """
     if threads:
         torch.set_num_threads(threads)
-    checkpoint = open_checkpoint(source)
-    base = None if against is None else open_checkpoint(against)
+    trust = trust_remote_code
+    checkpoint = open_checkpoint(source, trust_remote_code=trust)
+    base = None if against is None else open_checkpoint(against, trust_remote_code=trust)
     tokenizer = checkpoint.tokenizer()
     if base is not None and base.tokenizer().vocab_size != tokenizer.vocab_size:
         raise OptimError(

@@ -37,6 +37,12 @@ REPORT = {
 }
 
 
+PROOF = {
+    **{"base_perplexity": 20.0, "perplexity": 21.0, "ppl_ratio": 1.05, "kl": 0.0312},
+    **{"kl_error": 0.0021, "same_top": 0.905, "windows": 4, "window": 512, "text": "builtin:eval"},
+}
+
+
 class Work:
     """Stands in for optim.quant.run and keeps what it was asked to do."""
 
@@ -61,6 +67,7 @@ class Work:
 def work(monkeypatch: pytest.MonkeyPatch) -> Work:
     made = Work()
     monkeypatch.setitem(sys.modules, "optim.quant.run", made)  # type: ignore[arg-type]
+    monkeypatch.setattr("optim.runtime.measure.proof.prove", lambda *_, **__: PROOF)
     monkeypatch.setattr(ui.notes, "quiet", False)
     return made
 
@@ -84,6 +91,8 @@ def test_a_run_reports_and_names_the_next_command(
     assert first.startswith("awq 1/2 · block 0")
     assert rest == [
         "block 1: rounded",
+        "perplexity 20.000 -> 21.000 (+5.00%) · KL 0.0312 ± 0.0021 · same likeliest token 90.5%"
+        " · 4 x 512 tokens of builtin:eval",
         "✓ ./out · 100 MB · 5.30 bits/weight · 2m58s",
         "  next: optim run ./out",
     ]
@@ -128,5 +137,5 @@ def test_json_is_all_of_standard_output(
 ) -> None:
     assert optim_main(monkeypatch, "demo", "--json", "--quiet", *flags) == 0
     out, err = capsys.readouterr()
-    assert json.loads(out) == found
+    assert json.loads(out) == found | ({} if flags else {"evaluation": PROOF})
     assert err == ""

@@ -1,0 +1,101 @@
+"""What ends a compression: a measurement in manifest, card and report, which can be left out."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from optim.cli import main
+from optim.runtime.measure import proof
+from optim.runtime.measure.quality import evaluate
+
+Make = Callable[..., Path]
+TEXT = ("--num-samples", "2", "--seq-len", "16", "--device", "cpu", "--threads", "1")
+COMMANDS = {"quantize": ("-m", "rtn", *TEXT), "prune": ("-m", "threshold", *TEXT)}
+
+
+def run(*words: object) -> int:
+    with pytest.MonkeyPatch.context() as patch, open(os.devnull) as nothing:
+        patch.setattr(sys, "stdin", nothing)
+        patch.setattr(sys, "argv", ["optim", *map(str, words)])
+        return main()
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "optim.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_compression_ends_with_what_it_cost(
+    command: str, make_model: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source, made = make_model("llama"), tmp_path / "out"
+    assert run(command, source, *COMMANDS[command], "-o", made, "--json") == 0
+    out, err = capfd.readouterr()
+    kept = manifest(made)["evaluation"]
+    assert json.loads(out)["evaluation"] == kept
+    assert kept["against"] == str(source) and kept["text"] == proof.TEXT
+    assert (kept["windows"], kept["window"]) == (proof.WINDOWS, 128)  # what the model can read
+    assert kept["kl"] > 0 and kept["kl_error"] > 0 and 0 <= kept["same_top"] <= 1
+    assert f"KL {kept['kl']:.4f} ± {kept['kl_error']:.4f}" in err
+    assert f"| {kept['kl']:.4f} |" in (made / "README.md").read_text()
+    # The same command that measures anything finds the same.
+    found = evaluate(
+        str(made), against=str(source), window=128, max_windows=proof.WINDOWS, threads=1
+    )
+    assert found.kl == pytest.approx(kept["kl"], rel=1e-6)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_eval_leaves_it_out(command: str, make_model: Make, tmp_path: Path) -> None:
+    made = tmp_path / "out"
+    assert run(command, make_model("llama"), *COMMANDS[command], "-o", made, "--no-eval") == 0
+    assert "evaluation" not in manifest(made)
+
+
+def test_lossless_packing_is_proven_already(make_model: Make, tmp_path: Path) -> None:
+    assert run("pack", make_model("llama"), "-o", tmp_path / "out", "--quiet") == 0
+    assert "evaluation" not in manifest(tmp_path / "out")
+
+
+def test_ctrl_c_leaves_a_whole_artifact(
+    make_model: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def stopped(*_words: object, **_named: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(proof, "evaluate", stopped)
+    source, made = make_model("llama"), tmp_path / "out"
+    assert run("quantize", source, *COMMANDS["quantize"], "-o", made) == 130
+    err = capfd.readouterr().err
+    assert f"{made} is whole" in err and "Traceback" not in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    assert "evaluation" not in manifest(made) and run("inspect", made, "--verify") == 0
+    # What the note says to type measures it.
+    (line,) = [text for text in err.splitlines() if "is whole" in text]
+    typed = line.split("`")[1].split()
+    assert typed[:2] == ["optim", "eval"] and "--record" in typed
+    monkeypatch.undo()
+    assert run(*typed[1:], "--window", "64", "--max-windows", "2") == 0
+    assert manifest(made)["evaluation"]["window"] == 64
+
+
+def test_a_model_without_tokenizer_is_not_measured(
+    make_model: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "bare"
+    source.mkdir()
+    for path in make_model("llama").iterdir():
+        if not path.name.startswith("tokenizer"):
+            (source / path.name).write_bytes(path.read_bytes())
+    assert run("quantize", source, *COMMANDS["quantize"], "-o", tmp_path / "out") == 0
+    assert "not measured: " in capfd.readouterr().err
+    assert "evaluation" not in manifest(tmp_path / "out")
