@@ -62,6 +62,8 @@ class LayeredCache(Cache, Protocol):
 
     layers: Sequence["Layer"]
     padding: Tensor | None
+    places: object
+    """What a kernel remembers of where the layers lie."""
 
     @property
     def step(self) -> int:
@@ -73,6 +75,11 @@ class LayeredCache(Cache, Protocol):
 
     def place(self, count: int) -> int:
         """Make room for `count` positions more; where in the layers the first of them goes."""
+
+    def place_run(self, count: int) -> tuple[int, int]:
+        """Make room for one position more, and for others of `count` in a row as far as nothing
+        that is there has to be forgotten, or rounded anew, for them: where the first goes, and how
+        many there is room for. `truncate` takes them back without a trace."""
 
 
 class Layer(Protocol):
@@ -92,6 +99,9 @@ class Layer(Protocol):
 
     def grow(self, length: int) -> None:
         """Make room for `length` positions, keeping what is there."""
+
+    def free(self, start: int) -> int:
+        """So many positions from `start` on can be filled, one at least, as things lie then."""
 
     def keys_at(self, first: int, end: int) -> Tensor:
         """Keys of positions first..end: fp32 `[B * kv, n, D]`."""
@@ -152,6 +162,9 @@ class LayerCache:
     def grow(self, length: int) -> None:
         self.keys = longer(self.keys, -1 if self.transposed else -2, length)
         self.values = longer(self.values, -2, length)
+
+    def free(self, start: int) -> int:
+        return self._values().shape[1] - start
 
     def keys_at(self, first: int, end: int) -> Tensor:
         return self._keys()[:, first:end].float()
@@ -278,6 +291,7 @@ class StaticCache:
     """The tokens held `[B, length]`, where a longer text may have to be read again."""
     long: bool = False
     """Whether the keys held have the angles of a text that is longer than a crossing."""
+    places: object = field(default=None, repr=False)
 
     @property
     def step(self) -> int:
@@ -291,6 +305,10 @@ class StaticCache:
         """Make room for `count` positions more; where the first of them goes."""
         self.reserve(self.prefix + self.length + count)
         return self.prefix + self.length
+
+    def place_run(self, count: int) -> tuple[int, int]:
+        start = self.place(count)
+        return start, min(count, self.layers[0].free(start))
 
     def reserve(self, length: int) -> None:
         """Grow every layer so that `length` positions fit."""

@@ -161,6 +161,10 @@ class PackedLayer:
             room = max(2 * RECENT, start - self.base + count)
             self.keys, self.values = (_resized(x, room) for x in (self.keys, self.values))
 
+    def free(self, start: int) -> int:
+        self.place(start, 1)
+        return self.keys.codes.shape[1] - (start - self.base)
+
     def _age(self, base: int) -> None:
         """Positions below `base` become old."""
         count, held = base - self.base, self.keys.codes.shape[1]

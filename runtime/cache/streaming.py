@@ -43,6 +43,7 @@ class StreamCache:
     padding: Tensor | None = None
     sinks: list[Tensor] = field(default_factory=list)  # their keys, before anything was forgotten
     reading: Reading | None = None
+    places: object = field(default=None, repr=False)
 
     @property
     def step(self) -> int:
@@ -60,6 +61,12 @@ class StreamCache:
             held = self.length - self.gone
         self._reserve(held + count)
         return held
+
+    def place_run(self, count: int) -> tuple[int, int]:
+        start = self.place(1)
+        count = min(count, self.capacity - start)
+        self._reserve(start + count)
+        return start, min(count, self.layers[0].free(start))
 
     def _forget(self, count: int) -> None:
         """Drop `count` positions after the sinks; the rest moves down."""

@@ -26,8 +26,11 @@ from optim.runtime.decoder.rope import Rope
 from optim.runtime.kernels.cpu import decode
 from optim.runtime.kernels.cpu import step as cpu_step
 
+Work = tuple[LayeredCache, Sequence[int]]
+"""A text's cache and the tokens that follow what it holds."""
 POSITION_OFFSET = 2  # OPT's learned positions start at row 2
 CHUNK = 512  # tokens of a prompt computed at a time; bounds the scratch
+STEPS = 8  # tokens up to which steps over all blocks at once are faster than block by block
 
 
 @dataclass(slots=True)
@@ -171,6 +174,12 @@ class Decoder:
         if self.crossing is not None:
             ids = self._from_the_start(ids, cache, self.crossing)
         end = min(cache.length + ids.shape[1], cache.span) + self.prefix_length
+        few = len(ids) == 1 and ids.shape[1] <= (1 if self._scaled else STEPS)
+        if few and self._steps_read(cache):
+            if cache.reading is not None:
+                cache.reading(cache.length)
+            h = self._steps([(cache, ids[0].tolist())], end)[0]
+            return self._rows(h)[None] if all_logits else self._rows(h[-1:])
         logits = []
         for chunk in torch.split(ids, min(CHUNK, cache.step), 1):
             if cache.reading is not None:
@@ -201,13 +210,74 @@ class Decoder:
 
     def _hidden(self, ids: Tensor, cache: LayeredCache, end: int) -> Tensor:
         h, step = self._begin(ids, cache, end)
-        if self.one_call is not None and _in_one_call(ids, cache):
-            self.one_call(h, cache.layers, step.start, step.angles)
-        else:
-            for block, layer in zip(self.blocks, cache.layers, strict=True):
-                h = block(h, layer, step)
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            h = block(h, layer, step)
         cache.length += ids.shape[1]
         return h
+
+    def steps_at_once(self, cache: LayeredCache) -> bool:
+        """Whether a few tokens that follow `cache` go through all blocks in one call."""
+        return self._steps_read(cache) and not self._scaled
+
+    def _steps_read(self, cache: LayeredCache) -> bool:
+        """Whether the C step can go on from this cache."""
+        alone = self.one_call is not None and cache.padding is None
+        return alone and all(map(cpu_step.reads, cache.layers))
+
+    @property
+    def _scaled(self) -> bool:
+        """Whether a token's angles depend on the length of the text."""
+        return any(rope.scaled for rope in self.ropes.values())
+
+    def step_many(self, work: Sequence[Work]) -> list[Tensor]:
+        """fp32 logits `[k, vocab]` after each token of each text: its cache and k tokens.
+
+        In every bit those of a step a token; in one call where `steps_at_once`.
+        """
+        if not work or not all(self.steps_at_once(cache) for cache, _ in work):
+            return [torch.cat([self._alone(i, cache) for i in ids]) for cache, ids in work]
+        logits = self._rows(torch.cat(self._steps(work)))
+        return list(torch.split(logits, [len(ids) for _, ids in work]))
+
+    def _alone(self, token: int, cache: LayeredCache) -> Tensor:
+        place = cache.layers[0].keys_at(0, 0).device
+        return self(torch.tensor([[token]], device=place), cache, False)
+
+    def _steps(self, work: Sequence[Work], end: int = 0) -> list[Tensor]:
+        """What the blocks make of each text's tokens: `[k, hidden]`.
+
+        A text goes as far in a call as its cache stays as it is. `end` as for `_enter`.
+        """
+        assert self.one_call is not None
+        done: list[list[Tensor]] = [[] for _ in work]
+        left = list(range(len(work)))
+        while left:
+            parts: list[decode.Part] = []
+            tokens: list[int] = []
+            for i in left:
+                cache, ids = work[i]
+                rest = ids[sum(map(len, done[i])) :]
+                start, count = cache.place_run(len(rest))
+                parts.append(decode.Part(cache, start, count))
+                tokens += rest[:count]
+            places = [torch.arange(p.cache.length, p.cache.length + p.count) for p in parts]
+            h, angles = self._enter(torch.tensor([tokens]), torch.cat(places)[None], None, end)
+            self.one_call(h, parts, angles)
+            counts = [part.count for part in parts]
+            for i, part, rows in zip(left, parts, torch.split(h[0], counts), strict=True):
+                part.cache.length += part.count
+                done[i].append(rows)
+            left = [i for i in left if sum(map(len, done[i])) < len(work[i][1])]
+        return [rows[0] if len(rows) == 1 else torch.cat(rows) for rows in done]
+
+    def _rows(self, h: Tensor) -> Tensor:
+        """fp32 logits of `h` `[n, hidden]`, each row in every bit as alone."""
+        h, head = _norm(self.norm, h), self.head
+        parts = [head(part) for part in torch.split(h, min(head.alike, len(h)))]
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if self.shape.logit_cap is None:
+            return self._capped(logits.float())
+        return torch.cat([self._capped(row) for row in torch.split(logits.float(), 1)])
 
     def step(self, ids: Tensor, cache: LayeredCache, place: Place) -> Tensor:
         """fp32 logits `[B, vocab]` after one token `ids` `[B, 1]` at `place`, on any device.
@@ -246,14 +316,10 @@ class Decoder:
         h = _norm(self.norm, h)
         if self.project_out is not None:
             h = self.project_out(h)
-        logits: Tensor = self.head(h).float()
+        return self._capped(self.head(h).float())
+
+    def _capped(self, logits: Tensor) -> Tensor:
         if self.shape.logit_scale != 1:
             logits = logits * self.shape.logit_scale
         cap = self.shape.logit_cap
         return logits if cap is None else torch.tanh(logits / cap) * cap
-
-
-def _in_one_call(ids: Tensor, cache: LayeredCache) -> bool:
-    """Whether the C step can go on from this cache."""
-    alone = ids.numel() == 1 and cache.padding is None
-    return alone and all(map(cpu_step.reads, cache.layers))

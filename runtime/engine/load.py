@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.architecture.table import FAMILIES
 from optim.runtime.cache.full import Cache, Policy
 from optim.runtime.decoder.cuda_graph import GraphDecoder, cuda_graph, recordable
-from optim.runtime.decoder.decoder import Decoder
+from optim.runtime.decoder.decoder import Decoder, Work
 from optim.runtime.decoder.linears.bf12 import prospect
 from optim.runtime.decoder.linears.source import Form
 from optim.runtime.decoder.linears.static_int import fast_product
@@ -166,6 +166,8 @@ class Model:
         """
         for cache, tokens in work:
             self._check_room(cache, len(tokens))
+        if isinstance(self.decoder, Decoder):
+            return self.decoder.step_many(cast(Sequence[Work], work))
         return [torch.cat([self._one(token, cache) for token in ids]) for cache, ids in work]
 
     def _one(self, token: int, cache: Cache) -> Tensor:

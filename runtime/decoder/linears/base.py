@@ -47,6 +47,11 @@ class Linear(nn.Module):
         return True
 
     @property
+    def alike(self) -> int:
+        """So many tokens at once each get, in every bit, what they get alone."""
+        return 1
+
+    @property
     def table(self) -> Table | None:
         """The weight as an embedding table, where the head and the embedding are one."""
         return None

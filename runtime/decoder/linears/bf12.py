@@ -68,6 +68,10 @@ class PlaneLinear(Linear):
         return int(self.planes.nbytes)
 
     @property
+    def alike(self) -> int:
+        return FEW if isinstance(self.planes, Planes) else 1
+
+    @property
     def table(self) -> Table:
         return self
 

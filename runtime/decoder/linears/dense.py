@@ -66,6 +66,10 @@ class DenseLinear(Linear):
         return self.weight.nbytes
 
     @property
+    def alike(self) -> int:
+        return FEW if self.weight.is_cpu and self.weight.dtype == torch.bfloat16 else 1
+
+    @property
     def table(self) -> Table:
         return self.weight
 

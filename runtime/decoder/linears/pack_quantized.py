@@ -79,6 +79,10 @@ class PackedLinear(Linear):
         return sum(buffer.nbytes for buffer in self.buffers())
 
     @property
+    def alike(self) -> int:
+        return w4a8.ALIKE if isinstance(self.kernel, w4a8.Weight) else 1
+
+    @property
     def c_reader(self) -> Reader | None:
         return Reader(self.kernel) if isinstance(self.kernel, w4a8.Weight) else None
 

@@ -1,8 +1,11 @@
-/* All blocks of a decoder for one token, over packed weights, in one call.
+/* All blocks of a decoder for a few tokens of some texts, over packed weights, in one call.
  *
  *     h += attention(norm(h));  h += mlp(norm(h))      for each block
  *
  * A linear is read whole, small inputs as zeros, or input by input without those that are small.
+ * Weights are read once for all tokens. Each token gets, in every bit, what it would get alone: no sum
+ * depends on the tokens beside it. Those of one text go through a head in order, each writing its key
+ * before it attends, so that many tokens of one text and one token of many are the same work.
  *
  * The work is a row of stages, a stage some pieces. A thread takes pieces as long as there are any,
  * then waits until all of that stage are done. No thread waits for one that has not come, so that a
@@ -29,22 +32,39 @@ typedef struct {
     const float *query_norm, *key_norm; /* [dim], or both NULL */
     Reader qkv, out, up, down;
     int64_t middle;         /* width of the feed-forward */
-    const float *cos, *sin; /* [rotary], or both NULL */
-    void *keys, *values;    /* [kv, capacity, dim] */
-    const Packed *packed;   /* NULL, or in place of keys and values */
-    int64_t capacity;
-    int64_t window; /* 0: everything is seen */
+    const float *cos, *sin; /* [tokens, rotary], or both NULL */
+    int64_t window;         /* 0: everything is seen */
 } Block;
 
 SIZE_OF(Block)
 
+/* Where a text has the keys and values of one block. */
 typedef struct {
-    int64_t count, hidden;
-    int64_t tanh_gelu;             /* else silu */
+    void *keys, *values;  /* [kv, capacity, dim] */
+    const Packed *packed; /* NULL, or in place of keys and values */
+    int64_t capacity, half;
+} Place;
+
+SIZE_OF(Place)
+
+/* A text, and its part of the step's tokens: `tokens` from `first` on. */
+typedef struct {
+    const Place *places; /* a block each */
+    int64_t first, tokens;
+    int64_t position; /* of the first of them */
+    float *scores;    /* a query head: position + tokens */
+} Text;
+
+SIZE_OF(Text)
+
+typedef struct {
+    int64_t count, hidden, tokens, texts;
+    int64_t tanh_gelu; /* else silu */
     float eps, residual;
-    float *h; /* [hidden], in and out */
+    float *h; /* [tokens, hidden], in and out */
     Step step;
     const Block *blocks;
+    Text *text; /* [texts] */
 } Decoder;
 
 SIZE_OF(Decoder)
@@ -57,11 +77,11 @@ typedef struct {
 typedef struct {
     const Decoder *d;
     Stage *stages;
-    float *x, *y; /* what is rounded, what a linear gives */
+    float *x, *y; /* [tokens, ..]: what is rounded, what a linear gives */
     Activations act; /* of a linear that is read whole */
-    Listed *listed;  /* of one that is not */
-    char *memory;
-    int64_t threads;
+    Listed *listed;  /* [tokens], of one that is not */
+    char *memory;    /* [tokens, memory_each] */
+    int64_t memory_each, threads;
 } Run;
 
 typedef void Piece(const Run *, const Block *, int64_t from, int64_t end);
@@ -73,68 +93,93 @@ static void zero_below(float *restrict x, int64_t n, float threshold) {
     for (int64_t i = 0; i < n; i++) x[i] = fabsf(x[i]) <= threshold ? 0 : x[i];
 }
 
-static void read_input(const Run *r, const Reader *l) {
-    if (l->whole && l->threshold >= 0) zero_below(r->x, l->whole->inputs, l->threshold);
-    if (l->whole)
-        optim_round(l->whole, r->x, (Activations *)&r->act, 0);
-    else
-        optim_list(l->columns, r->x, l->threshold, r->memory, r->listed);
+static void read_input(const Run *r, const Reader *l, int64_t token) {
+    if (l->whole) {
+        float *x = r->x + token * l->whole->inputs;
+        if (l->threshold >= 0) zero_below(x, l->whole->inputs, l->threshold);
+        optim_round(l->whole, r->x, (Activations *)&r->act, token);
+    } else {
+        const float *x = r->x + token * l->columns->inputs;
+        optim_list(l->columns, x, l->threshold, r->memory + token * r->memory_each,
+                   r->listed + token);
+    }
 }
 
 static void multiply(const Run *r, const Reader *l, int64_t from, int64_t end) {
     if (l->whole)
-        optim_blocks(l->whole, &r->act, r->y, 1, from, end);
+        optim_blocks(l->whole, &r->act, r->y, r->d->tokens, from, end);
     else
-        optim_columns(l->columns, r->listed, r->y, from, end);
+        for (int64_t t = 0; t < r->d->tokens; t++)
+            optim_columns(l->columns, r->listed + t, r->y + t * l->columns->outputs, from, end);
+}
+
+/* What a linear of the block reads: h of the tokens from..end, normalized. */
+static void normalize(const Run *r, const float *norm, int64_t from, int64_t end) {
+    const int64_t n = r->d->hidden;
+    optim_rms_norm(r->d->h + from * n, norm, r->x + from * n, end - from, n, r->d->eps);
+}
+
+/* h += y, normalized where the family does that. */
+static void add(const Run *r, const float *norm, int64_t from, int64_t end) {
+    const Decoder *d = r->d;
+    const int64_t n = d->hidden;
+    float *y = r->y + from * n, *h = d->h + from * n;
+    if (norm) optim_rms_norm(y, norm, y, end - from, n, d->eps);
+    for (int64_t i = 0; i < (end - from) * n; i++) h[i] += d->residual * y[i];
+}
+
+static void read_inputs(const Run *r, const Reader *l, int64_t from, int64_t end) {
+    for (int64_t t = from; t < end; t++) read_input(r, l, t);
 }
 
 static void begin_attention(const Run *r, const Block *b, int64_t from, int64_t end) {
-    (void)from, (void)end;
-    optim_rms_norm(r->d->h, b->before_attention, r->x, 1, r->d->hidden, r->d->eps);
-    read_input(r, &b->qkv);
+    normalize(r, b->before_attention, from, end);
+    read_inputs(r, &b->qkv, from, end);
 }
 
 static void qkv(const Run *r, const Block *b, int64_t from, int64_t end) {
     multiply(r, &b->qkv, from, end);
 }
 
-static void heads(const Run *r, const Block *b, int64_t from, int64_t end) {
+/* One key head over the tokens of one text. */
+static void text_head(const Run *r, const Block *b, const Text *text, int64_t kv) {
     Step step = r->d->step;
+    const Place *place = text->places + (b - r->d->blocks);
     const int64_t dim = step.dim, group = step.heads / step.kv_heads;
-    step.qkv = r->y, step.out = r->x;
-    step.keys = b->keys, step.values = b->values, step.packed = b->packed;
-    step.capacity = b->capacity, step.window = b->window;
-    step.cos = b->cos, step.sin = b->sin;
+    const int64_t width = (step.heads + 2 * step.kv_heads) * dim;
+    step.keys = place->keys, step.values = place->values, step.packed = place->packed;
+    step.capacity = place->capacity, step.half = place->half, step.window = b->window;
     if (!b->cos) step.rotary = 0;
-    for (int64_t kv = from; kv < end; kv++) {
-        float *q = r->y + kv * group * dim, *k = r->y + (step.heads + kv) * dim;
+    for (int64_t i = 0; i < text->tokens; i++) {
+        const int64_t t = text->first + i;
+        step.position = text->position + i;
+        step.qkv = r->y + t * width, step.out = r->x + t * step.heads * dim;
+        if (b->cos) step.cos = b->cos + t * step.rotary, step.sin = b->sin + t * step.rotary;
+        float *q = step.qkv + kv * group * dim, *k = step.qkv + (step.heads + kv) * dim;
         if (b->query_norm) optim_rms_norm(q, b->query_norm, q, group, dim, r->d->eps);
         if (b->key_norm) optim_rms_norm(k, b->key_norm, k, 1, dim, r->d->eps);
-        optim_attend_head(&step, kv);
+        optim_attend_head(&step, kv,
+                          text->scores + kv * group * (text->position + text->tokens));
     }
 }
 
+static void heads(const Run *r, const Block *b, int64_t from, int64_t end) {
+    const int64_t each = r->d->step.kv_heads;
+    for (int64_t i = from; i < end; i++) text_head(r, b, r->d->text + i / each, i % each);
+}
+
 static void begin_out(const Run *r, const Block *b, int64_t from, int64_t end) {
-    (void)from, (void)end;
-    read_input(r, &b->out);
+    read_inputs(r, &b->out, from, end);
 }
 
 static void out(const Run *r, const Block *b, int64_t from, int64_t end) {
     multiply(r, &b->out, from, end);
 }
 
-/* h += y, normalized where the family does that. */
-static void add(const Run *r, const float *norm) {
-    const Decoder *d = r->d;
-    if (norm) optim_rms_norm(r->y, norm, r->y, 1, d->hidden, d->eps);
-    for (int64_t i = 0; i < d->hidden; i++) d->h[i] += d->residual * r->y[i];
-}
-
 static void begin_mlp(const Run *r, const Block *b, int64_t from, int64_t end) {
-    (void)from, (void)end;
-    add(r, b->after_attention);
-    optim_rms_norm(r->d->h, b->before_mlp, r->x, 1, r->d->hidden, r->d->eps);
-    read_input(r, &b->up);
+    add(r, b->after_attention, from, end);
+    normalize(r, b->before_mlp, from, end);
+    read_inputs(r, &b->up, from, end);
 }
 
 static void up(const Run *r, const Block *b, int64_t from, int64_t end) {
@@ -142,9 +187,10 @@ static void up(const Run *r, const Block *b, int64_t from, int64_t end) {
 }
 
 static void begin_down(const Run *r, const Block *b, int64_t from, int64_t end) {
-    (void)from, (void)end;
-    (r->d->tanh_gelu ? optim_geglu_tanh : optim_swiglu)(r->y, r->x, 1, b->middle);
-    read_input(r, &b->down);
+    const int64_t n = b->middle;
+    (r->d->tanh_gelu ? optim_geglu_tanh : optim_swiglu)(r->y + from * 2 * n, r->x + from * n,
+                                                        end - from, n);
+    read_inputs(r, &b->down, from, end);
 }
 
 static void down(const Run *r, const Block *b, int64_t from, int64_t end) {
@@ -152,8 +198,7 @@ static void down(const Run *r, const Block *b, int64_t from, int64_t end) {
 }
 
 static void end_mlp(const Run *r, const Block *b, int64_t from, int64_t end) {
-    (void)from, (void)end;
-    add(r, b->after_mlp);
+    add(r, b->after_mlp, from, end);
 }
 
 static void wait_a_little(int64_t *spins) {
@@ -184,48 +229,70 @@ static int64_t pieces_of(const Reader *l) {
 
 static void walk(void *data) {
     const Run *r = data;
+    const int64_t tokens = r->d->tokens;
     Stage *s = r->stages;
     for (const Block *b = r->d->blocks; b < r->d->blocks + r->d->count; b++) {
-        run_stage(r, b, s++, begin_attention, 1);
+        run_stage(r, b, s++, begin_attention, tokens);
         run_stage(r, b, s++, qkv, pieces_of(&b->qkv));
-        run_stage(r, b, s++, heads, r->d->step.kv_heads);
-        run_stage(r, b, s++, begin_out, 1);
+        run_stage(r, b, s++, heads, r->d->texts * r->d->step.kv_heads);
+        run_stage(r, b, s++, begin_out, tokens);
         run_stage(r, b, s++, out, pieces_of(&b->out));
-        run_stage(r, b, s++, begin_mlp, 1);
+        run_stage(r, b, s++, begin_mlp, tokens);
         run_stage(r, b, s++, up, pieces_of(&b->up));
-        run_stage(r, b, s++, begin_down, 1);
+        run_stage(r, b, s++, begin_down, tokens);
         run_stage(r, b, s++, down, pieces_of(&b->down));
-        run_stage(r, b, s++, end_mlp, 1);
+        run_stage(r, b, s++, end_mlp, tokens);
     }
 }
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* One token through all blocks: `d->h` in and out. Returns nonzero if there is no memory. */
-int optim_decode(Decoder *d, int threads, Team *team) {
+/* Memory that is divided up; a pass without any finds out how much it takes. */
+typedef struct {
+    char *begin;
+    size_t used;
+} Memory;
+
+/* `bytes` on cache lines of their own. */
+static void *take(Memory *m, size_t bytes) {
+    void *taken = m->begin ? m->begin + m->used : NULL;
+    m->used += (bytes + 63) / 64 * 64;
+    return taken;
+}
+
+static void divide(Run *r, Memory *m) {
+    const Decoder *d = r->d;
     const Step *p = &d->step;
-    const int64_t attended = p->heads * p->dim, scores = p->heads * (p->position + 1);
+    const int64_t attended = p->heads * p->dim;
     int64_t middle = 0;
     for (int64_t i = 0; i < d->count; i++) middle = larger(middle, d->blocks[i].middle);
     const int64_t widest = larger(larger(attended, d->hidden), middle);
     const int64_t given = larger(larger(attended + 2 * p->kv_heads * p->dim, d->hidden),
                                  2 * middle);
-    const int64_t rounded = widest + 64; /* whole chunks */
-    const int64_t listed = optim_listed_bytes(widest);
-    const size_t stages = d->count * STAGES * sizeof(Stage);
-    const int64_t all = widest + given + scores + 2 * rounded;
-    char *memory = scratch(OF_THE_CALL, stages + all * sizeof(float) + listed + rounded);
-    if (!memory) return 1;
-    Listed list;
-    Run run = {.d = d, .stages = memset(memory, 0, stages), .listed = &list};
-    run.threads = team ? threads : 1;
-    run.x = (float *)(memory + stages);
-    run.y = run.x + widest;
-    d->step.scratch = run.y + given;
-    run.act.scales = d->step.scratch + scores;
-    run.act.sums = run.act.scales + rounded;
-    run.memory = (char *)(run.act.sums + rounded);
-    run.act.values = (int8_t *)(run.memory + listed);
+    const int64_t rounded = widest + 64; /* whole chunks, of 16 at least */
+    r->stages = take(m, d->count * STAGES * sizeof(Stage));
+    r->x = take(m, d->tokens * widest * sizeof(float));
+    r->y = take(m, d->tokens * given * sizeof(float));
+    r->act.scales = take(m, d->tokens * (rounded / 16) * sizeof(float));
+    r->act.sums = take(m, d->tokens * (rounded / 16) * sizeof(float));
+    r->act.values = take(m, d->tokens * rounded);
+    r->listed = take(m, d->tokens * sizeof(Listed));
+    r->memory_each = (optim_listed_bytes(widest) + 63) / 64 * 64;
+    r->memory = take(m, d->tokens * r->memory_each);
+    for (Text *t = d->text; t < d->text + d->texts; t++)
+        t->scores = take(m, p->heads * (t->position + t->tokens) * sizeof(float));
+}
+
+/* `d->tokens` tokens through all blocks: `d->h` in and out. Returns nonzero if there is no memory. */
+int optim_decode(Decoder *d, int threads, Team *team) {
+    Run run = {.d = d, .threads = team ? threads : 1};
+    Memory memory = {NULL, 0};
+    divide(&run, &memory);
+    char *held = scratch(OF_THE_CALL, memory.used + 64);
+    if (!held) return 1;
+    memory = (Memory){held + (64 - (uintptr_t)held % 64), 0};
+    divide(&run, &memory);
+    memset(run.stages, 0, d->count * STAGES * sizeof(Stage));
     if (run.threads > 1)
         team(walk, &run, (unsigned)threads, 0);
     else

@@ -1,4 +1,4 @@
-"""All blocks of a decoder for one token in one C call (`decode.c`).
+"""All blocks of a decoder for a few tokens of some texts in one C call (`decode.c`).
 
 What the C code computes is `optim.runtime.decoder.decoder.Block` with packed linears, RMS norms
 and a gated feed-forward; a test runs both over every kind of block.
@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from optim.runtime.cache.full import Layer
+from optim.runtime.cache.full import Layer, LayeredCache
 from optim.runtime.kernels.compile import NoKernel, library, team
 from optim.runtime.kernels.cpu import skip_int4, w4a8
 from optim.runtime.kernels.cpu import step as cpu_step
@@ -88,8 +88,31 @@ class CBlock(Struct):
         *((name, ctypes.c_void_p) for name in NORMS),
         *((name, CReader) for name in LINEARS),
         ("middle", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("cos", "sin", "keys", "values", "packed")),
-        *((name, ctypes.c_int64) for name in ("capacity", "window")),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin")),
+        ("window", ctypes.c_int64),
+    )
+
+
+class CPlace(Struct):
+    """`Place` of decode.c."""
+
+    NAME = "Place"
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "packed")),
+        *((name, ctypes.c_int64) for name in ("capacity", "half")),
+    )
+
+
+class CText(Struct):
+    """`Text` of decode.c."""
+
+    NAME = "Text"
+
+    _fields_ = (
+        ("places", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("first", "tokens", "position")),
+        ("scores", ctypes.c_void_p),
     )
 
 
@@ -99,16 +122,40 @@ class CDecoder(Struct):
     NAME = "Decoder"
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("count", "hidden", "tanh_gelu")),
+        *((name, ctypes.c_int64) for name in ("count", "hidden", "tokens", "texts", "tanh_gelu")),
         *((name, ctypes.c_float) for name in ("eps", "residual")),
         ("h", ctypes.c_void_p),
         ("step", cpu_step.CStep),
-        ("blocks", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("blocks", "text")),
     )
 
 
+class Places:
+    """Where C finds the layers of one text's cache."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._array = (CPlace * len(layers))()
+        self._places = list(self._array)  # what `point` keeps is kept by these
+        self._layers = layers
+        self.address = ctypes.addressof(self._array)
+
+    def follow(self, position: int, count: int, rows: int, dim: int) -> None:
+        """Look where the layers, with room for `count` positions from `position` on, lie now."""
+        for place, layer in zip(self._places, self._layers, strict=True):
+            cpu_step.point(place, layer, position, rows, dim, count)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The part of one text: `count` tokens from `position` on, in layers that `reads` knows."""
+
+    cache: LayeredCache
+    position: int
+    count: int
+
+
 class Blocks:
-    """The blocks with their weights; call it once a token."""
+    """The blocks with their weights; call it once a step."""
 
     def __init__(self, weights: Sequence[BlockWeights], sizes: Sizes) -> None:
         """Raises NoKernel where the C code cannot be built."""
@@ -131,29 +178,39 @@ class Blocks:
         step.scale, step.cap = sizes.scale, sizes.cap
         self._address = ctypes.addressof(self._decoder)
 
-    def __call__(
-        self,
-        h: Tensor,
-        layers: Sequence[Layer],
-        position: int,
-        angles: dict[str, Angles],
-    ) -> None:
-        """Send `h` (fp32 contiguous `[1, 1, hidden]`, overwritten) through all blocks.
+    def __call__(self, h: Tensor, parts: Sequence[Part], angles: dict[str, Angles]) -> None:
+        """Send `h` (fp32 contiguous, `hidden` a token, overwritten) through all blocks.
 
-        `layers` of a cache, which `cpu_step.reads` and which have room for `position`; `angles` cos
-        and signed sin `[1, 1, 1, rotary]` of every rotary kind.
+        Each text gets what it would get alone, a token at a time. `angles` cos and signed sin, in
+        order of the tokens, `rotary` each, of every rotary kind.
         """
         step, sizes = self._step, self._sizes
-        step.position, step.half = position, cpu_step.is_half(layers[0])
-        for block, weights, layer in zip(self._blocks, self._weights, layers, strict=True):
+        tokens = sum(part.count for part in parts)
+        for block, weights in zip(self._blocks, self._weights, strict=True):
             if weights.rope is not None:
-                step.rotary = cpu_step.turns(block, angles[weights.rope], 1, sizes.dim)
-            if cpu_step.is_half(layer) != step.half:
-                raise WrongTensor("some layers of a cache are fp16, others not")
-            cpu_step.point(block, layer, position, sizes.kv_heads, sizes.dim)
-        self._decoder.h = address(h, torch.float32, sizes.hidden)
+                turned = angles[weights.rope]
+                step.rotary = cpu_step.turns(block, turned, tokens, sizes.dim)
+                if turned[0].numel() != tokens * step.rotary:
+                    raise WrongTensor(f"angles {list(turned[0].shape)} for {tokens} tokens")
+        texts, first = (CText * len(parts))(), 0
+        for text, part in zip(texts, parts, strict=True):
+            places = _places(part.cache)
+            places.follow(part.position, part.count, sizes.kv_heads, sizes.dim)
+            text.places, text.first, first = places.address, first, first + part.count
+            text.tokens, text.position = part.count, part.position
+        decoder = self._decoder
+        decoder.h = address(h, torch.float32, tokens * sizes.hidden)
+        decoder.tokens, decoder.texts = tokens, len(parts)
+        decoder.text = ctypes.addressof(texts)
         if self._run(self._address, torch.get_num_threads(), self._team):
             raise MemoryError
+
+
+def _places(cache: LayeredCache) -> Places:
+    """What was shown of `cache` before, which C need not be told again."""
+    if not isinstance(cache.places, Places):
+        cache.places = Places(cache.layers)
+    return cache.places
 
 
 def _fill(block: CBlock, weights: BlockWeights, sizes: Sizes) -> None:
@@ -188,7 +245,7 @@ def load() -> ctypes.CDLL:
     if not cpu_step.usable():
         raise NoKernel("the kernels of a decode step do not work here")
     structs = (
-        *(CDecoder, CBlock, CReader, cpu_step.CStep, CPacked, CSide),
+        *(CDecoder, CBlock, CPlace, CText, CReader, cpu_step.CStep, CPacked, CSide),
         *(w4a8.CLinear, skip_int4.CColumns),
     )
     others = "w4a8", "skip_int4", "step", "attention_quantized"

@@ -114,8 +114,9 @@ typedef struct {
     float *scratch;                              /* a query head: position + 1 */
 } Step;
 
-/* One row of the batch, one key head, the group of query heads that share it. */
-void optim_attend_head(const Step *p, int64_t unit);
+/* One row of the batch, one key head, the group of query heads that share it; `scores` has room for
+ * position + 1 a query head. */
+void optim_attend_head(const Step *p, int64_t unit, float *scores);
 /* Its parts over a packed cache, attention_quantized.c: rotates q, k and v, and stores the last two; */
 void optim_packed_store(const Step *p, int64_t unit, float *q, float *k, float *v);
 /* scores [group, position + 1] over the n positions from `first` on; */

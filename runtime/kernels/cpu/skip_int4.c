@@ -97,7 +97,9 @@ void optim_list(Columns *c, const float *x, float threshold, char *memory, Liste
         used += a.count;
     }
     l->from[l->pieces] = (int32_t)l->pairs;
-    if (threshold >= 0) c->used += used, c->calls++; /* else everything is read */
+    if (threshold < 0) return; /* everything is read */
+    __atomic_fetch_add(&c->used, used, __ATOMIC_RELAXED); /* tokens may be listed side by side */
+    __atomic_fetch_add(&c->calls, 1, __ATOMIC_RELAXED);
 }
 
 /* ---- the weights of what is active ---- */

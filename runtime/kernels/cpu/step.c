@@ -52,7 +52,7 @@ static void mix(const Step *p, const float *scores, int64_t u, int64_t first, in
         group_values(scores, p->position + 1, values, FLOATS, p->dim, n, group, out);
 }
 
-void optim_attend_head(const Step *p, int64_t u) {
+void optim_attend_head(const Step *p, int64_t u, float *scores) {
     const int64_t row = u / p->kv_heads, kv = u % p->kv_heads, d = p->dim;
     const int64_t group = p->heads / p->kv_heads, end = p->position + 1;
     float *base = p->qkv + row * (p->heads + 2 * p->kv_heads) * d;
@@ -66,7 +66,7 @@ void optim_attend_head(const Step *p, int64_t u) {
 
     const int64_t first = first_seen(end, p->window, p->padding ? p->padding[row] : 0);
     const int64_t n = end - first;
-    float *scores = p->scratch + u * group * end, shares[group];
+    float shares[group];
     float *out = p->out + (row * p->heads + kv * group) * d;
     if (p->packed)
         optim_packed_scores(p, u, q, first, n, scores);
@@ -81,7 +81,9 @@ void optim_attend_head(const Step *p, int64_t u) {
 }
 
 static void units(void *step, int64_t from, int64_t end) {
-    for (int64_t u = from; u < end; u++) optim_attend_head(step, u);
+    const Step *p = step;
+    const int64_t each = p->heads / p->kv_heads * (p->position + 1);
+    for (int64_t u = from; u < end; u++) optim_attend_head(p, u, p->scratch + u * each);
 }
 
 int optim_reads_half(void) { return FAST_HALF; }

@@ -65,7 +65,6 @@ class Attend:
         heads, dim = step.heads, step.dim
         out = torch.empty(batch, heads * dim)
         step.batch, step.position = batch, position
-        step.half = is_half(layer)
         point(step, layer, position, batch * step.kv_heads, dim)
         step.rotary = turns(step, angles, batch, dim)
         step.angle_stride = 0 if angles is None or angles[0].shape[0] == 1 else step.rotary
@@ -82,7 +81,8 @@ def turns(target: Struct, angles: tuple[Tensor, Tensor] | None, batch: int, dim:
     """Show C the angles, cos and signed sin `[1 or batch, .., rotary]`; how many channels turn."""
     if angles is None:
         return 0
-    rotary, rows = angles[0].shape[-1], angles[0].shape[0]
+    rotary = angles[0].shape[-1]
+    rows = angles[0].numel() // rotary
     if rotary % 2 or rotary > dim or rows not in (1, batch):
         raise WrongTensor(f"angles {list(angles[0].shape)} for {batch} heads of {dim}")
     for name, values in zip(("cos", "sin"), angles, strict=True):
@@ -102,19 +102,20 @@ def is_half(layer: Layer) -> bool:
     return isinstance(layer, LayerCache) and layer.keys.dtype == torch.float16
 
 
-def point(target: Struct, layer: Layer, position: int, rows: int, dim: int) -> None:
-    """Show C where `layer` lies: `rows` vectors of `dim` a position, with room for `position`."""
+def point(target: Struct, layer: Layer, position: int, rows: int, dim: int, count: int = 1) -> None:
+    """Show C where `layer` lies: `rows` vectors of `dim` a position, with room for `count` more
+    from `position` on."""
     if isinstance(layer, PackedLayer):
         layer.place(position, 1)
         sides: CPacked = target.__dict__.setdefault("sides", CPacked())
-        sides.follow(layer, position, rows, dim)
+        sides.follow(layer, position + count - 1, rows, dim)
         target.packed = ctypes.addressof(sides)
         return
     assert isinstance(layer, LayerCache)
     capacity, dtype = layer.values.shape[1], torch.float16 if is_half(layer) else torch.float32
-    if position >= capacity:
-        raise WrongTensor(f"a cache of {capacity} positions has no room for {position}")
-    target.packed, target.capacity = None, capacity
+    if position + count > capacity:
+        raise WrongTensor(f"a cache of {capacity} positions has no room for {position} + {count}")
+    target.packed, target.capacity, target.half = None, capacity, dtype == torch.float16
     target.point("keys", layer.keys, dtype, rows * capacity * dim)
     target.point("values", layer.values, dtype, rows * capacity * dim)
 

@@ -17,6 +17,7 @@ from optim.runtime.kernels.door import Struct, WrongTensor, address
 from optim.runtime.kernels.huge_pages import use_huge_pages
 
 SLICE = 256  # blocks of rows repacked at a time
+ALIKE = 1 << 30  # tokens at once that each get what they get alone: any
 
 
 class CLinear(Struct):
