@@ -21,9 +21,9 @@ from optim.cli.conversation.input import decode
 from optim.recipes.errors import USAGE, OptimError
 
 if TYPE_CHECKING:
-    from optim.runtime.engine.batch import Request
     from optim.runtime.engine.load import Model
     from optim.runtime.engine.sampling import Sampling
+    from optim.runtime.engine.sequence import Request
 
 PARAMETERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_tokens")
 
@@ -127,7 +127,7 @@ def _parse(data: bytes) -> Line:
 
 
 def _request(line: Line, model: Model, how: How) -> Request:
-    from optim.runtime.engine.batch import Request, check
+    from optim.runtime.engine.sequence import Request, check
 
     given = {name: getattr(line, name) for name in PARAMETERS}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

@@ -6,34 +6,14 @@ rounding of sums: greedy answers can part where two tokens are as likely to the 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
-from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.cache.full import Policy
 from optim.runtime.engine.load import Model
-from optim.runtime.engine.sampling import Sampler, Sampling
+from optim.runtime.engine.sampling import Sampler
+from optim.runtime.engine.sequence import Answer, Request, check
 from optim.runtime.engine.stop_text import StopText
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One prompt as ids, and how to answer it."""
-
-    ids: list[int]
-    sampling: Sampling
-    exact: bool = False
-    """The answer may end inside a character, as U+FFFD: text that is continued, not a reply."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The text, its number of tokens, and why it ended: "stop", "length" or "context"."""
-
-    text: str
-    tokens: int
-    stop_reason: str
 
 
 class _Row:
@@ -45,7 +25,7 @@ class _Row:
         # As alone: the last token needs no place in the cache.
         self.room = context - self.start + 1
         self.most = request.sampling.max_tokens or self.room
-        self.sample = Sampler(request.sampling, model.device)
+        self.sample = Sampler(request.sampling, model.device, self.start)
         self.ends = model.tokenizer.eos_ids
         self.letters, self.stops = model.tokenizer.stream(), StopText(request.sampling.stop)
         self.pieces: list[str] = []
@@ -108,15 +88,6 @@ def answer_group(
         if all(row.reason for row in rows):
             return [row.answer() for row in rows]
         ids = torch.tensor(tokens)[:, None]
-
-
-def check(request: Request, model: Model, context: int) -> None:
-    """Raise OptimError (2) for a prompt that is empty or longer than `context`."""
-    if not request.ids:
-        raise OptimError("the prompt is empty", "give it some text", USAGE)
-    if len(request.ids) > context:
-        what = f"the prompt is {len(request.ids)} tokens, the context {context}"
-        raise OptimError(what, model.more_room(context), USAGE)
 
 
 def answer_all(

@@ -5,6 +5,7 @@ penalty is CTRL's (arXiv 1909.05858). Temperature 0 takes the likeliest token.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,12 @@ class Sampling:
     max_tokens: int | None = None
     """None: as many as fit the context."""
     stop: tuple[str, ...] = ()
+    presence_penalty: float = 0.0
+    """Taken from the logit of every token that the answer has already."""
+    frequency_penalty: float = 0.0
+    """The same, once for each time that it has it."""
+    bias: tuple[tuple[int, float], ...] = ()
+    """Added to the logits of these ids."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", tuple(self.stop))
@@ -51,6 +58,8 @@ class Sampling:
         seed = self.seed or 0
         _check("seed", seed, -(2**63) <= seed < 2**63, "give one from 0 to 2**63 - 1")
         _check("stop", self.stop, all(self.stop), "a stop text has at least one character")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(name, getattr(self, name), abs(getattr(self, name)) <= 2, "give one in -2..2")
 
     @property
     def summary(self) -> str:
@@ -148,8 +157,9 @@ def draw(chances: Tensor, random: torch.Generator) -> int:
 class Sampler:
     """Draws tokens for one reply; the same seed draws the same."""
 
-    def __init__(self, sampling: Sampling, device: torch.device) -> None:
-        self._sampling = sampling
+    def __init__(self, sampling: Sampling, device: torch.device, prompt: int = 0) -> None:
+        """The first `prompt` tokens of a history are not the answer's."""
+        self._sampling, self._prompt = sampling, prompt
         self._random = torch.Generator(device)
         if sampling.seed is None:
             self._random.seed()
@@ -165,8 +175,19 @@ class Sampler:
         if s.repetition_penalty != 1 and history:
             seen = torch.tensor(sorted(set(history)), device=logits.device)
             logits = penalize(logits, seen, s.repetition_penalty)
+        if s.presence_penalty or s.frequency_penalty or s.bias:
+            logits = self._shifted(logits, history[self._prompt :])
         if s.temperature == 0:
             return int(logits.argmax())
         chances, ids = distribution(logits, s)
         drawn = draw(chances, self._random)
         return drawn if ids is None else int(ids[drawn])
+
+    def _shifted(self, logits: Tensor, answer: Sequence[int]) -> Tensor:
+        """`logits` `[V]` with what the sampling adds to some, and takes from those of `answer`."""
+        s, shift = self._sampling, dict(self._sampling.bias)
+        for token, count in Counter(answer).items():
+            shift[token] = shift.get(token, 0.0) - s.presence_penalty - s.frequency_penalty * count
+        ids = torch.tensor(list(shift), dtype=torch.int64, device=logits.device)
+        values = torch.tensor(list(shift.values()), dtype=logits.dtype, device=logits.device)
+        return logits.index_add(0, ids, values)

@@ -40,7 +40,7 @@ def generate(
     """
     cache = cache or model.new_cache()
     stop_ids = model.tokenizer.eos_ids if stop_ids is None else stop_ids
-    sample = Sampler(sampling, model.device)
+    sample = Sampler(sampling, model.device, len(ids))
     history = list(ids)
     if reading is not None:
         cache.reading = lambda done: reading(done, len(ids))
