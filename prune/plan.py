@@ -12,6 +12,7 @@ from optim.runtime.sparsity.bytes_read import site_sizes
 from optim.runtime.sparsity.side_file import require_known
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.dense_view import PlainView
+from optim.runtime.storage.join import MOST_BYTES
 from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.system.devices import pick_device
 from optim.runtime.system.output import check_output
@@ -51,6 +52,7 @@ def plan(
     method.check(section, Candidate(checkpoint, facts, neurons))
     output = Path(recipe.output or f"./{checkpoint.name}-{method.form(section)}")
     need = sum(info.nbytes for info in checkpoint.tensors.values())
+    need *= 2 if need <= MOST_BYTES else 1  # the shards and the one file of them
     check_output(output, force, need, [*checkpoint.places, *recipe.calibration.places])
     return Plan(
         recipe=recipe.model_copy(update={"output": str(output)}),

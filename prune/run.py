@@ -17,7 +17,7 @@ from optim.runtime.sparsity.side_file import SIDE, write_side
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.manifest import Calibration, Manifest, Sparsity, made_here
 from optim.runtime.storage.open import open_checkpoint
-from optim.runtime.storage.tensors import INDEX
+from optim.runtime.storage.tensors import INDEX, SINGLES
 from optim.runtime.storage.workspace import (
     Workspace,
     identity,
@@ -92,7 +92,8 @@ def _finish(made: Plan, workspace: Workspace, windows: Tensor, found: Solved) ->
     config = dict(made.checkpoint.text_config)
     config["architectures"] = [type(made.walk.model).__name__]
     workspace.write_text("config.json", json.dumps(config, indent=2) + "\n")
-    workspace.write_text(INDEX, index_of(workspace.done) + "\n")
+    if not workspace.join(SINGLES[0]):
+        workspace.write_text(INDEX, index_of(workspace.done) + "\n")
     made.checkpoint.write_sidecars(workspace.files)
     assert made.recipe.prune is not None
     options = made.recipe.prune.model_dump(mode="json", exclude={"method"})

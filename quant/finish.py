@@ -11,7 +11,7 @@ from optim.quant.solver import Solver
 from optim.recipes.build import to_yaml
 from optim.runtime.storage.manifest import BlockError, Calibration, Manifest, made_here
 from optim.runtime.storage.size_table import rounded_before
-from optim.runtime.storage.tensors import INDEX, OWN_INDEX
+from optim.runtime.storage.tensors import INDEX, OWN_INDEX, OWN_SINGLE, SINGLES
 from optim.runtime.storage.workspace import Workspace, index_of, shards_in, source_of
 from optim.runtime.text.windows import described
 
@@ -20,13 +20,15 @@ def finish(
     made: Plan, workspace: Workspace, windows: Tensor | None, solver: Solver
 ) -> dict[str, Any]:
     """Write what belongs beside the shards and publish; returns the facts of the report."""
-    manifest = _manifest(made, workspace, windows)
-    recipe = made.recipe.model_copy(update={"output": None})
     config = _config(made, solver)
     ours = config["quantization_config"]["quant_method"] != "compressed-tensors"
     hidden = ours or mixes_experts(made.schemes)  # others would read weights that are not there
+    one = workspace.join(OWN_SINGLE if hidden else SINGLES[0])
+    manifest = _manifest(made, workspace, windows)
+    recipe = made.recipe.model_copy(update={"output": None})
     workspace.write_text("config.json", json.dumps(config, indent=2) + "\n")
-    workspace.write_text(OWN_INDEX if hidden else INDEX, index_of(workspace.done) + "\n")
+    if hidden or not one:
+        workspace.write_text(OWN_INDEX if hidden else INDEX, index_of(workspace.done) + "\n")
     workspace.write_manifest(manifest)
     workspace.write_text("recipe.yaml", to_yaml(recipe))
     workspace.write_text("README.md", _card(made, manifest))

@@ -21,6 +21,7 @@ from optim.recipes.schema import Override, Recipe, Rounding
 from optim.runtime.architecture.table import FAMILIES
 from optim.runtime.formats.pack_quantized import Scheme
 from optim.runtime.storage.checkpoint import Checkpoint, require_plain
+from optim.runtime.storage.join import MOST_BYTES
 from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.storage.size_table import SizeRow, rounded_before, size_rows, stored
 from optim.runtime.system.devices import pick_device
@@ -115,6 +116,7 @@ def plan(
     rows = artifact_rows(checkpoint, shapes, schemes)
     output_bytes = sum(row.nbytes for row in rows)
     disk = output_bytes + 2 * state_bytes(method, recipe, checkpoint)
+    disk += output_bytes if output_bytes <= MOST_BYTES else 0  # the shards and the one file of them
     inputs = [*checkpoint.places, *recipe.calibration.places]
     problems = [*_pattern_problems(recipe.quantize, shapes), *_shape_problems(shapes, schemes)]
     problems += output_problems(output, force, disk, inputs)

@@ -19,7 +19,7 @@ from optim.prune.pruner import Plan
 from optim.recipes.build import to_yaml
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.manifest import Calibration, Manifest, made_here
-from optim.runtime.storage.tensors import INDEX
+from optim.runtime.storage.tensors import INDEX, SINGLES
 from optim.runtime.storage.workspace import Workspace, index_of, shards_in, shards_of, source_of
 from optim.runtime.text.windows import described
 
@@ -45,7 +45,8 @@ def write(
     )
     lines = [json.dumps(asdict(point)) for point in history]
     workspace.write_text("config.json", json.dumps(_config(made), indent=2) + "\n")
-    workspace.write_text(INDEX, index_of(records) + "\n")
+    if len(records) > 1:
+        workspace.write_text(INDEX, index_of(records) + "\n")
     workspace.write_manifest(manifest)
     workspace.write_text("recipe.yaml", to_yaml(made.recipe.model_copy(update={"output": None})))
     workspace.write_text("training.jsonl", "\n".join(lines) + "\n")
@@ -69,6 +70,7 @@ def _write_weights(
             new = trained.get(_tied_to(name, checkpoint, trained), stored)
             tensors[checkpoint.disk_name(name)] = new.to("cpu", stored.dtype).contiguous()
         shard = f"model-{k + 1:05d}-of-{len(groups):05d}.safetensors"
+        shard = SINGLES[0] if len(groups) == 1 else shard
         records.append(workspace.write_shard(shard, tensors))
     return records
 

@@ -25,6 +25,7 @@ from optim.runtime.system.files import AGAIN, MAX_JSON, damaged, load_json
 INDEX = "model.safetensors.index.json"
 OWN_INDEX = "optim.safetensors.index.json"
 """Of layouts that others would misread: a program that looks for INDEX finds no weights at all."""
+OWN_SINGLE = "model-00001-of-00001.safetensors"  # the one file of such a layout, for that reason
 INDEXES = (INDEX, "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
 SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from optim.recipes.errors import CHECK_FAILED, MACHINE, USAGE, OptimError
 from optim.runtime.storage.checkpoint import Checkpoint
+from optim.runtime.storage.join import MOST_BYTES, join
 from optim.runtime.storage.manifest import Manifest, Source
 from optim.runtime.storage.tensors import TensorInfo
 from optim.runtime.system.files import ordinary_mode, sync
@@ -118,6 +119,27 @@ class Workspace:
             raise disk_error(self._journal, error) from error
         self.done.append(record)
 
+    def join(self, name: str) -> bool:
+        """Make one file `name` of all shards, if that is not too large; whether there is one.
+
+        The shards are removed when the journal says that their tensors are in the new file: a run
+        that is killed at any instant finds the one or the other.
+        """
+        if sum(size for record in self.done for size in record["tensors"].values()) > MOST_BYTES:
+            return False
+        files = {self.files / record["file"]: None for record in self.done}
+        if list(files) != [self.files / name]:
+            try:
+                sha256 = join(list(files), self.files / name)
+            except OSError as error:
+                raise disk_error(self.files / name, error) from error
+            self.done = [record | {"file": name, "sha256": sha256} for record in self.done]
+            self._write_journal()
+        for path in self.files.glob("*.safetensors"):
+            if path.name != name:
+                path.unlink()
+        return True
+
     def write_text(self, name: str, text: str) -> None:
         """One of the artifact's small files."""
         try:
@@ -188,7 +210,10 @@ class Workspace:
         else:
             shutil.rmtree(self.files)
             self.files.mkdir()
-        # A line cut off by a kill is dropped by writing the journal anew.
+        self._write_journal()  # without a line that a kill has cut off
+
+    def _write_journal(self) -> None:
+        """The journal anew, whole or not at all."""
         text = "".join(json.dumps(line) + "\n" for line in [self._identity, *self.done])
         try:
             new = self._journal.with_suffix(".new")

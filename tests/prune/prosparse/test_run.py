@@ -137,7 +137,7 @@ def test_a_stopped_run_ends_with_the_same_weights(make_model, some_text, tmp_pat
     assert seen == [4, 5]
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    for name in ("training.jsonl", "model-00001-of-00001.safetensors"):
+    for name in ("training.jsonl", "model.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from optim.recipes.errors import MACHINE, USAGE, OptimError
+from optim.runtime.storage import workspace as module
+from optim.runtime.storage.manifest import verify
 from optim.runtime.storage.open import open_checkpoint
-from optim.runtime.storage.workspace import Workspace, index_of
+from optim.runtime.storage.workspace import Workspace, index_of, shards_in
 from optim.runtime.system.hashes import file_sha256, tensor_sha256
 
 IDENTITY = {"source": "abc", "recipe": {"bits": 4, "sym": False}}
@@ -285,3 +288,64 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tiny_folder: Path) ->
         workspace.publish()
     workspace.close()
     assert not tiny_folder.with_name("out").exists()
+
+
+def _joined(output: Path) -> None:
+    """A whole run whose shards become one file."""
+    with Workspace(output, IDENTITY, False) as workspace:
+        for step in range(len(workspace.done), STEPS):
+            tensors = _tensors(step) | {f"{step}.shape": torch.tensor([step, 4])}
+            workspace.commit(workspace.write_shard(f"shard-{step}.safetensors", tensors))
+        assert workspace.join("model.safetensors")
+        text = json.dumps({"format_version": 1, "shards": shards_in(workspace.done)})
+        workspace.write_text("optim.json", text)
+        workspace.publish()
+
+
+def test_shards_become_one_file(tmp_path: Path) -> None:
+    _joined(tmp_path / "out")
+    assert sorted(_bytes(tmp_path / "out")) == ["model.safetensors", "optim.json"]
+    held = load_file(tmp_path / "out" / "model.safetensors")
+    wanted = {k: v for step in range(STEPS) for k, v in _tensors(step).items()}
+    wanted |= {f"{step}.shape": torch.tensor([step, 4]) for step in range(STEPS)}
+    assert held.keys() == wanted.keys()
+    assert all(torch.equal(held[name], wanted[name]) for name in wanted)
+    assert verify(tmp_path / "out") == []
+
+
+def test_a_large_model_stays_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_BYTES", 3 * 64 - 1)
+    with Workspace(tmp_path / "out", IDENTITY, False) as workspace:
+        for step in range(STEPS):
+            workspace.commit(workspace.write_shard(f"shard-{step}.safetensors", _tensors(step)))
+        assert not workspace.join("model.safetensors")
+        assert len(list(workspace.files.iterdir())) == STEPS
+        workspace.discard()
+
+
+@pytest.mark.parametrize("place", [(os, "fsync"), (os, "replace"), (Path, "unlink")])
+def test_killed_at_every_system_call_of_joining(
+    place: tuple[Any, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _joined(tmp_path / "whole")
+    wanted, (owner, call) = _bytes(tmp_path / "whole"), place
+    original, deaths = getattr(owner, call), 0
+    for n in range(1, 30):
+        left = [n]
+
+        def dies(*words: Any, left: list[int] = left, **named: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                raise Killed
+            return original(*words, **named)
+
+        output = tmp_path / f"{n}"
+        with monkeypatch.context() as patch, suppress(Killed):
+            patch.setattr(owner, call, dies)
+            _joined(output)
+        deaths += not output.exists()
+        if not output.exists():
+            _joined(output)
+        assert _bytes(output) == wanted
+        assert not (tmp_path / f"{n}.partial").exists()
+    assert deaths >= STEPS
