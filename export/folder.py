@@ -72,7 +72,8 @@ def plain_config(made: Plan) -> dict[str, Any]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     checkpoint = made.checkpoint
-    config = {k: v for k, v in checkpoint.text_config.items() if k != "quantization_config"}
+    packed = ("quantization_config", "quantization")
+    config = {k: v for k, v in checkpoint.text_config.items() if k not in packed}
     if checkpoint.text_config is not checkpoint.config:  # the text model of a composed one
         config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[checkpoint.family]]
     return config

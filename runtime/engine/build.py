@@ -65,7 +65,7 @@ def build(
     stem = facts.embed.rpartition(".")[0]
     project_in, project_out = (_optional(loader, f"{stem}.project_{way}") for way in ("in", "out"))
     decoder = Decoder(
-        shape=_rounded(shape, facts, checkpoint.tensors[f"{facts.embed}.weight"].dtype),
+        shape=_rounded(shape, facts, _stored_dtype(checkpoint, facts)),
         embed=embed,
         positions=loader.tensor(f"{facts.positions}.weight") if facts.positions else None,
         project_in=project_in,
@@ -77,7 +77,7 @@ def build(
         project_out=project_out,
         head=head,
         dtype=dtype,
-        cache_dtype=_cache_dtype(loader, checkpoint.tensors[f"{facts.embed}.weight"].dtype),
+        cache_dtype=_cache_dtype(loader, _stored_dtype(checkpoint, facts)),
         one_call=one_call(blocks, shape),
     )
     ends = (project_in, project_out, head)
@@ -86,6 +86,12 @@ def build(
         complete(decoder, static)
     side = loader.side
     return decoder if side is None else core_decoder(decoder, side), weight_bytes
+
+
+def _stored_dtype(checkpoint: Checkpoint, facts: Facts) -> torch.dtype:
+    """What the model's floats are stored in: the embedding's, or that of its scales."""
+    names = (f"{facts.embed}.{part}" for part in ("weight", "weight_scale"))
+    return next(checkpoint.tensors[name].dtype for name in names if name in checkpoint.tensors)
 
 
 def _cache_dtype(loader: Loader, stored: torch.dtype) -> torch.dtype:

@@ -20,6 +20,7 @@ from optim.runtime.decoder.linears.base import Linear
 from optim.runtime.decoder.linears.source import Source
 from optim.runtime.engine.loader import Loader
 from optim.runtime.storage.checkpoint import Checkpoint
+from optim.runtime.storage.dense_view import PlainView
 from optim.runtime.walk.skeleton import (
     fill_buffers,
     is_fused_experts,
@@ -220,17 +221,19 @@ def fill(model: Any, source: Source) -> None:
     Raises OptimError (2) if the checkpoint lacks one, or has one of another shape.
     """
     checkpoint, missing = source.checkpoint, []
+    plain = PlainView(checkpoint)  # a table may be packed
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         fill_buffers(model, module, prefix, checkpoint.tensors, checkpoint.read, source.device)
     for name, weight in list(model.named_parameters()):
         if not weight.is_meta:
             continue
-        if not source.has(name):
+        if name not in plain.tensors:
             missing.append(name)
             continue
         owner, _, leaf = name.rpartition(".")
-        value = nn.Parameter(source.tensor(name, source.dtype), requires_grad=False)
+        read = plain.read(name).to(source.device, source.dtype)
+        value = nn.Parameter(read, requires_grad=False)
         _same(name, tuple(value.shape), weight)
         setattr(model.get_submodule(owner), leaf, value)
     if isinstance(model.get_output_embeddings(), nn.Linear):

@@ -7,6 +7,9 @@
     weight_zero_point  int32 [ceil(out*bits/32), in/g]    only asymmetric, dense along the outputs
     weight_shape       int64 [2]                          out, in
 
+What comes from formats of others may have `weight_offset`, like the scales, in place of zero
+points: w = q * scale + offset. It is never stored so.
+
 The format calls values signed (q - 2^(bits-1)) and stores them with that offset: unsigned, as here.
 """
 
@@ -21,14 +24,14 @@ from optim.runtime.formats.schemes import Scheme, SchemeOf, parse_config, write_
 
 __all__ = ["Scheme", "SchemeOf", "dequantize", "pack", "parse_config", "unpack", "write_config"]
 
-SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_offset", "weight_shape")
 
 
 def pack(q: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> dict[str, Tensor]:
     """The tensors of one linear as they are stored.
 
     q: uint8 [out, in], below 2^bits. scale: float [out, groups], kept in its dtype.
-    zero: uint8 [out, groups] below 2^bits, None if symmetric.
+    zero: uint8 [out, groups] below 2^bits, None if symmetric; floats like `scale` for an offset.
     Raises OptimError if a shape, dtype or value is not one the scheme can hold.
     """
     outputs, inputs = q.shape
@@ -43,7 +46,10 @@ def pack(q: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> dict[
         "weight_scale": scale.contiguous(),
         "weight_shape": torch.tensor([outputs, inputs], dtype=torch.int64),
     }
-    if zero is not None:
+    if zero is not None and scheme.offset:
+        _expect_scale("offset", zero, (outputs, groups))
+        tensors["weight_offset"] = zero.contiguous()
+    elif zero is not None:
         _expect("zero", zero, (torch.uint8,), (outputs, groups))
         _expect_below("zero", zero, scheme.bits)
         tensors["weight_zero_point"] = pack_rows(zero.T, scheme.bits).T.contiguous()
@@ -53,7 +59,7 @@ def pack(q: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> dict[
 def unpack(
     tensors: Mapping[str, Tensor], scheme: Scheme, name: str = "weight"
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The inverse of `pack`: (q uint8 [out, in], scale [out, groups], zero uint8 or None).
+    """The inverse of `pack`: (q uint8 [out, in], scale [out, groups], zero or None).
 
     `tensors` has the keys of `pack`. `name` is the module, for messages.
     Raises OptimError naming the tensor if one is missing or corrupt.
@@ -74,7 +80,10 @@ def still_packed(
     scale = _get(tensors, "weight_scale", name)
     _expect_scale(f"{name}.weight_scale", scale, (outputs, groups))
     zero = None
-    if not scheme.symmetric:
+    if scheme.offset:
+        zero = _get(tensors, "weight_offset", name)
+        _expect_scale(f"{name}.weight_offset", zero, (outputs, groups))
+    elif not scheme.symmetric:
         stored = _get(tensors, "weight_zero_point", name)
         zero_shape = (words(outputs, scheme.bits), groups)
         _expect(f"{name}.weight_zero_point", stored, (torch.int32,), zero_shape)
@@ -93,11 +102,19 @@ def dequantize(
 
     Shapes as in `pack`; `zero` None stands for 2^(bits-1).
     """
-    outputs, inputs = q.shape
-    weight = q.to(torch.float32).view(outputs, scale.shape[1], -1)
-    weight -= 2.0 ** (scheme.bits - 1) if zero is None else zero.to(torch.float32).unsqueeze(-1)
-    weight *= scale.to(torch.float32).unsqueeze(-1)
-    return weight.view(outputs, inputs).to(dtype)
+    return exact(q, scale.to(torch.float32), zero, scheme).to(dtype)
+
+
+def exact(q: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
+    """The weight [out, in], computed in the dtype of `scale`."""
+    weight = q.to(scale.dtype).view(q.shape[0], scale.shape[1], -1)
+    shift = None if zero is None else zero.to(scale.dtype).unsqueeze(-1)
+    if not scheme.offset:
+        weight -= 2.0 ** (scheme.bits - 1) if shift is None else shift
+    weight *= scale.unsqueeze(-1)
+    if scheme.offset and shift is not None:
+        weight += shift
+    return weight.view(q.shape)
 
 
 def _get(tensors: Mapping[str, Tensor], key: str, name: str) -> Tensor:

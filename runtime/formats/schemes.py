@@ -17,20 +17,27 @@ from optim.recipes.patterns import check_pattern, matches
 FORMAT = "pack-quantized"
 LAYOUT_VERSION = "0.19.0"  # the compressed-tensors release whose dense bit layout is written
 
+BITS = (2, 3, 4, 5, 6, 8)
+
 SchemeOf = Callable[[str], "Scheme | None"]
 
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """How one linear is stored: `group_size` inputs share a scale (-1: a whole output channel)."""
+    """How one linear is stored: `group_size` inputs share a scale (-1: a whole output channel).
+
+    With an `offset` a float is added where else an integer zero point is taken away: formats of
+    others have that (GGUF, MLX), compressed-tensors does not.
+    """
 
     bits: int
     group_size: int
     symmetric: bool
+    offset: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in (2, 3, 4, 8):
-            raise OptimError(f"{self.bits} bits are not supported", "use 2, 3, 4 or 8", USAGE)
+        if self.bits not in BITS:
+            raise OptimError(f"{self.bits} bits are not supported", "use 2 to 6, or 8", USAGE)
         if self.group_size != -1 and self.group_size < 1:
             raise OptimError(f"group size {self.group_size} makes no sense", "use -1 or 16 to 256")
 
@@ -45,7 +52,8 @@ class Scheme:
 
     def __str__(self) -> str:
         size = f"g{self.group_size}" if self.group_size > 0 else "per channel"
-        return f"{self.bits}-bit {size} {'sym' if self.symmetric else 'asym'}"
+        kind = "sym" if self.symmetric else "offset" if self.offset else "asym"
+        return f"{self.bits}-bit {size} {kind}"
 
 
 def parse_config(config: Mapping[str, Any]) -> SchemeOf:

@@ -20,7 +20,9 @@ from optim.runtime.architecture.table import FAMILIES
 from optim.runtime.formats import static_int
 from optim.runtime.formats.pack_quantized import SchemeOf, parse_config
 from optim.runtime.storage.companions import copy_companions
+from optim.runtime.storage.foreign.layouts import block_of
 from optim.runtime.storage.gate import Stored, admit
+from optim.runtime.storage.integers import IntegerStore
 from optim.runtime.storage.lossless.store import LosslessStore
 from optim.runtime.storage.names import canonical_parts, published_name
 from optim.runtime.storage.tensors import Part, Store, TensorInfo
@@ -75,7 +77,11 @@ class Checkpoint:
         Others can be looked at; what reads weights refuses them by name.
         """
         method = (self.quantization or {}).get("quant_method")
-        return method in (None, static_int.METHOD, "compressed-tensors")
+        return isinstance(self.store, IntegerStore) or method in (
+            None,
+            static_int.METHOD,
+            "compressed-tensors",
+        )
 
     def _pass_the_gate(self) -> None:
         """Keep what the configuration says the model consists of; see storage/gate.py."""
@@ -99,9 +105,7 @@ class Checkpoint:
     @property
     def quantization(self) -> dict[str, Any] | None:
         """`quantization_config` of an already quantized model, else None."""
-        scheme = self.config.get("quantization_config")
-        scheme = scheme or text_part(self.config).get("quantization_config")
-        return scheme if isinstance(scheme, dict) and scheme else None
+        return block_of(self.config)
 
     @property
     def settings(self) -> Any:
@@ -156,6 +160,10 @@ class Checkpoint:
             return None
         share = self.tensors[name].nbytes / self.store.infos[part.stored].nbytes
         return held[0], held[1] * share
+
+    def stored_name(self, name: str) -> str:
+        """Name of a tensor in the files; empty for one that there is not."""
+        return self._parts[name].stored if name in self._parts else ""
 
     def disk_name(self, canonical: str) -> str:
         """Name of a tensor in the family's published checkpoints (mixtral: `...w1.weight`)."""
@@ -254,7 +262,10 @@ def _read_remote(checkpoint: Checkpoint) -> "PretrainedConfig":
 
 def schemes_of(checkpoint: Checkpoint) -> SchemeOf:
     """Canonical module name -> how it is packed; quantization_config has the published names."""
-    config = checkpoint.quantization
+    store, config = checkpoint.store, checkpoint.quantization
+    if isinstance(store, IntegerStore):
+        stored = checkpoint.stored_name
+        return lambda name: store.schemes.get(stored(f"{name}.weight_packed"))
     if not config or config.get("quant_method") == static_int.METHOD:
         return lambda _name: None
     scheme_of = parse_config(config)

@@ -63,12 +63,14 @@ class PlainView:
         return *unpack(tensors, scheme, module), scheme
 
     def grid(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """The scales `[out, groups]` and zero points of a packed weight, without its integers."""
+        """Scales `[out, groups]` and zero points, or offsets, of a weight without its integers."""
         module, scheme = self.tensors[name], self.scheme(name)
         assert module is not None and scheme is not None, name
         scale = self.checkpoint.read(f"{module}.weight_scale")
         if scheme.symmetric:
             return scale, None
+        if scheme.offset:
+            return scale, self.checkpoint.read(f"{module}.weight_offset")
         packed = self.checkpoint.read(f"{module}.weight_zero_point")
         return scale, unpack_rows(packed.T, scheme.bits, scale.shape[0]).T.contiguous()
 

@@ -6,6 +6,7 @@ For the families of the table the configuration says which modules there are and
     plain         weight                      float, the module's shape (lossless packing unpacks
                                               to this, and its stores are checked as what they give)
     packed        weight_packed, weight_scale, weight_shape, and weight_zero_point if asymmetric
+                  (weight_offset in formats of others: storage/foreign/)
     static        weight_packed, weight_scale, and the steps of its input; see formats/w4a4.py
 
 `admit` checks names, shapes and dtypes against the headers, and the few values that say how large
@@ -121,7 +122,9 @@ def _packed(stored: Stored, module: Module, _widths: Mapping[str, int]) -> None:
     groups = _groups(stored, module, scheme)
     stored.take(f"{name}.weight_packed", (outputs, words(inputs, scheme.bits)), [torch.int32])
     stored.take(f"{name}.weight_scale", (outputs, groups), SCALES)
-    if not scheme.symmetric:
+    if scheme.offset:
+        stored.take(f"{name}.weight_offset", (outputs, groups), SCALES)
+    elif not scheme.symmetric:
         rows = words(outputs, scheme.bits)
         stored.take(f"{name}.weight_zero_point", (rows, groups), [torch.int32])
     stored.take(f"{name}.weight_shape", (2,), COUNTS)

@@ -8,6 +8,8 @@ from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.architecture.config import needs_remote_code
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.demo import demo_file
+from optim.runtime.storage.foreign.layouts import foreign_layout
+from optim.runtime.storage.foreign.store import ForeignStore
 from optim.runtime.storage.gguf.store import open_gguf
 from optim.runtime.storage.hub import HUB_ID, fetch
 from optim.runtime.storage.lossless.layouts import layout_of, without_layout
@@ -39,6 +41,8 @@ def _open_folder(folder: Path, source: str, name: str, trust: bool, gate: bool) 
 
 def _open_store(folder: Path, config: dict[str, Any]) -> tuple[Store, dict[str, Any]]:
     """The weights of a folder, and its configuration without what says how they are packed."""
+    if (foreign := foreign_layout(config)) is not None:
+        return ForeignStore(open_files(folder), foreign), config
     if layout_of(config) is None:
         return open_files(folder), config
     return open_lossless(folder, config), without_layout(config)

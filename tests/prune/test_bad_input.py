@@ -116,7 +116,7 @@ def test_another_quantization_is_refused(
     folder = tmp_path / "gptq"
     shutil.copytree(make_model("llama"), folder)
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
     (folder / "config.json").write_text(json.dumps(config))
     recipe = make_recipe(folder, tmp_path / "out", "threshold")
     assert "quantized with gptq" in refused(lambda: plan(recipe)).message

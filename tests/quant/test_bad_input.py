@@ -161,7 +161,7 @@ def test_not_a_language_model(shell: Shell) -> None:
 
 
 def test_already_quantized(shell: Shell) -> None:
-    shell.edit_config(quantization_config={"quant_method": "gptq", "bits": 4})
+    shell.edit_config(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 32})
     code, err = shell.quantize()
     assert code == 2 and "already quantized (gptq, 4 bits)" in err and shell.left() == set()
 

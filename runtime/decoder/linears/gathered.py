@@ -21,6 +21,7 @@ def gather_rows(weight: w4a8.Weight, rows: Tensor) -> w4a8.Weight:
     use_huge_pages(small.weight)
     small.scale = _lanes(weight.scale, rows)
     small.zero = None if weight.zero is None else _lanes(weight.zero, rows)
+    small.offset = None if weight.offset is None else _lanes(weight.offset, rows)
     small.bias = None if weight.bias is None else _lanes(weight.bias, rows)
     small.layer = type(weight.layer).from_buffer_copy(weight.layer)
     small.point()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.decoder.linears.base import Linear, masked
+from optim.runtime.decoder.linears.base import Linear, Table, masked
 from optim.runtime.decoder.linears.gathered import gather_rows
 from optim.runtime.decoder.linears.source import Source
 from optim.runtime.decoder.linears.sparse import SparseLinear, sparse_packed
@@ -33,6 +33,7 @@ class PackedLinear(Linear):
     weight_packed: Tensor | None
     weight_scale: Tensor | None
     weight_zero_point: Tensor | None
+    weight_offset: Tensor | None
     weight_shape: Tensor | None
     bias: Tensor | None
 
@@ -83,6 +84,10 @@ class PackedLinear(Linear):
         return w4a8.ALIKE if isinstance(self.kernel, w4a8.Weight) else 1
 
     @property
+    def table(self) -> Table | None:
+        return Looked(self.kernel) if isinstance(self.kernel, w4a8.Weight) else None
+
+    @property
     def c_reader(self) -> Reader | None:
         return Reader(self.kernel) if isinstance(self.kernel, w4a8.Weight) else None
 
@@ -129,6 +134,16 @@ class PackedLinear(Linear):
     def opened(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Integers, scales and zero points; see packed.unpack. Only before `prepare`."""
         return unpack(self.stored(), self.scheme, self.name)
+
+
+class Looked:
+    """A packed weight as an embedding table: the rows that are asked for, in fp32."""
+
+    def __init__(self, kernel: w4a8.Weight) -> None:
+        self._kernel = kernel
+
+    def __getitem__(self, ids: Tensor) -> Tensor:
+        return self._kernel.picked(ids.flatten()).view(*ids.shape, -1)
 
 
 class RepackedLinear(Linear):
@@ -193,7 +208,9 @@ def _side_by_side(
     """The stored forms joined as they are: no word holds values of two parts. None: not so here."""
     stored = [part["weight_shape"] for part in parts if "weight_shape" in part]
     shapes = [shape.tolist() for shape in stored if shape.shape == (2,)]
-    whole_words = scheme.symmetric or all(out * scheme.bits % 32 == 0 for out, _ in shapes)
+    whole_words = (
+        scheme.symmetric or scheme.offset or all(out * scheme.bits % 32 == 0 for out, _ in shapes)
+    )
     alike = {tuple((k, t.dtype, t.shape[1:]) for k, t in sorted(part.items())) for part in parts}
     same_inputs = len(shapes) == len(parts) and len({inputs for _, inputs in shapes}) == 1
     if not (whole_words and same_inputs and len(alike) == 1):

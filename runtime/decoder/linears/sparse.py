@@ -135,6 +135,8 @@ def sparse_packed(
 
 
 def _readable(scheme: Scheme, device: torch.device) -> bool:
+    if scheme.offset:
+        return False
     if device.type == "cuda":
         group = scheme.group_size
         return bool(find_spec("triton")) and scheme.bits <= 4 and group in (16, 32, 64, 128, 256)

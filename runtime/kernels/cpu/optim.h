@@ -35,10 +35,11 @@ typedef struct {
     int64_t inputs, outputs;  /* of the layer; memory is padded to whole chunks and blocks */
     int64_t bits, chunk;      /* stored bits: 4 or 8 */
     int64_t chunks, scales;   /* chunks of a row; scales of a row (divides chunks) */
-    int64_t scale_is_bf16;
+    int64_t scale_type;       /* of scale and offset: 0 float, 1 bf16, 2 fp16 */
     const char *weight;       /* [blocks][cols * bits / 32][ROWS] words */
     const void *scale;        /* [blocks][scales][ROWS] */
     const uint8_t *zero;      /* [blocks][scales][ROWS], NULL: `middle` everywhere */
+    const void *offset;       /* in place of zero: w = q * scale + offset; or NULL */
     float middle;
     const float *bias;        /* [blocks][ROWS] or NULL */
 } Linear;

@@ -36,6 +36,10 @@ INLINE floats load_bf16(const uint16_t *p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+#define HALF_SCALES 1
+INLINE floats load_half(const uint16_t *p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
 INLINE floats load_bytes(const uint8_t *p) {
     return real(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
@@ -71,6 +75,12 @@ INLINE floats load_bf16(const uint16_t *p) {
     __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
+#if defined(__F16C__)
+#define HALF_SCALES 1
+INLINE floats load_half(const uint16_t *p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+}
+#endif
 INLINE floats load_bytes(const uint8_t *p) {
     return real(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
@@ -107,6 +117,10 @@ INLINE floats load_floats(const float *p) { return vld1q_f32(p); }
 INLINE floats load_bf16(const uint16_t *p) {
     return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
 }
+#define HALF_SCALES 1
+INLINE floats load_half(const uint16_t *p) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+}
 INLINE floats load_bytes(const uint8_t *p) {
     uint32_t word;
     memcpy(&word, p, 4);
@@ -117,6 +131,11 @@ INLINE void store(float *p, floats v) { vst1q_f32(p, v); }
 
 #else
 #error "no AVX512-VNNI, AVX2 or NEON dot product"
+#endif
+
+#ifndef HALF_SCALES
+#define HALF_SCALES 0 /* the CPU cannot convert fp16 itself */
+INLINE floats load_half(const uint16_t *p) { return (void)p, constant(0); }
 #endif
 
 #endif

@@ -42,8 +42,12 @@ class Weight:
         middle = 1 << (scheme.bits - 1)
         padded = torch.nn.functional.pad(q + (8 - middle), padding).to(torch.int32)
         self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(padded, 1)
-        shift = torch.zeros_like(scale).float() if zero is None else middle - zero.float()
-        both = torch.stack([scale.float(), shift * scale.float()], -1).to(torch.bfloat16)
+        scale, added = scale.float(), torch.zeros(1) if zero is None else zero.float()
+        if scheme.offset:
+            added = added + middle * scale
+        elif zero is not None:
+            added = (middle - added) * scale
+        both = torch.stack([scale, added.expand_as(scale)], -1).to(torch.bfloat16)
         padded_both = torch.nn.functional.pad(both, (0, 0, *padding))
         self.scales = padded_both.transpose(0, 1).contiguous()  # [groups, out, 2]
         self.group, self.bias = scheme.group_size, bias

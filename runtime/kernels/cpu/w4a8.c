@@ -5,6 +5,10 @@
  *
  *     y[row] = sum over chunks of scale * s * (sum q*a - zero * sum a)
  *
+ * or with w = q * scale + offset, where a format adds a float (GGUF's Q4_1, MLX),
+ *
+ *     y[row] = sum over chunks of scale * s * sum q*a + offset * s * sum a
+ *
  * Weights: blocks of ROWS rows, so that one vector lane is one output and nothing is summed
  * across lanes. A lane's 32-bit word has 4 inputs (8-bit) or 8 (4-bit: inputs 0-3 in the low
  * nibbles of its bytes, 4-7 in the high ones). A 4-bit product pair is at most 2*15*127, so
@@ -26,6 +30,7 @@ SIZE_OF(Linear)
 
 int optim_rows(void) { return ROWS; }
 int optim_flip(void) { return FLIP; }
+int optim_half_scales(void) { return HALF_SCALES; }
 const char *optim_name(void) { return NAME; }
 
 INLINE void round_chunk(const float *x, const int64_t count, int64_t chunk, int8_t *out, float *scale,
@@ -60,6 +65,13 @@ INLINE ints splat_at(const int8_t *p) {
     return splat(word);
 }
 
+/* ROWS scales, or offsets, of a block from `at` on. */
+INLINE floats load_scales(const Linear *l, const void *p, int64_t at) {
+    if (l->scale_type == 1) return load_bf16((const uint16_t *)p + at);
+    if (l->scale_type == 2) return load_half((const uint16_t *)p + at);
+    return load_floats((const float *)p + at);
+}
+
 #define PREFETCH_BYTES 2048 /* what is asked for so far ahead has come when it is read */
 #define MOST 4 /* tokens at a time: what the registers hold */
 
@@ -74,11 +86,15 @@ INLINE void tile(const Linear *l, const Activations *a, int64_t block, int64_t f
     const int8_t *from = a->values + first * cols;
     for (int64_t s = 0, c = 0; s < l->scales; s++) {
         const int64_t at = (block * l->scales + s) * ROWS;
-        const floats scale = l->scale_is_bf16 ? load_bf16((const uint16_t *)l->scale + at)
-                                              : load_floats((const float *)l->scale + at);
+        const floats scale = load_scales(l, l->scale, at);
         const float flip = BITS == 8 ? FLIP : 0;
-        const floats zero = l->zero ? sub(load_bytes(l->zero + at), constant(flip))
-                                    : constant(l->middle - flip);
+        floats zero = constant(l->middle - flip), offset = constant(0);
+        if (l->offset) {
+            zero = constant(0);
+            offset = fused(constant(flip), scale, load_scales(l, l->offset, at));
+        } else if (l->zero) {
+            zero = sub(load_bytes(l->zero + at), constant(flip));
+        }
         for (int64_t end = c + per_scale; c < end; c++, from += CHUNK) {
             ints dot[MOST];
             for (int m = 0; m < COUNT; m++) dot[m] = zeros();
@@ -106,6 +122,8 @@ INLINE void tile(const Linear *l, const Activations *a, int64_t block, int64_t f
                 const floats shift = mul(zero, constant(a->sums[token]));
                 const floats factor = mul(scale, constant(a->scales[token]));
                 sum[m] = fused(sub(real(dot[m]), shift), factor, sum[m]);
+                if (l->offset)
+                    sum[m] = fused(offset, constant(a->sums[token] * a->scales[token]), sum[m]);
             }
         }
     }

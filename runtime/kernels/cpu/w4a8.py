@@ -11,6 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from optim.runtime.formats.pack_quantized import exact
 from optim.runtime.formats.schemes import Scheme
 from optim.runtime.kernels.compile import NoKernel, library, team
 from optim.runtime.kernels.door import Struct, WrongTensor, address
@@ -18,6 +19,7 @@ from optim.runtime.kernels.huge_pages import use_huge_pages
 
 SLICE = 256  # blocks of rows repacked at a time
 ALIKE = 1 << 30  # tokens at once that each get what they get alone: any
+SCALES = (torch.float32, torch.bfloat16, torch.float16)  # by their number in C
 
 
 class CLinear(Struct):
@@ -27,8 +29,8 @@ class CLinear(Struct):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("inputs", "outputs", "bits", "chunk", "chunks")),
-        *((name, ctypes.c_int64) for name in ("scales", "scale_is_bf16")),
-        *((name, ctypes.c_void_p) for name in ("weight", "scale", "zero")),
+        *((name, ctypes.c_int64) for name in ("scales", "scale_type")),
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "zero", "offset")),
         ("middle", ctypes.c_float),
         ("bias", ctypes.c_void_p),
     )
@@ -49,7 +51,8 @@ def chunk_of(scheme: Scheme) -> int:
 class Weight:
     """One linear `[out, in]` in the kernel's layout; call it with `[tokens, in]`.
 
-    `q` is uint8 `[out, in]`, or of 4 bits the words they are stored in, int32 `[out, in / 8]`.
+    `q` is uint8 `[out, in]`, or of 4 bits the words they are stored in, int32 `[out, in / 8]`;
+    `zero` are zero points, or the floats that a scheme with an offset adds.
     """
 
     def __init__(
@@ -58,25 +61,31 @@ class Weight:
         lib = load()
         self.outputs, self.inputs = q.shape[0], q.shape[1] * (8 if q.dtype == torch.int32 else 1)
         rows, chunk = lib.optim_rows(), chunk_of(scheme)
-        stored = 8 if scheme.bits == 8 else 4
+        stored = 4 if scheme.bits <= 4 else 8
         flip = lib.optim_flip() if stored == 8 else 0
         self.weight = _blocks(q, stored, rows, -(-self.inputs // chunk) * chunk, flip)
         use_huge_pages(self.weight)
-        scale = scale if scale.dtype == torch.bfloat16 else scale.to(torch.float32)
+        if scale.dtype == torch.float16 and not lib.optim_half_scales():
+            scale = scale.float()
         chunks, scales = -(-self.inputs // chunk), scale.shape[1]
         if scale.shape[0] != self.outputs or chunks % scales:
             raise WrongTensor(f"scales {list(scale.shape)} of a weight {list(q.shape)}")
         self.scale = _per_block(scale, rows)
-        self.zero = None if zero is None else _per_block(zero, rows)
+        self.zero = self.offset = None
+        if zero is not None and scheme.offset:
+            self.offset = _per_block(zero.to(scale.dtype), rows)
+        elif zero is not None:
+            self.zero = _per_block(zero, rows)
         self.bias = None if bias is None else _per_block(bias.float().unsqueeze(1), rows)
         self._run, self._team, self._rows = lib.optim_linear, team(), rows
+        self._scheme, self._flip = scheme, flip
         self.layer = CLinear(
             inputs=self.inputs,
             bits=stored,
             chunk=chunk,
             chunks=chunks,
             scales=scales,
-            scale_is_bf16=scale.dtype == torch.bfloat16,
+            scale_type=SCALES.index(scale.dtype),
             middle=2.0 ** (scheme.bits - 1),
         )
         self.point()
@@ -86,18 +95,30 @@ class Weight:
         layer = self.layer
         blocks = -(-self.outputs // self._rows)
         words = layer.chunks * layer.chunk * layer.bits // 32
-        scale = torch.bfloat16 if layer.scale_is_bf16 else torch.float32
+        scale = SCALES[layer.scale_type]
         layer.outputs = self.outputs
         layer.point("weight", self.weight, torch.int32, blocks * words * self._rows)
         layer.point("scale", self.scale, scale, blocks * layer.scales * self._rows)
         layer.point("zero", self.zero, torch.uint8, blocks * layer.scales * self._rows)
+        layer.point("offset", self.offset, scale, blocks * layer.scales * self._rows)
         layer.point("bias", self.bias, torch.float32, blocks * self._rows)
         self.address = ctypes.addressof(layer)
 
     @property
     def nbytes(self) -> int:
-        held = (self.weight, self.scale, self.zero, self.bias)
+        held = (self.weight, self.scale, self.zero, self.offset, self.bias)
         return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+    def picked(self, rows: Tensor) -> Tensor:
+        """The weight's `rows` (int64 `[n]`), as floats `[n, in]`: what an embedding looks up."""
+        block, lane = rows // self._rows, rows % self._rows
+        codes = self.weight[block, :, lane].view(torch.uint8).view(len(rows), -1, 4)
+        if self.layer.bits == 4:
+            codes = torch.stack([codes & 15, codes >> 4], 2)
+        q = codes.reshape(len(rows), -1)[:, : self.inputs] ^ self._flip
+        zero = self.offset if self.zero is None else self.zero
+        shift = None if zero is None else zero[block, :, lane]
+        return exact(q, self.scale[block, :, lane].float(), shift, self._scheme)
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[tokens, in]` -> float32 `[tokens, out]`, bias included."""
@@ -118,9 +139,7 @@ def reference(x: Tensor, q: Tensor, scale: Tensor, zero: Tensor | None, scheme: 
     peak = parts.abs().amax(-1, keepdim=True)
     scaled = parts * torch.where(peak > 0, 127 / peak, 0)
     rounded = (scaled + 0.5 * torch.where(scaled >= 0, 1, -1)).trunc().double() * (peak / 127)
-    weight = q.double().view(q.shape[0], scale.shape[1], -1)
-    weight = weight - (2 ** (scheme.bits - 1) if zero is None else zero.double().unsqueeze(-1))
-    weight = (weight * scale.double().unsqueeze(-1)).view_as(q)
+    weight = exact(q, scale.double(), zero, scheme)
     return rounded.view(x.shape[0], -1)[:, : x.shape[1]] @ weight.T
 
 
@@ -148,8 +167,8 @@ def check() -> str:
     generator = torch.Generator().manual_seed(0)
     for bits in (4, 8):
         for group in (16, 32, 64, -1):
-            for symmetric in (True, False):
-                error = _error(Scheme(bits, group, symmetric), generator)
+            for symmetric, offset in ((True, False), (False, False), (False, True)):
+                error = _error(Scheme(bits, group, symmetric, offset), generator)
                 if not error < 1e-5:
                     raise NoKernel(f"{name} disagrees with the reference by {error:.1e}")
     return name
@@ -159,8 +178,10 @@ def _error(scheme: Scheme, generator: torch.Generator) -> float:
     inputs, outputs, top = 192, 21, 1 << scheme.bits
     q = torch.randint(0, top, (outputs, inputs), generator=generator).to(torch.uint8)
     scale = torch.rand(outputs, scheme.groups(inputs), generator=generator) + 0.1
+    scale = scale.to(torch.float16 if scheme.offset else torch.float32)
     zero = torch.randint(0, top, scale.shape, generator=generator).to(torch.uint8)
-    kept = None if scheme.symmetric else zero
+    shift = -zero * scale if scheme.offset else zero
+    kept = None if scheme.symmetric else shift
     x = torch.randn(5, inputs, generator=generator)
     wanted = reference(x, q, scale, kept, scheme)
     got = Weight(q, scale, kept, scheme, None)(x)

@@ -150,7 +150,9 @@ def _reduce(parts, out, count, SPLIT: tl.constexpr, BLOCK: tl.constexpr):  # typ
 
 
 def supports(scheme: Scheme, device: torch.device) -> bool:
-    """Groups of a multiple of 16, or whole channels."""
+    """Groups of a multiple of 16, or whole channels; not what only formats of others have."""
+    if scheme.offset or scheme.bits not in (2, 3, 4, 8):
+        return False
     return device.type == "cuda" and (scheme.group_size % SLICE == 0 or scheme.group_size == -1)
 
 

@@ -138,4 +138,4 @@ def test_values_that_do_not_fit_are_refused() -> None:
     with pytest.raises(OptimError, match="does not divide"):
         pack(q[:, :63], scale, None, scheme)
     with pytest.raises(OptimError, match="bits"):
-        Scheme(5, 32, True)
+        Scheme(7, 32, True)

@@ -88,7 +88,7 @@ def test_name_beats_pattern_beats_class() -> None:
         ({"group__weights__strategy": "tensor"}, "tensor"),
         ({"group__weights__type": "float"}, "float"),
         ({"group__weights__num_bits": "4"}, "num_bits"),
-        ({"group__weights__num_bits": 5}, "5 bits"),
+        ({"group__weights__num_bits": 7}, "7 bits"),
         ({"group__weights__group_size": None}, "group_size"),
         ({"group__targets": "Linear"}, "target"),
         ({"group__targets": ["re:(a+)+$"]}, "take forever"),

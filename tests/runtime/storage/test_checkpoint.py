@@ -186,7 +186,7 @@ def test_missing_tensor_names_itself(tiny_folder: Path) -> None:
 def test_quantized_model_opens_but_is_not_plain(tiny_folder: Path) -> None:
     path = tiny_folder / "config.json"
     config = json.loads(path.read_text()) | {
-        "quantization_config": {"quant_method": "awq", "bits": 4}
+        "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 32}
     }
     path.write_text(json.dumps(config))
     checkpoint = open_checkpoint(str(tiny_folder))

@@ -124,7 +124,11 @@ def neon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Neon]:
 def arm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights laid out for NEON."""
     facts = SimpleNamespace(
-        optim_rows=lambda: ROWS, optim_flip=lambda: FLIP, optim_linear=None, optim_columns_run=None
+        optim_rows=lambda: ROWS,
+        optim_flip=lambda: FLIP,
+        optim_half_scales=lambda: 1,
+        optim_linear=None,
+        optim_columns_run=None,
     )
     monkeypatch.setattr(w4a8, "load", lambda: facts)
     monkeypatch.setattr(skip_int4, "load", lambda: facts)
@@ -159,6 +163,17 @@ def test_packed_linear(neon: Neon, arm: None, bits: int, group: int, symmetric: 
     x, y = torch.randn(5, 192), torch.empty(5, 21)
     assert neon("optim_linear", weight.layer, x, y, 5, 1, None) & 0xFFFFFFFF == 0
     close(y, w4a8.reference(x, *parts, scheme) + bias)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_linear_with_float_offsets(neon: Neon, arm: None, bits: int) -> None:
+    scheme = Scheme(bits, 32, False, offset=True)
+    q, scale, _ = integers(21, 192, scheme)
+    parts = q, scale.half(), torch.randn(scale.shape).half()
+    weight = w4a8.Weight(*parts, scheme, None)
+    x, y = torch.randn(5, 192), torch.empty(5, 21)
+    assert neon("optim_linear", weight.layer, x, y, 5, 1, None) & 0xFFFFFFFF == 0
+    close(y, w4a8.reference(x, *parts, scheme))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

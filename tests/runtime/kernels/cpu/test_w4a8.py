@@ -32,14 +32,16 @@ def layer(
     shape = (outputs, scheme.groups(inputs))
     scale = (torch.rand(shape, generator=generator) + 0.1).to(dtype)
     zero = torch.randint(0, top, shape, generator=generator).to(torch.uint8)
+    if scheme.offset:
+        return q, scale, torch.randn(shape, generator=generator).to(dtype)
     return q, scale, None if scheme.symmetric else zero
 
 
 @needs_compiler
 @given(
-    bits=st.sampled_from((2, 3, 4, 8)),
+    bits=st.sampled_from((2, 3, 4, 5, 6, 8)),
     group=st.sampled_from((16, 32, 48, 64, 128, 256, -1)),
-    symmetric=st.booleans(),
+    kind=st.sampled_from(((True, False), (False, False), (False, True))),
     groups=st.integers(1, 3),
     outputs=st.integers(1, 70),
     tokens=st.integers(1, 9),
@@ -49,13 +51,13 @@ def layer(
 def test_kernel_equals_reference(
     bits: int,
     group: int,
-    symmetric: bool,
+    kind: tuple[bool, bool],
     groups: int,
     outputs: int,
     tokens: int,
     dtype: torch.dtype,
 ) -> None:
-    scheme = Scheme(bits, group, symmetric)
+    scheme = Scheme(bits, group, *kind)
     inputs = group * groups if group > 0 else 41 * groups
     q, scale, zero = layer(scheme, outputs, inputs, dtype)
     bias = torch.randn(outputs)
