@@ -5,6 +5,10 @@ from typing import Any
 
 from optim.cli import prune_prosparse, ui
 from optim.cli.compress import How, carry_out, only_planned, recipe_of
+from optim.recipes.schema import Recipe
+
+TRAINED = {"prosparse": prune_prosparse.work}
+"""The methods that change the weights, which have a plan and a run of their own."""
 
 
 def prune(file_or_name: str | None, keys: dict[str, Any], sets: Sequence[str], how: How) -> None:
@@ -15,9 +19,12 @@ def prune(file_or_name: str | None, keys: dict[str, Any], sets: Sequence[str], h
     recipe = recipe_of("prune", file_or_name, keys, sets, how)
     if recipe is None:
         return
-    if recipe.prune is not None and recipe.prune.method == "prosparse":
-        prune_prosparse.work(recipe, how)
-        return
+    assert recipe.prune is not None
+    TRAINED.get(recipe.prune.method, _measure)(recipe, how)
+
+
+def _measure(recipe: Recipe, how: How) -> None:
+    """The plan and the work of a method that leaves the weights as they are."""
     from optim.prune.run import plan, prune
 
     made = plan(recipe, **how.given)

@@ -237,6 +237,13 @@ def test_the_rules_of_imports_see_a_violation() -> None:
     assert circles({"a": {"b", "a"}, "b": {"x"}}) == []
 
 
+def test_one_place_hashes() -> None:
+    users = [
+        name_of(path) for path in FILES if "hashlib" in set(imported(ast.parse(path.read_text())))
+    ]
+    assert users == ["runtime/system/hashes.py"]
+
+
 def test_files_and_functions_stay_small() -> None:
     lines = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
     assert {name: count for name, count in lines.items() if count > 400} == {}

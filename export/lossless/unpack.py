@@ -3,15 +3,15 @@
 Every tensor is compared with the sha256 that the packer left in the manifest, if there is one.
 """
 
-import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from optim.export.lossless.finish import KEPT
 from optim.recipes.errors import CHECK_FAILED, USAGE, OptimError
@@ -29,6 +29,7 @@ from optim.runtime.storage.workspace import (
     source_of,
 )
 from optim.runtime.storage.writer import TensorWriter
+from optim.runtime.system.hashes import bytes_sha256
 from optim.runtime.system.output import check_output
 
 Progress = Callable[[int, int, str], None]
@@ -109,15 +110,19 @@ def _write(
     try:
         with TensorWriter(path, sizes, {}) as out:
             for name in names:
-                digest = hashlib.sha256()
-                for tensor in pieces(store, name):
-                    data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-                    out.append(name, data)
-                    digest.update(data.data)
-                if hashes.get(name, digest.hexdigest()) != digest.hexdigest():
+                found = bytes_sha256(_appended(out, name, pieces(store, name)))
+                if hashes.get(name, found) != found:
                     fix = "fetch or pack the model again"
                     message = f"{name} is not what was packed: its sha256 differs"
                     raise OptimError(message, fix, CHECK_FAILED)
     except OSError as error:
         raise disk_error(path, error) from error
     return out.facts()
+
+
+def _appended(out: TensorWriter, name: str, tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """The bytes of a tensor's pieces, each after it was written."""
+    for tensor in tensors:
+        data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+        out.append(name, data)
+        yield data.data

@@ -6,7 +6,6 @@ model is the teacher, so that some hundred thousand tokens go far; what they can
 paper's tens of billions do. See schedule.py, losses.py and train.py.
 """
 
-import hashlib
 import json
 import math
 import shutil
@@ -31,7 +30,7 @@ from optim.recipes.schema import ProSparse
 from optim.recipes.units import sizes_apart
 from optim.runtime.storage.checkpoint import require_plain
 from optim.runtime.storage.workspace import Workspace, identity
-from optim.runtime.system.hashes import tokens_sha256
+from optim.runtime.system.hashes import text_sha256, tokens_sha256
 from optim.runtime.system.memory import reuse_memory
 from optim.runtime.text.windows import windows_for
 
@@ -157,7 +156,7 @@ def _check_batch(section: ProSparse, team: Team) -> None:
 
 def _state_file(made: Plan, what: dict[str, Any]) -> Path:
     """Where this run keeps its state; a run of something else keeps its own under another name."""
-    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    digest = text_sha256(json.dumps(what, sort_keys=True))
     return made.output.with_name(made.output.name + ".partial") / f"state-{digest[:12]}.pt"
 
 

@@ -5,7 +5,6 @@ are asked for, so they are written down once for each configuration and version 
 Scaled rotary embeddings take their formulas from transformers and need the object itself.
 """
 
-import hashlib
 import importlib.metadata
 import json
 from contextlib import suppress
@@ -16,6 +15,7 @@ from optim.recipes.errors import OptimError
 from optim.runtime.architecture.config import read_config
 from optim.runtime.architecture.table import FAMILIES
 from optim.runtime.system.files import load_json, replace_text
+from optim.runtime.system.hashes import text_sha256
 from optim.runtime.system.paths import cache_folder
 
 LAYOUT = "2"  # of a kept file; another number makes all of them anew
@@ -63,7 +63,7 @@ def text_of(config: Any) -> str | None:
 
 def _place(config: dict[str, Any]) -> Path:
     facts = LAYOUT, importlib.metadata.version("transformers"), json.dumps(config, sort_keys=True)
-    name = hashlib.sha256("\0".join(facts).encode("utf-8", "surrogatepass")).hexdigest()
+    name = text_sha256("\0".join(facts))
     return cache_folder() / "settings" / f"{name[:32]}.json"
 
 

@@ -10,7 +10,6 @@ OPTIM_SANITIZE=1 builds them with the address and undefined-behaviour sanitizers
 """
 
 import ctypes
-import hashlib
 import os
 import platform
 import shutil
@@ -24,6 +23,7 @@ from pathlib import Path
 from optim.recipes.errors import OptimError
 from optim.runtime.kernels.door import Struct
 from optim.runtime.system import instructions
+from optim.runtime.system.hashes import file_sha256, text_sha256
 from optim.runtime.system.paths import cache_folder
 
 FLAGS = (
@@ -122,14 +122,10 @@ def own_folder(folder: Path) -> Path:
 def _whole(folder: Path, stem: str) -> Path | None:
     """The library whose bytes are those its name promises; damaged ones are removed."""
     for file in sorted(folder.glob(f"{stem}-*.so")):
-        if not file.is_symlink() and file.stem.removeprefix(f"{stem}-") == _digest(file):
+        if not file.is_symlink() and file.stem.removeprefix(f"{stem}-") == file_sha256(file):
             return file
         file.unlink(missing_ok=True)
     return None
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _compare_sizes(loaded: ctypes.CDLL, structs: Sequence[type[Struct]]) -> None:
@@ -163,7 +159,7 @@ def _key(sources: Sequence[Path], compiler: str, targets: Sequence[tuple[str, ..
     flags = [*FLAGS, *(SANITIZE if _on("OPTIM_SANITIZE") else ()), *map(str, targets)]
     cpu = " ".join(sorted(instructions.features())) or platform.machine() + platform.processor()
     facts = [*texts, os.path.realpath(compiler), *flags, cpu]
-    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
+    return text_sha256("\0".join(facts))[:16]
 
 
 def _on(name: str) -> bool:
@@ -188,6 +184,6 @@ def _compile(
             except subprocess.TimeoutExpired:
                 raise NoKernel(f"{compiler} took more than {SECONDS} s") from None
             if done.returncode == 0:
-                return built.replace(kept / f"{sources[0].stem}-{key}-{_digest(built)}.so")
+                return built.replace(kept / f"{sources[0].stem}-{key}-{file_sha256(built)}.so")
             problem = problem or (done.stderr.strip().splitlines() or ["no message"])[0]
         raise NoKernel(f"{compiler} failed: {problem}")

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -33,6 +34,7 @@ from optim.runtime.architecture.table import FAMILIES, Decoder
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.system.files import ordinary_mode
 
+REAL = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SIDE = "sparsity.safetensors"
 VERSION = 1
 SITES = ("qkv", "out", "up", "down")
@@ -147,6 +149,8 @@ def _wrong(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> str | None:
             return f"{name} is {list(found)}, expected {list(wanted)}"
         if tensor.is_complex() or not bool(tensor.float().isfinite().all()):
             return f"{name} is not of finite numbers"
+        if leaf != "keep" and tensor.dtype not in REAL:
+            return f"{name} is of {tensor.dtype}, expected numbers with a fraction"
         value = float(tensor) if tensor.numel() == 1 else 1.0
         if leaf == "keep" and not (value.is_integer() and 1 <= value <= neurons):
             return f"{name} is {value:g}, of {neurons} neurons"
@@ -160,7 +164,8 @@ def make_side(
     layers = require_known(checkpoint).layers
     count = int(checkpoint.text_config["num_hidden_layers"])
     blocks = tuple(_block(tensors, f"{layers}.{i}") for i in range(count))
-    return Side(method, options, blocks, tensors.get("centroids"))
+    centroids = tensors.get("centroids")
+    return Side(method, options, blocks, None if centroids is None else centroids.float())
 
 
 def _load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

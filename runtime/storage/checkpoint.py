@@ -4,9 +4,10 @@ Only configuration and headers have been read; `read` fetches one tensor at a ti
 ever holds a model. Tensors are named as in transformers' modeling code (names.py).
 """
 
-import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from optim.runtime.storage.integers import IntegerStore
 from optim.runtime.storage.lossless.store import LosslessStore
 from optim.runtime.storage.names import canonical_parts, published_name
 from optim.runtime.storage.tensors import Part, Store, TensorInfo
-from optim.runtime.system.hashes import known_sha256
+from optim.runtime.system.hashes import bytes_sha256, known_sha256
 from optim.runtime.text.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -200,10 +201,8 @@ class Checkpoint:
 
         Raises OptimError (2) for a file that changes while it is read.
         """
-        digest = self._outline()
-        for name, known in self.file_hashes().items():
-            digest.update(f"{name} {known}\n".encode())
-        return digest.hexdigest()
+        files = (f"{name} {known}\n".encode() for name, known in self.file_hashes().items())
+        return bytes_sha256(chain(self._outline(), files))
 
     def file_hashes(self) -> dict[str, str]:
         """sha256 (hex) of each weight file, by name; files are read once."""
@@ -220,26 +219,23 @@ class Checkpoint:
 
     def sampled_fingerprint(self) -> str:
         """What side files made before the fingerprint covered every byte know a model by."""
-        digest = self._outline()
-        for path in self.store.files:
-            _sample(path, digest)
-        return digest.hexdigest()
+        samples = chain.from_iterable(map(_sample, self.store.files))
+        return bytes_sha256(chain(self._outline(), samples))
 
-    def _outline(self) -> "hashlib._Hash":
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+    def _outline(self) -> Iterator[bytes]:
+        yield json.dumps(self.config, sort_keys=True).encode()
         for name, info in sorted(self.tensors.items()):
             line = f"{name} {info.shape} {info.dtype}\n"
-            digest.update(line.encode("utf-8", "surrogatepass"))
-        return digest
+            yield line.encode("utf-8", "surrogatepass")
 
 
-def _sample(path: Path, digest: "hashlib._Hash") -> None:
+def _sample(path: Path) -> Iterator[bytes]:
     size = path.stat().st_size
-    digest.update(f"{path.name} {size}\n".encode())
+    yield f"{path.name} {size}\n".encode()
     with path.open("rb") as file:
         for k in range(SAMPLES):
             file.seek((size - min(size, 4096)) * k // (SAMPLES - 1))
-            digest.update(file.read(4096))
+            yield file.read(4096)
 
 
 def _read_remote(checkpoint: Checkpoint) -> "PretrainedConfig":

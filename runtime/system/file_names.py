@@ -1,9 +1,10 @@
 """Names that came from a file as names of files: one function makes the one of the other."""
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable
+
+from optim.runtime.system.hashes import text_sha256
 
 ORDINARY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]{0,99}")  # none of what is known by its hash
 TAKEN = ("model", "pytorch_model")  # stems that other programs take for the whole model
@@ -22,7 +23,6 @@ def file_stems(names: Iterable[str]) -> dict[str, str]:
         found = plain[name]
         if ORDINARY.fullmatch(name) and shared[found.casefold()] == 1 and found not in TAKEN:
             return found
-        digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()
-        return f"tensors-{digest[:32]}"
+        return f"tensors-{text_sha256(name)[:32]}"
 
     return {name: stem(name) for name in plain}

@@ -39,7 +39,7 @@ def known_sha256(path: Path) -> str:
         before = _state(path)
         if before[0] < WORTH_KEEPING:
             return file_sha256(path)
-        place = cache_folder() / "hashes" / hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
+        place = cache_folder() / "hashes" / bytes_sha256([os.fsencode(path.resolve())])
         if (kept := _kept(place, before)) is not None:
             return kept
         found, after = file_sha256(path), _state(path)
@@ -81,6 +81,11 @@ def bytes_sha256(pieces: Iterable[Any]) -> str:
     for piece in pieces:
         digest.update(memoryview(piece).cast("B"))
     return digest.hexdigest()
+
+
+def text_sha256(text: str) -> str:
+    """sha256 (hex) of a text as UTF-8; halves of characters, which have none, as they are."""
+    return bytes_sha256([text.encode("utf-8", "surrogatepass")])
 
 
 def tensor_sha256(tensor: Tensor) -> str:

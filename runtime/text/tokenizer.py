@@ -25,6 +25,7 @@ from optim.runtime.text.tokenizer_file import guarded, read_backend
 
 PRIVATE_USE = range(0xE000, 0xF8FF)
 LOST = "�"
+LONE_HALF = re.compile("[\ud800-\udfff]")
 BELONG = "the tokenizer and the weights are of different models: fetch both again"
 CHECK = "is it valid text, and tokenizer.json that of the model?"
 
@@ -198,6 +199,8 @@ def _names(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
     for role, token in (_json(folder / "special_tokens_map.json") | settings).items():
         value = token.get("content") if isinstance(token, dict) else token
         if role.endswith("_token") and isinstance(value, str):
+            if LONE_HALF.search(value):
+                raise OptimError(f"{folder}: its {role} has half a character", BELONG, USAGE)
             found[role] = value
     return found
 

@@ -6,7 +6,6 @@ that can be, are tried once in a process of their own (tokenizer_probe.py); thos
 remembered by their hash. Every later call goes through `guarded`.
 """
 
-import hashlib
 import json
 import os
 import subprocess
@@ -18,6 +17,7 @@ from typing import TypeVar
 from tokenizers import Tokenizer as Backend
 
 from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.system.hashes import bytes_sha256
 from optim.runtime.system.paths import cache_folder
 from optim.runtime.text import tokenizer_probe
 
@@ -63,7 +63,7 @@ def read_backend(path: Path) -> Backend:
 def _harm(data: bytes) -> str | None:
     """What is wrong with a file's steps; None if they held, today or before."""
     version = f"{tokenizer_probe.SECONDS} {tokenizer_probe.TEXTS}".encode()
-    known = cache_folder() / "tokenizers" / hashlib.sha256(version + data).hexdigest()
+    known = cache_folder() / "tokenizers" / bytes_sha256([version, data])
     if known.is_file():
         return None
     parts = json.loads(data)

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from copy import deepcopy
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -57,7 +58,7 @@ def lie(data: Any, draw: Random, count: int = 1, added: tuple[str, ...] = ()) ->
             del inside[key]
             said.append(f"-{key}")
             continue
-        new = value(draw)
+        new = deepcopy(value(draw))
         inside[key] = new
         said.append(f"{key}={new!r}"[:80])
     return "; ".join(said)

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from optim.prune.run import Report, plan
 from optim.recipes.build import build_recipe
@@ -108,6 +110,20 @@ def test_a_damaged_side_file(
     assert "cannot be used" in refused(lambda: load_model(str(tmp_path / "out"))).message.replace(
         "is not a side file that can be used", "cannot be used"
     )
+
+
+def test_a_threshold_of_whole_numbers_is_refused(
+    make_model: MakeModel, pruned: Prune, tmp_path: Path
+) -> None:
+    pruned(make_model("llama"), tmp_path / "out", "threshold")
+    path = tmp_path / "out" / SIDE
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    tensors["model.layers.1.down.threshold"] = torch.tensor(1)
+    save_file(tensors, path, metadata)
+    message = refused(lambda: load_model(str(tmp_path / "out"))).message
+    assert "model.layers.1.down.threshold is of torch.int64" in message
 
 
 def test_another_quantization_is_refused(

@@ -5,12 +5,13 @@ llama.cpp has it: how text is cut (`tokenizer.ggml.pre`), whether a word of the 
 merges, and what is put around a text (`add_bos_token`, or the default of the vocabulary's kind).
 """
 
-import hashlib
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.storage.gguf.file import LongArray
 from optim.runtime.storage.gguf.pre_tokenizers import BY_NAME, Rule, pre_tokenizer
 from optim.runtime.system.files import damaged
+from optim.runtime.system.hashes import bytes_sha256
 from optim.runtime.system.paths import cache_folder
 
 CONVERSION = 2  # to be raised when a file is to be converted otherwise than before
@@ -58,12 +60,15 @@ def sidecar_folder(path: Path, metadata: dict[str, Any], data: int) -> Path:
 
 def _key(path: Path, data: int) -> str:
     """A name for the conversion of this head by these programs."""
-    digest = hashlib.sha256(f"{CONVERSION} {version('transformers')}\n".encode())
+    programs = f"{CONVERSION} {version('transformers')}\n".encode()
+    return bytes_sha256(chain([programs], _head(path, data)))[:32]
+
+
+def _head(path: Path, size: int) -> Iterator[bytes]:
     with path.open("rb") as file:
-        while data > 0 and (block := file.read(min(data, 1 << 20))):
-            digest.update(block)
-            data -= len(block)
-    return digest.hexdigest()[:32]
+        while size > 0 and (block := file.read(min(size, 1 << 20))):
+            yield block
+            size -= len(block)
 
 
 def _rule(path: Path, metadata: dict[str, Any]) -> Rule | None:

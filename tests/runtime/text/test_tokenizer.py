@@ -218,6 +218,13 @@ def test_broken_tokenizer_file(content: bytes, tmp_path: Path) -> None:
     assert caught.value.code == 2
 
 
+def test_half_a_character_is_no_token(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, tokenizer_config={"eos_token": "\ud800"})
+    with pytest.raises(OptimError, match="its eos_token has half a character") as caught:
+        load_tokenizer(folder, {})
+    assert caught.value.code == 2
+
+
 def test_no_tokenizer_at_all(tmp_path: Path) -> None:
     with pytest.raises(OptimError, match="no usable tokenizer") as caught:
         load_tokenizer(tmp_path, {})
