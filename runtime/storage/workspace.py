@@ -34,6 +34,8 @@ from optim.runtime.system.output import (
 )
 
 SHARD_BYTES = 2**30
+KEPT = "kept"
+"""Folder of a workspace: long work that is done before the first step, with its own journal."""
 
 
 class Workspace:
@@ -81,7 +83,7 @@ class Workspace:
         if error is None:
             return
         bad_input = isinstance(error, OptimError) and error.code in (USAGE, CHECK_FAILED)
-        if bad_input or not self.done:
+        if bad_input or not (self.done or (self.folder / KEPT).exists()):
             self.discard()
         else:
             self.close()
@@ -110,13 +112,7 @@ class Workspace:
             if twice := next(iter(record["tensors"].keys() & earlier["tensors"].keys()), None):
                 message = f"two tensors would be written as {twice}"
                 raise OptimError(message, "fetch the model again", USAGE)
-        try:
-            with self._journal.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise disk_error(self._journal, error) from error
+        append_line(self._journal, record)
         self.done.append(record)
 
     def join(self, name: str) -> bool:
@@ -193,7 +189,7 @@ class Workspace:
         self._lock.release()
 
     def _resume(self, force: bool) -> None:
-        lines = _read_journal(self._journal)
+        lines = read_journal(self._journal)
         if lines and lines[0] != self._identity:
             if not force:
                 self.close()
@@ -296,7 +292,19 @@ def _lock(folder: Path) -> FileLock:
     return lock
 
 
-def _read_journal(path: Path) -> list[dict[str, Any]]:
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """A line more in a journal, on the disk when this returns; OptimError (4) if it cannot be."""
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise disk_error(path, error) from error
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a journal; a line cut off by a kill ends it."""
     lines: list[dict[str, Any]] = []
     if path.is_file():
         for line in path.read_bytes().splitlines():

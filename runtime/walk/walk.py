@@ -69,12 +69,36 @@ class StoredLinear(nn.Module):
         return bias if self.out_scale is None else bias / self.out_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        step = max(1, WIDEN_BYTES // (4 * self.in_features))
-        starts = range(0, self.out_features, step)
-        parts = [F.linear(x, self.dense(slice(i, i + step)).to(x.dtype)) for i in starts]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        y = _Product.apply(x, self) if x.requires_grad else self.product(x)
         bias = self.dense_bias()
         return y if bias is None else y + bias.to(x.dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x Wᵀ, W widened some rows at a time."""
+        parts = [F.linear(x, self.dense(rows).to(x.dtype)) for rows in self.slices()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def slices(self) -> list[slice]:
+        """The rows of W in parts that are widened at a time."""
+        step = max(1, WIDEN_BYTES // (4 * self.in_features))
+        return [slice(i, i + step) for i in range(0, self.out_features, step)]
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ that widens W again to go backwards: autograd would keep it whole until then."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: StoredLinear) -> Tensor:
+        ctx.linear = linear
+        return linear.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        linear: StoredLinear = ctx.linear
+        out = g.new_zeros(*g.shape[:-1], linear.in_features)
+        for rows in linear.slices():
+            out += g[..., rows] @ linear.dense(rows).to(g.dtype)
+        return out, None
 
 
 class Experts(nn.ModuleList):
@@ -83,6 +107,8 @@ class Experts(nn.ModuleList):
     def __init__(self, experts: list[nn.Module], act_fn: Callable[[Tensor], Tensor]) -> None:
         super().__init__(experts)
         self.act_fn = act_fn
+        self.chosen = torch.empty(0, 0)
+        """The experts of each token of the batch that was last read, `[tokens, k]`."""
 
     @classmethod
     def read(cls, fused: Any, linear: Callable[[str, Tensor], nn.Module]) -> "Experts":
@@ -102,6 +128,7 @@ class Experts(nn.ModuleList):
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden `[tokens, hidden]`, top_k_* `[tokens, k]` -> `[tokens, hidden]`."""
+        self.chosen = top_k_index
         out = torch.zeros_like(hidden)
         for e, expert in enumerate(self):
             token, choice = torch.where(top_k_index == e)
@@ -331,6 +358,16 @@ def linear_at(block: nn.Module, path: str) -> StoredLinear:
 def linears(block: nn.Module) -> dict[str, StoredLinear]:
     """The linears of a loaded block by their path in it, in the order of definition."""
     return {name: m for name, m in block.named_modules() if isinstance(m, StoredLinear)}
+
+
+def tokens_read(block: nn.Module, path: str) -> Tensor | None:
+    """Which tokens of the batch the linear at `path` reads, in its order; None for all of them."""
+    parts = path.split(".")
+    for k in range(1, len(parts)):
+        module = block.get_submodule(".".join(parts[:k]))
+        if isinstance(module, Experts):
+            return torch.where(module.chosen == int(parts[k]))[0]
+    return None
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
