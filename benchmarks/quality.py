@@ -35,6 +35,8 @@ FORMS = {
     "gptq": {"quantize.method": "gptq"},
     "awq": {"quantize.method": "awq", "quantize.compensate": False},
     "awq+feedback": {"quantize.method": "awq", "quantize.compensate": True},
+    "awq+guide": {"quantize.method": "awq", "quantize.guide": "loss"},
+    "gptq+guide": {"quantize.method": "gptq", "quantize.guide": "loss"},
 }
 
 

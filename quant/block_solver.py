@@ -7,21 +7,23 @@ says so.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from optim.quant import awq, gptq
+from optim.quant.attempts import Attempt, replace
 from optim.quant.fold import Probe, discover, family_groups, fold_checked, query_repeats
 from optim.quant.grid import Grid
+from optim.quant.guide import BlockGuide, Guide
 from optim.quant.observe import GRAM_BYTES, Inputs, leaders_of, observe
-from optim.quant.rounding import NearestLinear, RoundedLinear, round_linear, round_rows
+from optim.quant.rounding import NearestLinear, RoundedLinear, round_linear, round_rows, row_groups
 from optim.quant.solver import Solved, Task
 from optim.quant.stored import block_tensors
 from optim.recipes.errors import USAGE, OptimError
-from optim.recipes.schema import Awq, Gptq
+from optim.recipes.schema import Awq, Gptq, Guided
 from optim.runtime.architecture.table import FAMILIES, Group
 from optim.runtime.formats.pack_quantized import Scheme, write_config
 from optim.runtime.system.memory import release_memory
@@ -45,6 +47,10 @@ class BlockSolver:
         self.walk, self.checkpoint, self.windows = task.walk, task.checkpoint, task.windows
         self.schemes, self.dtype = task.schemes, task.dtype
         self.clip, self.damping = clip, damping
+        section = task.recipe.quantize
+        self.guide: Guide | None = None
+        if isinstance(section, Guided) and section.guide == "loss":
+            self.guide = Guide.of(task, section.guide_groups)
 
     def enter(self, states: HiddenStates) -> None:
         """Block 0 reads the embedded tokens as they are."""
@@ -67,19 +73,57 @@ class BlockSolver:
         leaders, expected = leaders_of(block, lambda: self.walk.run(i, block, hidden))
         plain = {n: self._nearest(linear_at(block, n), s) for n, s in schemes.items()}
         rounding_error = self._error(i, block, plain, hidden, expected)
-        originals = {n: p.detach().clone() for n, p in _small_parameters(block)}
-        notes: list[str] = []
         probe = Probe(hidden.to(expected), expected, lambda: self.walk.run(i, block, hidden))
-        solved = self._solve_linears(i, block, schemes, states, leaders, probe, notes)
-        error = self._error(i, block, solved, hidden, expected)
+        own, untouched, held_back = linears(block), Attempt.of(block, {}, []), None
+        if self.guide is None:
+            best = self._attempt(i, block, schemes, states, leaders, probe)
+        else:
+            guide = self.guide.block(i, block)
+            best, held_back = self._guided(i, block, schemes, states, leaders, probe, plain, guide)
+        best.put(block, own)
+        error, notes = self._error(i, block, {}, hidden, expected), best.notes
         if not error < rounding_error:
             notes.append(f"plain rounding: the method's error {error:.3g} was no better")
-            for name, parameter in _small_parameters(block):
-                parameter.data.copy_(originals[name])
-            solved = {n: linear.rounded() for n, linear in plain.items()}
+            untouched.put(block, own)
+            replace(block, {n: linear.rounded() for n, linear in plain.items()})
             error = rounding_error
-        _replace(block, solved)
-        return Solved(block, error, rounding_error, notes)
+        return Solved(block, error, rounding_error, notes, held_back)
+
+    def _guided(
+        self,
+        i: int,
+        block: nn.Module,
+        schemes: Mapping[str, Scheme],
+        states: HiddenStates,
+        leaders: Mapping[str, str],
+        probe: Probe,
+        plain: Mapping[str, NearestLinear],
+        guide: BlockGuide,
+    ) -> tuple[Attempt, dict[str, float] | None]:
+        """The guided attempt, or the unguided one where that costs the end loss less on held-back
+        text; and what both cost there, relative to plain rounding."""
+        own, untouched = linears(block), Attempt.of(block, {}, [])
+        cost = guide.cost(self.walk, i, block, states)
+        each = {name: name for name in leaders}  # linears that read the same weigh it differently
+        tried = {"guided": self._attempt(i, block, schemes, states, each, probe, guide)}
+        if guide.output is None:
+            return tried["guided"], None
+        untouched.put(block, own)
+        tried["unguided"] = self._attempt(i, block, schemes, states, leaders, probe)
+        costs = {}
+        for name, attempt in tried.items():
+            attempt.put(block, own)
+            costs[name] = cost()
+        untouched.put(block, own)
+        replace(block, plain)
+        rounding = max(cost(), 1e-30)
+        replace(block, own)
+        better = min(costs, key=costs.__getitem__)
+        costs = {name: value / rounding for name, value in costs.items()}
+        if better != "guided":
+            said = " against ".join(f"{costs[name]:.3g}" for name in ("guided", "unguided"))
+            tried[better].notes.append(f"unguided: guided costs more on held-back text, {said}")
+        return tried[better], costs
 
     def _schemes(self, i: int, block: nn.Module) -> dict[str, Scheme]:
         prefix = f"{self.walk.prefix}.{i}."
@@ -99,13 +143,13 @@ class BlockSolver:
     ) -> float:
         """Squared error of the block's output with `rounded` in place, relative to its update."""
         kept = {n: block.get_submodule(n) for n in rounded}
-        _replace(block, rounded)
+        replace(block, rounded)
         got = self.walk.run(i, block, hidden)
-        _replace(block, kept)
+        replace(block, kept)
         scale = (expected - hidden.to(expected)).square().sum().clamp(min=1e-20)
         return float((got - expected).square().sum() / scale)
 
-    def _solve_linears(
+    def _attempt(
         self,
         i: int,
         block: nn.Module,
@@ -113,14 +157,18 @@ class BlockSolver:
         states: HiddenStates,
         leaders: Mapping[str, str],
         probe: Probe,
-        notes: list[str],
-    ) -> dict[str, RoundedLinear]:
+        guide: BlockGuide | None = None,
+    ) -> Attempt:
+        """Solve the block's linears, guided or not; its norms and its linears' scales change."""
+        notes: list[str] = []
+        weights = None if guide is None else guide.weights
+        fitted = len(states) if self.guide is None else self.guide.fitted
         # Which expert runs last differs from batch to batch.
         last = None if any(".experts." in n for n in leaders) else list(leaders)[-1]
         starved = [n for n in schemes if n not in leaders]
         out: dict[str, RoundedLinear] = {}
         for needed in _turns(block, {leaders[n] for n in schemes if n in leaders}):
-            inputs = observe(self.walk, i, block, states, needed, last)
+            inputs = observe(self.walk, i, block, states, needed, last, weights, fitted)
             readers = {n: s for n, s in schemes.items() if leaders.get(n) in needed}
             few = _starved(block, readers, leaders, inputs)
             self._fold_scales(block, readers, leaders, inputs, probe, notes)
@@ -130,7 +178,7 @@ class BlockSolver:
         if starved:
             notes.append(f"rounded plainly, too few tokens seen: {', '.join(starved)}")
         out |= {n: self._nearest(linear_at(block, n), schemes[n]).rounded() for n in starved}
-        return {name: out[name] for name in schemes}
+        return Attempt.of(block, {name: out[name] for name in schemes}, notes)
 
     def _round_all(
         self,
@@ -145,35 +193,42 @@ class BlockSolver:
         for name in schemes:
             readers.setdefault(leaders[name], []).append(name)
         for leader in sorted(readers, key=lambda n: -len(inputs[n].magnitude)):
-            gram = inputs.pop(leader).gram
+            grams = inputs.pop(leader).grams
             scale = linear_at(block, leader).in_scale
             if scale is not None:
-                gram /= scale
-                gram /= scale[:, None]
+                for gram in grams:
+                    gram /= scale
+                    gram /= scale[:, None]
             linears_ = {n: linear_at(block, n) for n in readers[leader]}
-            if gram.nbytes >= WIDE_BYTES:  # it needs room: nothing may linger in the heap
+            if grams[0].nbytes >= WIDE_BYTES:  # it needs room: nothing may linger in the heap
                 release_memory()
-            out |= self._round_readers(linears_, schemes, gram)
+            out |= self._round_readers(linears_, schemes, grams)
         return out
 
     def _round_readers(
-        self, readers: Mapping[str, StoredLinear], schemes: Mapping[str, Scheme], gram: Tensor
+        self,
+        readers: Mapping[str, StoredLinear],
+        schemes: Mapping[str, Scheme],
+        grams: list[Tensor],
     ) -> dict[str, RoundedLinear]:
-        """The linears that read one input, some rows at a time; uses up `gram`, the input's."""
+        """The linears that read one input, some rows at a time; uses up `grams`, the input's."""
         used = {schemes[name] for name in readers}
-        blocks = {s: awq.diagonal_blocks(gram, s) if self.clip else None for s in used}
-        known = gram if self.damping is None else gptq.feedback(gram, self.damping)
+        blocks = {
+            s: [awq.diagonal_blocks(gram, s) if self.clip else None for gram in grams] for s in used
+        }
+        damping = self.damping
+        known = grams if damping is None else [gptq.feedback(gram, damping) for gram in grams]
         out = {}
         for name, linear in readers.items():
             scheme = schemes[name]
 
             def solve(
-                rows: slice, linear: StoredLinear = linear, scheme: Scheme = scheme
+                rows: slice, k: int, linear: StoredLinear = linear, scheme: Scheme = scheme
             ) -> tuple[Tensor, Grid]:
                 weight = linear.dense(rows)
-                return round_rows(weight, scheme, blocks[scheme], known, self.dtype)
+                return round_rows(weight, scheme, blocks[scheme][k], known[k], self.dtype)
 
-            out[name] = round_linear(linear, scheme, solve)
+            out[name] = round_linear(linear, scheme, solve, len(grams))
         return out
 
     def _fold_scales(
@@ -238,8 +293,9 @@ class AwqSolver(BlockSolver):
         if not seen:
             return None
         readers = [
-            awq.Reader(_sample(linear_at(block, n)), inputs[leaders[n]].gram, schemes[n])
+            awq.Reader(weight, gram, schemes[n])
             for n in seen
+            for weight, gram in _sampled(linear_at(block, n), inputs[leaders[n]].grams)
         ]
         tokens = {leaders[n]: inputs[leaders[n]] for n in seen}.values()
         total = sum(t.tokens for t in tokens)
@@ -304,21 +360,12 @@ def _starved(
     return [name for name in schemes if not enough(name)]
 
 
-def _sample(linear: StoredLinear) -> Tensor:
-    """The rows that the scale search looks at, standing for all of them in a sum of squares."""
-    rows = awq.sampled_rows(linear.out_features, linear.in_features)
-    return linear.dense(rows) * math.sqrt(rows.step)
-
-
-def _small_parameters(block: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that folds change: norms and routers, not the linears' weights."""
-    owned = {id(p) for m in linears(block).values() for p in m.parameters()}
-    return [(n, p) for n, p in block.named_parameters() if id(p) not in owned]
-
-
-def _replace(block: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    for name, module in modules.items():
-        block.set_submodule(name, module)
+def _sampled(linear: StoredLinear, grams: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows that the scale search looks at, standing for all of them in a sum of squares; each
+    group of rows with its gram."""
+    step = awq.sampled_rows(linear.out_features, linear.in_features).step
+    for rows, gram in zip(row_groups(linear.out_features, len(grams)), grams, strict=True):
+        yield linear.dense(slice(rows.start, rows.stop, step)) * math.sqrt(step), gram
 
 
 def refuse_non_finite(block: nn.Module, prefix: str) -> None:

@@ -65,7 +65,7 @@ def _manifest(made: Plan, workspace: Workspace, windows: Tensor | None) -> Manif
     tensors = made.checkpoint.tensors
     params = sum(math.prod(info.shape) for info in tensors.values())
     blocks = [
-        BlockError(error=record["error"], rounding_error=record["rounding_error"])
+        BlockError(**{k: record[k] for k in BlockError.model_fields if k in record})
         for record in records
         if record.get("error") is not None
     ]

@@ -3,7 +3,7 @@
 H = XᵀX / n stands for every token in the searches that follow: their cost does not grow with text.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.walk.walk import HiddenStates, Walk, linears
+from optim.runtime.walk.walk import HiddenStates, Walk, linears, tokens_read
 
 GRAM_BYTES = 2**30  # of experts' inner inputs that are observed at a time
 GRAM_STRIP = 288  # columns a strip of a symmetric Gram matrix has
@@ -19,9 +19,12 @@ GRAM_STRIP = 288  # columns a strip of a symmetric Gram matrix has
 
 @dataclass(slots=True)
 class Inputs:
-    """What a linear reads: gram XᵀX / n `[in, in]`, mean |x| `[in]`, tokens seen."""
+    """What a linear reads: grams XᵀX / n `[in, in]`, mean |x| `[in]`, tokens seen.
 
-    gram: Tensor
+    There is one gram; guided, one for each group of the linear's rows, of weighted tokens.
+    """
+
+    grams: list[Tensor]
     magnitude: Tensor
     tokens: int
 
@@ -31,22 +34,40 @@ class _AllSeen(Exception):
 
 
 def observe(
-    walk: Walk, i: int, block: nn.Module, states: HiddenStates, names: set[str], last: str | None
+    walk: Walk,
+    i: int,
+    block: nn.Module,
+    states: HiddenStates,
+    names: set[str],
+    last: str | None,
+    weights: Mapping[str, Tensor] | None = None,
+    windows: int | None = None,
 ) -> dict[str, Inputs]:
     """Run the calibration states through the block; the inputs of the linears in `names`.
 
     `last` is the linear that runs last, if that is known: the block is left when it is reached.
+    `weights` `[tokens, groups]` of each linear weigh the tokens of its grams; without them all
+    count alike. Only the first `windows` are run, or all.
     """
     found: dict[str, Inputs] = {}
+    tokens = slice(0, 0)
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].flatten(0, -2).float()
+            count = 1 if weights is None else weights[name].shape[1]
             if name not in found:
                 zeros = torch.zeros(x.shape[1], device=x.device)
-                found[name] = Inputs(zeros.new_zeros(len(zeros), len(zeros)), zeros, 0)
+                grams = [zeros.new_zeros(len(zeros), len(zeros)) for _ in range(count)]
+                found[name] = Inputs(grams, zeros, 0)
             seen = found[name]
-            add_gram(seen.gram, x)
+            if weights is None:
+                add_gram(seen.grams[0], x)
+            else:
+                read = tokens_read(block, name)
+                share = weights[name][tokens][slice(None) if read is None else read.cpu()]
+                for k, gram in enumerate(seen.grams):
+                    add_gram(gram, x * share[:, k, None].sqrt().to(x))
             seen.magnitude += x.abs().sum(0)
             seen.tokens += len(x)
 
@@ -60,16 +81,21 @@ def observe(
         handles.append(block.get_submodule(last).register_forward_pre_hook(leave))
     try:
         for rows in walk.slices(states):
+            rows = slice(rows.start, min(rows.stop, len(states) if windows is None else windows))
+            if rows.start >= rows.stop:
+                break
+            tokens = slice(rows.start * states.length, rows.stop * states.length)
             with suppress(_AllSeen):
                 walk.run(i, block, states[rows])
     finally:
         for handle in handles:
             handle.remove()
     for name, seen in found.items():
-        mirror(seen.gram)
-        seen.gram /= seen.tokens
+        for gram in seen.grams:
+            mirror(gram)
+            gram /= seen.tokens
         seen.magnitude /= seen.tokens
-        if not bool(seen.gram.diagonal().isfinite().all()):  # it bounds all the rest
+        if not all(bool(g.diagonal().isfinite().all()) for g in seen.grams):  # it bounds the rest
             raise OptimError(
                 f"block {i}: the inputs of {name} are not finite on the calibration text",
                 fix="check the model's weights; a 16-bit overflow would show in its own output too",

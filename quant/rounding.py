@@ -46,14 +46,24 @@ class NearestLinear(StoredLinear):
         """The same with its integers, to be stored."""
         return round_linear(self, self.scheme, self._nearest)
 
-    def _nearest(self, rows: slice) -> tuple[Tensor, Grid]:
+    def _nearest(self, rows: slice, _group: int = 0) -> tuple[Tensor, Grid]:
         return nearest(super().dense(rows), self.scheme, self.scale_dtype)
 
 
+def row_groups(rows: int, groups: int) -> list[slice]:
+    """The rows of a linear in `groups` parts, as even as they can be (`torch.tensor_split`)."""
+    sizes = [rows // groups + (k < rows % groups) for k in range(groups)]
+    return [slice(sum(sizes[:k]), sum(sizes[: k + 1])) for k in range(groups)]
+
+
 def round_linear(
-    linear: StoredLinear, scheme: Scheme, solve: Callable[[slice], tuple[Tensor, Grid]]
+    linear: StoredLinear,
+    scheme: Scheme,
+    solve: Callable[[slice, int], tuple[Tensor, Grid]],
+    groups: int = 1,
 ) -> RoundedLinear:
-    """A linear rounded some rows at a time: `solve` gives the (integers, grid) of those rows.
+    """A linear rounded some rows at a time: `solve` gives the (integers, grid) of rows, all of them
+    of one of the `groups`.
 
     The parts go straight into their place: at any time one part's temporaries are alive.
     """
@@ -62,10 +72,11 @@ def round_linear(
     q = torch.empty(shape, dtype=torch.uint8, device=place)
     scale, zero = (torch.empty(shape[0], scheme.groups(shape[1]), device=place) for _ in "sz")
     step = max(1, ROW_BYTES // (4 * linear.in_features))
-    for start in range(0, linear.out_features, step):
-        rows = slice(start, start + step)
-        q[rows], grid = solve(rows)
-        scale[rows], zero[rows] = grid.scale, grid.zero
+    for k, part in enumerate(row_groups(shape[0], groups)):
+        for start in range(part.start, part.stop, step):
+            rows = slice(start, min(start + step, part.stop))
+            q[rows], grid = solve(rows, k)
+            scale[rows], zero[rows] = grid.scale, grid.zero
     return RoundedLinear(q, Grid(scale, zero, scheme), linear.dense_bias())
 
 

@@ -5,7 +5,6 @@ is journalled, so a killed run finds both the shard and the inputs of the next b
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from optim.quant.finish import finish
 from optim.quant.plan import Plan, plan
-from optim.quant.solver import Task
+from optim.quant.solver import Progress, Task
 from optim.quant.stored import packed_head
 from optim.recipes.errors import OptimError
 from optim.recipes.schema import Recipe
@@ -33,7 +32,6 @@ from optim.runtime.walk.walk import HiddenStates, Walk
 
 __all__ = ["Report", "plan", "quantize"]
 
-Progress = Callable[[int, int, str], None]
 SMALL = 64 * 2**20  # tensors outside the blocks below this many bytes share a shard
 
 
@@ -141,6 +139,7 @@ class _Job:
                 dtype=self.dtype,
                 windows=windows,
                 folder=workspace.folder,
+                progress=progress,
             )
         )
         self.windows = self.solver.windows
@@ -196,6 +195,7 @@ class _Job:
         prefix = f"{self.walk.prefix}.{i}."
         record = self._write(i, self.solver.tensors(solved.block, prefix))
         record |= {"error": solved.error, "rounding_error": solved.rounding_error}
+        record |= {"held_back": solved.held_back} if solved.held_back else {}
         if after is not None:
             record["states"] = {after.path.name: file_sha256(after.path)}
         self.workspace.commit(record | {"notes": [f"block {i}: {n}" for n in solved.notes]})

@@ -16,6 +16,7 @@ from optim.runtime.formats.pack_quantized import Scheme
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.walk.walk import HiddenStates, Walk
 
+Progress = Callable[[int, int, str], None]
 Shapes = Mapping[str, tuple[int, int]]
 """(out, in) of each linear by canonical name."""
 
@@ -35,6 +36,8 @@ class Task:
     """Calibration tokens, int64 `[n, length]`; None for a method that reads no text."""
     folder: Path
     """Where a solver may keep what it finds once: the next run goes on with it."""
+    progress: Progress
+    """(steps done, steps, words) of what a solver does before the first block."""
 
 
 @dataclass(slots=True)
@@ -45,6 +48,8 @@ class Solved:
     error: float | None
     rounding_error: float | None
     notes: list[str] = field(default_factory=list)
+    held_back: dict[str, float] | None = None
+    """Guided and unguided: what each costs the end loss on held-back text, relative."""
 
 
 class Solver(Protocol):

@@ -103,14 +103,25 @@ class Rtn(Rounding):
     method: Literal["rtn"]
 
 
-class Gptq(Rounding):
+class Guided(Rounding):
+    """What the methods have that fit a linear to the text it reads: which tokens count most."""
+
+    guide: Literal["none", "loss"] = Field(
+        default="none", description="weigh tokens by what the end loss feels of each: loss, or none"
+    )
+    guide_groups: Annotated[int, SET_ONLY] = Field(
+        default=1, ge=1, le=64, description="parts of a linear's rows that guide loss tells apart"
+    )
+
+
+class Gptq(Guided):
     """Error feedback over the columns (Frantar et al. 2022)."""
 
     method: Literal["gptq"]
     damping: float = Field(default=0.1, gt=0, lt=1, description=DAMPING)
 
 
-class Awq(Rounding):
+class Awq(Guided):
     """Activation-aware scales and clipping (Lin et al. 2023), then GPTQ's error feedback."""
 
     method: Literal["awq"]

@@ -67,6 +67,9 @@ class BlockError(Part):
 
     error: float | None = None
     rounding_error: float | None = None
+    held_back: dict[str, Measure] | None = None
+    """Of `guide loss`: what the guided and the unguided block cost the end loss on held-back text,
+    relative to plain rounding."""
 
 
 class Sparsity(Part):

@@ -153,7 +153,7 @@ class ReverseWalk:
                     kept = found.setdefault(name, torch.full((total, self.groups), torch.nan))
                     kept[tokens][slice(None) if read is None else read.cpu()] = means
 
-                out.register_hook(take)
+                out.register_hook(take)  # type: ignore[no-untyped-call]
 
             return hook
 

@@ -69,7 +69,7 @@ class StoredLinear(nn.Module):
         return bias if self.out_scale is None else bias / self.out_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _Product.apply(x, self) if x.requires_grad else self.product(x)
+        y: Tensor = _Product.apply(x, self) if x.requires_grad else self.product(x)  # type: ignore[no-untyped-call]
         bias = self.dense_bias()
         return y if bias is None else y + bias.to(x.dtype)
 

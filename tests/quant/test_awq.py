@@ -8,7 +8,7 @@ from torch import Tensor
 
 from optim.quant import awq
 from optim.quant.awq import Reader, diagonal_blocks, search_clip, search_scale, share_heads
-from optim.quant.block_solver import _sample
+from optim.quant.block_solver import _sampled
 from optim.quant.grid import Grid, make_grid, nearest, ranges, restore, round_to
 from optim.runtime.formats.pack_quantized import Scheme
 from optim.runtime.walk.walk import StoredLinear
@@ -129,7 +129,8 @@ def test_clipping_gains_at_few_bits() -> None:
 def test_the_search_samples_tall_linears(monkeypatch: pytest.MonkeyPatch) -> None:
     x = _inputs(64, seed=6)
     reader = _reader(600, x, Scheme(4, 32, False))
-    few = Reader(_sample(StoredLinear(reader.weight, None)), reader.gram, reader.scheme)
+    ((rows, gram),) = _sampled(StoredLinear(reader.weight, None), [reader.gram])
+    few = Reader(rows, gram, reader.scheme)
     assert awq.LEAST_ROWS <= len(few.weight) < 600
     whole, part = _loss(reader, torch.ones(64)), _loss(few, torch.ones(64))
     assert abs(part / whole - 1) < 0.2  # weighted so that it stands for all rows

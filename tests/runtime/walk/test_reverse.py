@@ -150,7 +150,7 @@ def test_goes_on_where_it_was_stopped(
                 file.write('{"file": "inputs-1", "sha')
         else:
             break
-    assert stops == 4  # 3 inputs, the end, 2 blocks of two files each: two of them a run
+    assert stops == 3  # 3 inputs, the end, 2 blocks of two files each: two of them a run
     assert _hashes(tmp_path / "broken") == _hashes(tmp_path / "whole")
     assert len(_hashes(tmp_path / "whole")) == 2
 

@@ -1,0 +1,120 @@
+"""Guide a solver by the end loss: the tokens that it feels most count most (arXiv 2505.07004).
+
+To second order the loss changes by ½ Σ_t (g_tᵀ Δh_t)² where the output h_t of a block moves by Δh_t
+and g_t is the loss's gradient there. For row i of a linear that is ½ Σ_t g_ti² (Δw_i x_t)², so the
+row wants Σ_t g_ti² x_t x_tᵀ instead of Σ_t x_t x_tᵀ. Groups of rows share their mean square.
+
+The gradients are those of the unquantized model, found once by the reverse walk. Where few tokens
+carry nearly all the weight, a Gram matrix of them would be fitted to these alone: weights are then
+raised to a power below 1. Some windows are held back: on them the guided block is compared with the
+unguided one, and the better is kept.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from optim.quant.solver import Task
+from optim.runtime.storage.workspace import KEPT
+from optim.runtime.walk.reverse import OUTPUT, ReverseWalk
+from optim.runtime.walk.walk import HiddenStates, StoredLinear, Walk, linears
+
+HELD_BACK, MOST_HELD_BACK = 8, 8  # one window of so many is held back, and no more than these
+POWERS = (1.0, 0.5, 0.25, 0.0)
+
+
+@dataclass(slots=True)
+class Guide:
+    """What the reverse walk found, block by block; `fitted` windows are to be solved on."""
+
+    found: ReverseWalk
+    fitted: int
+
+    @classmethod
+    def of(cls, task: Task, groups: int) -> "Guide":
+        """Walk the model backwards, or go on with it, or read what an earlier run has left."""
+        assert task.windows is not None
+        count = len(task.windows)
+        held = held_back(count)
+        folder = task.folder / KEPT
+        found = ReverseWalk(task.checkpoint, task.windows, folder, groups, held, task.walk.device)
+        found.run(task.progress)
+        return cls(found, count - held)
+
+    def block(self, i: int, block: nn.Module) -> "BlockGuide":
+        """Weights of the tokens at each linear of block i, and the gradient at its output."""
+        squares = self.found.block(i)
+        output = squares.pop(OUTPUT, None)
+        tokens = self.fitted * self.found.windows.shape[1]
+        mean = torch.stack([s[:tokens].nanmean() for s in squares.values()]).nanmean()
+        weights = {
+            name: tempered(_known(squares[name] / mean.clamp(min=1e-30)), tokens, linear)
+            for name, linear in linears(block).items()
+            if name in squares
+        }
+        alike = torch.ones(self.found.windows.numel(), self.found.groups)
+        weights = {name: weights.get(name, alike) for name in linears(block)}
+        return BlockGuide(weights, output, self.fitted)
+
+
+@dataclass(slots=True)
+class BlockGuide:
+    """weights `[tokens, groups]` by linear; output: the gradient of the held-back windows."""
+
+    weights: dict[str, Tensor]
+    output: Tensor | None
+    fitted: int
+
+    def cost(
+        self, walk: Walk, i: int, block: nn.Module, states: HiddenStates
+    ) -> Callable[[], float]:
+        """Σ_t (g_tᵀ Δh_t)² on the held-back windows, of what is made of block i after this call."""
+        if self.output is None:
+            return lambda: 0.0
+        gradient = self.output
+        wanted = [walk.run(i, block, states[rows]) for rows in self._held(walk, states)]
+
+        def now() -> float:
+            total, at = 0.0, 0
+            for rows, expected in zip(self._held(walk, states), wanted, strict=True):
+                moved = walk.run(i, block, states[rows]) - expected
+                g = gradient[at : at + len(moved)].to(moved)
+                total += float((moved * g).sum(-1).double().square().sum())
+                at += len(moved)
+            return total
+
+        return now
+
+    def _held(self, walk: Walk, states: HiddenStates) -> list[slice]:
+        step = walk.slices(states)[0].stop
+        return [slice(k, k + step) for k in range(self.fitted, len(states), step)]
+
+
+def held_back(windows: int) -> int:
+    """How many of the calibration windows are held back: none of a single one."""
+    return 0 if windows < 2 else min(MOST_HELD_BACK, max(1, windows // HELD_BACK))
+
+
+def tempered(weights: Tensor, tokens: int, linear: StoredLinear) -> Tensor:
+    """Weights `[all tokens, groups]` to the largest power that leaves as many effective tokens
+    (Kish) among the first `tokens` as the linear has inputs; their mean stays as it is."""
+    out = torch.empty_like(weights)
+    for k, column in enumerate(weights.T):
+        wanted = min(linear.in_features, tokens / 2)
+        power = next(p for p in POWERS if p == 0 or effective(column[:tokens] ** p) >= wanted)
+        shaped = column**power
+        out[:, k] = shaped * (column[:tokens].mean() / shaped[:tokens].mean().clamp(min=1e-30))
+    return out
+
+
+def effective(weights: Tensor) -> float:
+    """Kish's effective number: as many equal weights would say as much."""
+    return float(weights.sum() ** 2 / weights.square().sum().clamp(min=1e-30))
+
+
+def _known(weights: Tensor) -> Tensor:
+    """Tokens that the unquantized model routed elsewhere count as the mean of the others."""
+    mean = weights.nanmean(0, keepdim=True).nan_to_num(1.0)
+    return torch.where(weights.isnan(), mean, weights)
