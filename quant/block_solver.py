@@ -49,7 +49,7 @@ class BlockSolver:
         self.clip, self.damping = clip, damping
         section = task.recipe.quantize
         self.guide: Guide | None = None
-        if isinstance(section, Guided) and section.guide == "loss":
+        if isinstance(section, Guided) and section.guides:
             self.guide = Guide.of(task, section.guide_groups)
 
     def enter(self, states: HiddenStates) -> None:

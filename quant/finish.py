@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -37,10 +38,22 @@ def finish(
         "bytes": manifest.bytes,
         "bits_per_weight": manifest.bits_per_weight,
         "blocks": [block.model_dump() for block in manifest.blocks],
-        "notes": [note for record in workspace.done for note in record["notes"]],
+        "notes": [*manifest.notes, *_held_back(manifest)],
     }
     workspace.publish()
     return facts
+
+
+def _held_back(manifest: Manifest) -> Iterator[str]:
+    """What guiding was worth on text that it did not see, in one line."""
+    costs = [block.held_back for block in manifest.blocks if block.held_back]
+    if costs:
+        guided, unguided = (sum(c[k] for c in costs) / len(costs) for k in ("guided", "unguided"))
+        better = sum(c["guided"] <= c["unguided"] for c in costs)
+        yield (
+            f"guide loss: {better} of {len(costs)} blocks are guided; on held-back text guided "
+            f"blocks cost {guided:.3f} of what plain rounding costs, unguided ones {unguided:.3f}"
+        )
 
 
 def _config(made: Plan, solver: Solver) -> dict[str, Any]:

@@ -55,21 +55,9 @@ def observe(
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].flatten(0, -2).float()
-            count = 1 if weights is None else weights[name].shape[1]
-            if name not in found:
-                zeros = torch.zeros(x.shape[1], device=x.device)
-                grams = [zeros.new_zeros(len(zeros), len(zeros)) for _ in range(count)]
-                found[name] = Inputs(grams, zeros, 0)
-            seen = found[name]
-            if weights is None:
-                add_gram(seen.grams[0], x)
-            else:
-                read = tokens_read(block, name)
-                share = weights[name][tokens][slice(None) if read is None else read.cpu()]
-                for k, gram in enumerate(seen.grams):
-                    add_gram(gram, x * share[:, k, None].sqrt().to(x))
-            seen.magnitude += x.abs().sum(0)
-            seen.tokens += len(x)
+            read = tokens_read(block, name) if weights else None
+            shares = None if weights is None else weights[name][tokens].to(x)
+            _add(found, name, x, shares if shares is None or read is None else shares[read])
 
         return hook
 
@@ -82,11 +70,10 @@ def observe(
     try:
         for rows in walk.slices(states):
             rows = slice(rows.start, min(rows.stop, len(states) if windows is None else windows))
-            if rows.start >= rows.stop:
-                break
             tokens = slice(rows.start * states.length, rows.stop * states.length)
-            with suppress(_AllSeen):
-                walk.run(i, block, states[rows])
+            if rows.start < rows.stop:
+                with suppress(_AllSeen):
+                    walk.run(i, block, states[rows])
     finally:
         for handle in handles:
             handle.remove()
@@ -102,6 +89,21 @@ def observe(
                 code=USAGE,
             )
     return found
+
+
+def _add(found: dict[str, Inputs], name: str, x: Tensor, shares: Tensor | None) -> None:
+    """Tokens x `[n, in]` to what was seen of a linear, weighed by `shares` `[n, groups]`."""
+    if name not in found:
+        zeros = torch.zeros(x.shape[1], device=x.device)
+        grams = 1 if shares is None else shares.shape[1]
+        found[name] = Inputs(
+            [zeros.new_zeros(len(zeros), len(zeros)) for _ in range(grams)], zeros, 0
+        )
+    seen = found[name]
+    for k, gram in enumerate(seen.grams):
+        add_gram(gram, x if shares is None else x * shares[:, k, None].sqrt())
+    seen.magnitude += x.abs().sum(0)
+    seen.tokens += len(x)
 
 
 def add_gram(gram: Tensor, x: Tensor) -> None:

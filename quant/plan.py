@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from optim.quant.methods import METHODS
-from optim.quant.needs import artifact_rows, peak_bytes, state_bytes
+from optim.quant.needs import artifact_rows, guide_bytes, peak_bytes, state_bytes
 from optim.quant.solver import Method
 from optim.recipes.errors import MACHINE, USAGE, OptimError
 from optim.recipes.patterns import matches
@@ -34,6 +34,10 @@ COST_OF_FEW_BITS = {
     3: "3 bits cost a small model much: perplexity of demo 23.3 -> 30.7 (4 bits: 24.6)",
     2: "2 bits break small models with every method here: perplexity of demo 19.7 -> 157.8",
 }
+GUIDE_COSTS = (
+    "guide loss first walks the model forwards and backwards over the text ({:.2f} GB of disk), "
+    "then solves each block twice and keeps what costs less on held-back text"
+)
 AUTO_GROUPS = (128, 64, 32, 16)
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -115,7 +119,9 @@ def plan(
     output = _output(recipe, method, checkpoint, suffix)
     rows = artifact_rows(checkpoint, shapes, schemes)
     output_bytes = sum(row.nbytes for row in rows)
-    disk = output_bytes + 2 * state_bytes(method, recipe, checkpoint)
+    state = state_bytes(method, recipe, checkpoint)
+    guide = guide_bytes(recipe, state, len(walk), len(shapes))
+    disk = output_bytes + 2 * state + guide
     disk += output_bytes if output_bytes <= MOST_BYTES else 0  # the shards and the one file of them
     inputs = [*checkpoint.places, *recipe.calibration.places]
     problems = [*_pattern_problems(recipe.quantize, shapes), *_shape_problems(shapes, schemes)]
@@ -139,6 +145,7 @@ def plan(
         notes=(
             *method.notes(recipe, shapes, schemes),
             *_notes(method, checkpoint, schemes, output_bytes),
+            *([GUIDE_COSTS.format(guide / 1e9)] if guide else []),
         ),
     )
 

@@ -113,6 +113,11 @@ class Guided(Rounding):
         default=1, ge=1, le=64, description="parts of a linear's rows that guide loss tells apart"
     )
 
+    @property
+    def guides(self) -> bool:
+        """Whether tokens are weighed."""
+        return self.guide == "loss"
+
 
 class Gptq(Guided):
     """Error feedback over the columns (Frantar et al. 2022)."""

@@ -14,11 +14,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 KILLS = int(os.environ.get("OPTIM_KILLS", "2"))
 
 
-def _command(model: Path, output: Path, text: Path) -> list[str]:
-    recipe = ("-m", "awq", "--group-size", "32", "--calibration", str(text))
+def _command(model: Path, output: Path, text: Path, guide: str) -> list[str]:
+    recipe = ("-m", "awq", "--group-size", "32", "--guide", guide, "--calibration", str(text))
     sizes = ("--num-samples", "4", "--seq-len", "32", "--device", "cpu", "--threads", "1")
     where = ("-o", output.name)
     return [sys.executable, "-m", "optim.cli", "quantize", str(model), *recipe, *sizes, *where]
@@ -30,8 +32,9 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _journalled(partial: Path) -> int:
-    journal = partial / "journal.jsonl"
-    return len(journal.read_bytes().splitlines()) if journal.is_file() else 0
+    """Lines of the run's journal and of the reverse walk's."""
+    journals = (partial / name / "journal.jsonl" for name in (".", "kept"))
+    return sum(len(j.read_bytes().splitlines()) for j in journals if j.is_file())
 
 
 def _kill_once(command: list[str], folder: Path, rng: random.Random) -> bool:
@@ -53,13 +56,14 @@ def _kill_once(command: list[str], folder: Path, rng: random.Random) -> bool:
     return process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("guide", ["none", "loss"])
 def test_killed_at_random_moments(
-    make_model: Callable[..., Path], some_text: Path, tmp_path: Path
+    guide: str, make_model: Callable[..., Path], some_text: Path, tmp_path: Path
 ) -> None:
     model, whole, broken = make_model("llama"), tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
-    command = _command(model, Path("out"), some_text)
+    command = _command(model, Path("out"), some_text, guide)
     subprocess.run(command, cwd=whole, check=True, capture_output=True)
     rng, killed = random.Random(KILLS), 0
     while killed < KILLS:
