@@ -28,6 +28,8 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "ignore": ("lm_head",),
         "lm_head_bits": None,
         "overrides": (),
+        "guide": "none",
+        "guide_groups": 1,
         "n_grid": 20,
         "duo": "both",
         "clip": True,
