@@ -24,9 +24,10 @@ class Pack(Section):
 class Export(Section):
     """The model in the form of another program."""
 
-    format: Annotated[Literal["safetensors"], Spelled(("-f", "--format"))] = Field(
-        default="safetensors", description="what is written"
-    )
+    format: Annotated[
+        Literal["safetensors", "awq", "gptq", "mlx", "compressed-tensors"],
+        Spelled(("-f", "--format")),
+    ] = Field(default="safetensors", description="what is written")
     type: Literal["f32", "f16", "bf16"] | None = Field(
         default=None, description="type of the weights that do not stay integers"
     )
