@@ -20,7 +20,7 @@ from optim.runtime.kernels.cpu import skip_dense
 from optim.runtime.kernels.huge_pages import use_huge_pages
 
 SLICE = 1 << 20  # weights widened at a time: 4 MB in fp32
-FEW = 16  # rows up to which reading bf16 again for every few tokens is faster than widening
+FEW = cpu_bf16.FEW_TOKENS
 
 
 class Matrix(Protocol):
@@ -87,14 +87,10 @@ class DenseLinear(Linear):
         if self.weight.dtype == x.dtype:
             return F.linear(x, self.weight, self.bias)
         rows = x.reshape(-1, x.shape[-1])
-        y = _few(rows, self.weight) if rows.shape[0] <= FEW else many(rows, self.weight)
+        product = cpu_bf16.linear if rows.shape[0] <= FEW else many
+        y = product(rows, self.weight)
         y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y.add_(self.bias)
-
-
-def _few(x: Tensor, weight: Tensor) -> Tensor:
-    parts = [cpu_bf16.linear(part, weight) for part in torch.split(x, cpu_bf16.FEW_TOKENS)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def many(x: Tensor, weight: Matrix) -> Tensor:

@@ -22,6 +22,13 @@ INLINE void add_32(Sums *s, words p, words q, const float *even, const float *od
     s->d += load_wide(odd + WIDE) * (wide)(q & 0xffff0000u);
 }
 
+/* The sums of a row whose weights before `from` are in `s`, and the others. */
+static inline float end_of_row(Sums s, const uint16_t *w, const float *x, int64_t from, int64_t cols) {
+    float y = lane_sum((s.a + s.b) + (s.c + s.d));
+    for (int64_t k = from; k < cols; k++) y += x[k] * from_bf16(w[k]);
+    return y;
+}
+
 /* The last `cols` weights of a row, after what is in `s`. */
 static inline float rest_of_row(Sums s, const uint16_t *w, const float *x, const float *even,
                                 const float *odd, int64_t cols) {
@@ -33,9 +40,7 @@ static inline float rest_of_row(Sums s, const uint16_t *w, const float *x, const
         __builtin_prefetch(w + k + PREFETCH_WEIGHTS);
         add_32(&s, p, q, even + k / 2, odd + k / 2);
     }
-    float y = lane_sum((s.a + s.b) + (s.c + s.d));
-    for (int64_t k = whole; k < cols; k++) y += x[k] * from_bf16(w[k]);
-    return y;
+    return end_of_row(s, w, x, whole, cols);
 }
 
 static inline float one_row(const uint16_t *w, const float *x, const float *even,

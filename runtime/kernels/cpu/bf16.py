@@ -12,7 +12,7 @@ from torch import Tensor
 from optim.runtime.kernels.compile import NoKernel, library, team, works
 from optim.runtime.kernels.door import address
 
-FEW_TOKENS = 4  # beyond, widening the weight once and a dense product is faster
+FEW_TOKENS = 16  # beyond, widening the weight once and a dense product is faster
 
 
 def usable() -> bool:
