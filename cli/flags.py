@@ -78,6 +78,13 @@ KvBits = Annotated[int, Option("--kv-bits", help="Bits of the KV cache: 16, 8 or
 KvPolicy = Annotated[
     str, Option("--kv-policy", help="full; or stream: first and latest tokens, without an end.")
 ]
+Speculate = Annotated[
+    str,
+    Option(
+        "--speculate",
+        help="Guess tokens ahead, same text: auto (where it pays), lookup (always) or off.",
+    ),
+]
 Temperature = Annotated[
     float | None,
     Option(

@@ -48,6 +48,7 @@ class RunOptions:
     exact: bool = False
     offload: bool = False
     sampling: dict[str, Any] = field(default_factory=dict)  # as Sampling names them; no None
+    speculate: str = "auto"
 
 
 def run(source: str, prompt: str | None, options: RunOptions) -> int:
@@ -91,6 +92,9 @@ def run_file(
         raise OptimError("--batch goes without a prompt, --chat and --json", fix, USAGE)
     if output is not None and Path(output).exists():
         raise OptimError(f"{output} exists", "choose another name, or remove it", USAGE)
+    if options.speculate == "lookup":
+        fix = "leave --speculate out: a batch fills its steps with other texts"
+        raise OptimError("--batch guesses no tokens ahead", fix, USAGE)
     lines = read_lines(path)
     sampling, policy, model = _load(source, options)
     context = model.context(options.context)
@@ -143,11 +147,13 @@ def _loaded(source: str, options: RunOptions) -> tuple[Sampling, Policy, Model]:
     meter = Meter()
     from optim.runtime.cache.full import Policy
     from optim.runtime.decoder.linears.source import Form
+    from optim.runtime.engine.drafts import lookup
     from optim.runtime.engine.load import load_model
     from optim.runtime.engine.sampling import Sampling
     from optim.runtime.storage.open import open_checkpoint
 
     Sampling(**options.sampling)
+    lookup(options.speculate)
     policy = Policy(options.kv_bits, options.kv_policy)
     form: Form = "exact" if options.exact else "planes"
     checkpoint = open_checkpoint(source)
@@ -201,6 +207,7 @@ def _open(source: str, options: RunOptions) -> Session:
         sampling=sampling,
         context=options.context,
         policy=policy,
+        speculate=options.speculate,
     )
 
 
@@ -238,6 +245,8 @@ def _once_json(session: Session, start: chats.Start) -> int:
         "prompt_tokens": stats.prompt_tokens,
         "prefill_seconds": round(stats.prefill_seconds, 4),
         "decode_seconds": round(stats.decode_seconds, 4),
+        "drafted_tokens": stats.drafted_tokens,
+        "accepted_tokens": stats.accepted_tokens,
         "model": session.model.checkpoint.source,
         "sampling": asdict(session.sampling),
     }

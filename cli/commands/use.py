@@ -26,6 +26,7 @@ def run(
     kv_policy: flags.KvPolicy = "full",
     exact: flags.Exact = False,
     offload: flags.Offload = False,
+    speculate: flags.Speculate = "auto",
     device: flags.Device = "auto",
     threads: flags.Threads = None,
     json: flags.Json = False,
@@ -54,7 +55,7 @@ def run(
     given = {key: value for key, value in sampling.items() if value is not None}
     options = command.RunOptions(
         *(system, raw, quiet, chat, stats, json, context, kv_bits, kv_policy, threads, device),
-        *(exact, offload, given),
+        *(exact, offload, given, speculate),
     )
     if batch is None:
         raise typer.Exit(command.run(model, prompt, options))

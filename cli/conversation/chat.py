@@ -97,6 +97,8 @@ def describe(stats: Stats, stopped: bool) -> str:
     rate = stats.decode_rate
     parts += [f"{rate:.{int(rate < 10)}f} tok/s"] if rate else []
     parts += [f"prompt {stats.prompt_tokens}"]
+    if stats.drafted_tokens:
+        parts += [f"{stats.accepted_tokens} of {stats.drafted_tokens} guesses right"]
     why = {"length": "reached max_tokens", "context": "the context is full"}
     end = "stopped" if stopped else why.get(stats.stop_reason, "")
     return f"[{' · '.join([*parts, end] if end else parts)}]"

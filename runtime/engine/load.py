@@ -10,7 +10,8 @@ from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.architecture.table import FAMILIES
-from optim.runtime.cache.full import Cache, Policy
+from optim.runtime.cache.full import Cache, Policy, StaticCache
+from optim.runtime.cache.streaming import StreamCache
 from optim.runtime.decoder.cuda_graph import GraphDecoder, cuda_graph, recordable
 from optim.runtime.decoder.decoder import Decoder, Work
 from optim.runtime.decoder.linears.bf12 import prospect
@@ -169,6 +170,15 @@ class Model:
         if isinstance(self.decoder, Decoder):
             return self.decoder.step_many(cast(Sequence[Work], work))
         return [torch.cat([self._one(token, cache) for token in ids]) for cache, ids in work]
+
+    @torch.inference_mode()
+    def undoable(self, cache: Cache, count: int) -> int:
+        """How many of `count` tokens that follow `cache` one step computes together, and `truncate`
+        takes back without a trace; 1 where this model, or cache, goes on a token at a time."""
+        decoder = self.decoder
+        if not isinstance(decoder, Decoder) or not isinstance(cache, StaticCache | StreamCache):
+            return 1
+        return cache.place_run(count)[1] if decoder.steps_at_once(cache) else 1
 
     def _one(self, token: int, cache: Cache) -> Tensor:
         return self.decoder(torch.tensor([[token]], device=self.device), cache, False)

@@ -1,7 +1,8 @@
 """Generation: prompt in, tokens out; and a conversation that keeps its cache between turns."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -11,6 +12,7 @@ import torch
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.cache.full import Cache, Policy
 from optim.runtime.cache.saved import Stored, load_cache, save_cache
+from optim.runtime.engine.drafts import Lookup, lookup
 from optim.runtime.engine.load import Model
 from optim.runtime.engine.repeats import repeats
 from optim.runtime.engine.sampling import Sampler, Sampling
@@ -30,12 +32,14 @@ def generate(
     cache: Cache | None = None,
     stop_ids: AbstractSet[int] | None = None,
     reading: Reading | None = None,
+    drafts: Lookup | None = None,
 ) -> Generator[int, None, str]:
     """Yield the tokens that follow `ids`; the return value says why it ended.
 
     `cache` may hold the first of `ids` already. `stop_ids` (default: the model's end tokens) end
     the text and are not part of it: "stop". The others are "length" and "context". `reading` is
-    called before each chunk of the prompt, and may raise to stop there.
+    called before each chunk of the prompt, and may raise to stop there. `drafts` may guess tokens
+    ahead: the text is the same with any and with none.
     Raises OptimError (2) if `ids` do not fit the context.
     """
     cache = cache or model.new_cache()
@@ -44,20 +48,58 @@ def generate(
     history = list(ids)
     if reading is not None:
         cache.reading = lambda done: reading(done, len(ids))
+    try:
+        step = _Rows([], model.forward(torch.tensor([history[cache.length :]]), cache))
+    finally:
+        cache.reading = None
     while True:
+        held, right = len(history), 0
         try:
-            logits = model.forward(torch.tensor([history[cache.length :]]), cache)
+            for row, guess in zip(step.logits, [*step.guesses, None], strict=True):
+                held = len(history)
+                token = sample(row, history)
+                if token in stop_ids:
+                    return "stop"
+                right += token == guess
+                history.append(token)
+                yield token
+                if len(history) - len(ids) == sampling.max_tokens:
+                    return "length"
+                if held == cache.limit:
+                    return "context"
+                if token != guess:
+                    break
         finally:
-            cache.reading = None
-        token = sample(logits[0], history)
-        if token in stop_ids:
-            return "stop"
-        history.append(token)
-        yield token
-        if len(history) - len(ids) == sampling.max_tokens:
-            return "length"
-        if cache.length == cache.limit:
-            return "context"
+            if step.guesses:
+                cache.truncate(held)  # the wrong ones
+            if drafts is not None:
+                drafts.learn(len(step.guesses), right, step.seconds)
+        left = (sampling.max_tokens or cache.limit) - (len(history) - len(ids))
+        step = _step(model, cache, history, drafts, min(left - 1, cache.limit - len(history)))
+
+
+@dataclass(slots=True)
+class _Rows:
+    """Logits after a text's last token and after each of some guesses, and what they took."""
+
+    guesses: list[int]
+    logits: Iterable[torch.Tensor]
+    seconds: float = 0.0
+
+
+def _step(
+    model: Model, cache: Cache, history: list[int], drafts: Lookup | None, most: int
+) -> _Rows:
+    """The step after `history`, whose last token the cache lacks, with at most `most` guesses."""
+    guesses = drafts.propose(history, most) if drafts is not None and most > 0 else []
+    if guesses:
+        guesses = guesses[: model.undoable(cache, 1 + len(guesses)) - 1]
+    start = perf_counter()
+    if guesses:
+        logits = model.step_many([(cache, [history[-1], *guesses])])[0]
+    else:
+        logits = model.forward(torch.tensor([history[cache.length :]]), cache)
+    return _Rows(guesses, logits, perf_counter() - start)
 
 
 @dataclass(slots=True)
@@ -72,6 +114,9 @@ class Stats:
     stop_reason: str = ""
     repeats: bool = False
     """The reply goes round in circles."""
+    drafted_tokens: int = 0
+    """Tokens that were guessed ahead; `accepted_tokens` of them stand in the reply."""
+    accepted_tokens: int = 0
 
     @property
     def decode_rate(self) -> float:
@@ -95,8 +140,15 @@ class Session:
         sampling: Sampling | None = None,
         context: int | None = None,
         policy: Policy | None = None,
+        speculate: str = "auto",
     ) -> None:
+        """`speculate`: "auto" guesses tokens ahead where that pays, "lookup" wherever it can.
+
+        Raises OptimError (2) for another word than those and "off", and as `Model.context` does.
+        """
         self.model = model
+        lookup(speculate)
+        self.speculate = speculate
         self.system = system
         self.sampling = sampling or Sampling()
         self.messages: list[Message] = []
@@ -199,16 +251,29 @@ class Session:
         self.stats = Stats(prompt_tokens=len(ids), cached_tokens=cached, stop_reason="interrupted")
         self._tokens = list(ids)
         text, stops = self.model.tokenizer.stream(), StopText(self.sampling.stop)
-        tokens = generate(self.model, ids, self.sampling, self._cache, reading=reading)
-        while (token := self._next(tokens)) is not None:
-            if piece := stops.push(text.push(token)):
-                yield piece
-            if stops.found:
-                self.stats.stop_reason = "stop"
-                return
+        drafts = lookup(self.speculate)
+        tokens = generate(
+            self.model, ids, self.sampling, self._cache, reading=reading, drafts=drafts
+        )
+        with self._counting(drafts), closing(tokens):
+            while (token := self._next(tokens)) is not None:
+                if piece := stops.push(text.push(token)):
+                    yield piece
+                if stops.found:
+                    self.stats.stop_reason = "stop"
+                    return
         left = text.flush(cut=self.stats.stop_reason != "stop" and not exact)
         if piece := stops.push(left) + stops.flush():
             yield piece
+
+    @contextmanager
+    def _counting(self, drafts: Lookup | None) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            if drafts is not None:
+                self.stats.drafted_tokens = drafts.drafted
+                self.stats.accepted_tokens = drafts.accepted
 
     def _reuse(self, ids: list[int]) -> int:
         """Cut the cache back to what it shares with `ids`, at least one of which is left to run."""
