@@ -37,6 +37,8 @@ class FakeSession:
             prefill_seconds=0.1,
             decode_seconds=0.5,
             stop_reason="eos",
+            drafted_tokens=4,
+            accepted_tokens=1,
         )
         yield "You said: "
         if self.interrupt:
@@ -127,7 +129,7 @@ def test_no_standard_input_at_all(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", None)
     assert run("tiny", "hello", RunOptions(stats=True)) == 0
-    assert capsys.readouterr().err == "[2 tokens · 2.0 tok/s · prompt 3]\n"
+    assert capsys.readouterr().err == "[2 tokens · 2.0 tok/s · prompt 3 · 1 of 4 guesses right]\n"
 
 
 def test_raw_completes(
@@ -167,8 +169,10 @@ def test_json_is_one_object(
         "prompt_tokens": 3,
         "prefill_seconds": 0.1,
         "decode_seconds": 0.5,
+        "drafted_tokens": 4,
+        "accepted_tokens": 1,
         "model": "./tiny",
-        "sampling": {**asdict(Sampling(temperature=0.7)), "stop": []},
+        "sampling": json.loads(json.dumps(asdict(Sampling(temperature=0.7)))),
     }
 
 
