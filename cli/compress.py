@@ -114,12 +114,24 @@ def carry_out(
         raise
     for text in report["notes"]:
         ui.note(text)
+    if against is not None:
+        _keep_cost(report)
     if against is not None and how.evaluate:
         report["evaluation"] = prove(report["output"], against, how)
     if how.as_json:
         ui.emit(report)
     line = [report["output"], *facts(report)]
     ui.done(" · ".join(line), following=f"optim run {report['output']}")
+
+
+def _keep_cost(report: dict[str, Any]) -> None:
+    """What the work took goes into manifest and card; of a resumed run only a part is known."""
+    from optim.runtime.storage.manifest import Cost
+    from optim.runtime.storage.record import record
+
+    keys = ("seconds", "peak_memory_bytes")
+    if not report.get("resumed") and all(key in report for key in keys):
+        record(Path(report["output"]), cost=Cost(**{key: report[key] for key in keys}))
 
 
 def prove(output: str, against: str, how: How) -> dict[str, Any] | None:

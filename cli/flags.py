@@ -146,6 +146,14 @@ TextColumn = Annotated[
 ]
 Window = Annotated[int, Option("--window", min=2, help="Tokens a window.")]
 MaxWindows = Annotated[int | None, Option("--max-windows", min=1, help="Default: all.")]
+FewWindows = Annotated[int, Option("--max-windows", min=1, help="Windows measured.")]
+Models = Annotated[
+    list[str], Argument(metavar="MODEL...", help="Models of one vocabulary; the first is the base.")
+]
+NoSpeed = Annotated[bool, Option("--no-speed", help="Do not measure how fast each decodes.")]
+Plot = Annotated[
+    str | None, Option("--plot", metavar="FILE.png", help="Draw size and KL; needs matplotlib.")
+]
 Record = Annotated[
     bool, Option("--record", help="Keep the result in the artifact's manifest and model card.")
 ]

@@ -19,7 +19,7 @@ from optim.export.exporter import Plan, Progress
 from optim.recipes.build import to_yaml
 from optim.recipes.schema import Recipe
 from optim.runtime.storage.manifest import Manifest, made_here
-from optim.runtime.storage.record import CARD
+from optim.runtime.storage.origin import CARD
 from optim.runtime.storage.tensors import INDEX, SINGLES
 from optim.runtime.storage.workspace import (
     Workspace,

@@ -14,6 +14,7 @@ from optim.prune.plan import plan
 from optim.prune.pruner import Plan, Progress, Solved
 from optim.recipes.build import to_yaml
 from optim.runtime.sparsity.side_file import SIDE, write_side
+from optim.runtime.storage.card import Card, card_of
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.manifest import Calibration, Manifest, Sparsity, made_here
 from optim.runtime.storage.open import open_checkpoint
@@ -27,6 +28,7 @@ from optim.runtime.storage.workspace import (
     source_of,
 )
 from optim.runtime.system.hashes import file_sha256, tensor_sha256, tokens_sha256
+from optim.runtime.system.memory import peak_bytes
 from optim.runtime.text.windows import described, windows_for
 
 __all__ = ["Report", "plan", "prune"]
@@ -40,6 +42,8 @@ class Report:
     method: str
     side_bytes: int
     seconds: float
+    peak_memory_bytes: int
+    resumed: bool
     blocks: list[dict[str, Any]]
     notes: list[str]
 
@@ -61,6 +65,7 @@ def prune(made: Plan, progress: Progress, windows: Tensor | None = None) -> Repo
     recipe = made.recipe.model_dump(mode="json", exclude={"model", "output"})
     what = identity(made.checkpoint, recipe, tokens_sha256(windows))
     workspace = Workspace(made.output, what, made.force, made.checkpoint)
+    resumed = bool(workspace.done)
     with workspace:
         with torch.inference_mode(), tempfile.TemporaryDirectory(dir=workspace.folder) as folder:
             found = made.method.solve(made, windows, Path(folder), progress)
@@ -71,6 +76,8 @@ def prune(made: Plan, progress: Progress, windows: Tensor | None = None) -> Repo
         method=made.recipe.prune.method if made.recipe.prune else "",
         side_bytes=side_bytes,
         seconds=time.monotonic() - start,
+        peak_memory_bytes=peak_bytes(),
+        resumed=resumed,
         blocks=found.blocks,
         notes=[*made.notes, *found.notes],
     )
@@ -125,30 +132,11 @@ def _manifest(made: Plan, workspace: Workspace, windows: Tensor, found: Solved) 
 
 
 def _card(made: Plan) -> str:
-    source = made.checkpoint.source
-    recipe = to_yaml(made.recipe.model_copy(update={"output": None})).strip()
-    return f"""---
-base_model: {source}
-library_name: transformers
-tags: [optim, sparsity]
----
-
-# {made.output.name}
-
-The weights of {made.checkpoint.name} as they are, and `{SIDE}`, which tells `optim run` what it may
-skip. Everything else reads the folder as the plain model.
-
-## Run it
-
-    optim run {made.output.name}
-
-## Make it again
-
-`optim prune --recipe recipe.yaml` with:
-
-```yaml
-{recipe}
-```
-
-`optim eval --against {source}` measures what the sparsity costs.
-"""
+    about = f"""The weights of {made.checkpoint.name} as they are, and `{SIDE}`, which tells
+`optim run` what it may skip. Everything else reads the folder as the plain model."""
+    plain = "transformers" if made.checkpoint.quantization is None else "compressed-tensors"
+    recipe = to_yaml(made.recipe.model_copy(update={"output": None}))
+    again = "optim prune --recipe recipe.yaml"
+    tags = ("optim", "sparsity")
+    card = Card(made.output.name, about, tags, ("optim", plain), "", again, recipe)
+    return card_of(card, made.checkpoint)

@@ -10,11 +10,17 @@ from torch import Tensor
 from optim.quant.plan import Plan, mixes_experts, only_ours
 from optim.quant.solver import Solver
 from optim.recipes.build import to_yaml
+from optim.runtime.storage.card import Card, card_of
 from optim.runtime.storage.manifest import BlockError, Calibration, Manifest, made_here
 from optim.runtime.storage.size_table import rounded_before
 from optim.runtime.storage.tensors import INDEX, OWN_INDEX, OWN_SINGLE, SINGLES
 from optim.runtime.storage.workspace import Workspace, index_of, shards_in, source_of
 from optim.runtime.text.windows import described
+
+BITS_OF_OTHERS = {
+    4,
+    8,
+}  # of pack-quantized, that every version of vLLM and transformers reads alike
 
 
 def finish(
@@ -101,15 +107,16 @@ def _manifest(made: Plan, workspace: Workspace, windows: Tensor | None) -> Manif
     )
 
 
-def _readers(made: Plan) -> str:
-    """What reads the folder beside `optim`."""
-    why = only_ours(made.schemes)
-    return f"transformers does not load {why}." if why else made.method.readers
+def _runs(made: Plan) -> tuple[tuple[str, ...], str]:
+    """The programs that run the folder, and a word on others."""
+    if why := only_ours(made.schemes):
+        return ("optim",), f"transformers does not load {why}."
+    if not {scheme.bits for scheme in made.schemes.values()} <= BITS_OF_OTHERS:
+        return ("optim",), "The packing of 2 and 3 bits differs between versions of other programs."
+    return made.method.programs, made.method.remark
 
 
 def _card(made: Plan, manifest: Manifest) -> str:
-    source = made.checkpoint.source
-    recipe = to_yaml(made.recipe.model_copy(update={"output": None})).strip()
     rows = "\n".join(
         f"| {row.group} | {row.format} | {row.tensors} | {row.params:,} | {row.nbytes:,} |"
         for row in made.groups
@@ -118,35 +125,15 @@ def _card(made: Plan, manifest: Manifest) -> str:
     before = (
         "" if held is None else f"\nThe source was already {held}: it was de-quantized from that."
     )
-    return f"""---
-base_model: {source}
-library_name: transformers
-tags: [{made.method.tags}]
----
-
-# {made.output.name}
-
-{made.checkpoint.name}, compressed with `optim`: {manifest.bytes:,} bytes of weights,
-{manifest.bits_per_weight:.2f} bits per weight (source: {made.source_bytes:,} bytes).{before}
+    about = f"""{made.checkpoint.name}, compressed with `optim`:
+{manifest.bytes:,} bytes of weights, {manifest.bits_per_weight:.2f} bits per weight
+(source: {made.source_bytes:,} bytes).{before}
 
 | group | format | tensors | weights | bytes |
 |---|---|---:|---:|---:|
-{rows}
-
-## Run it
-
-    optim run {made.output.name}
-
-{_readers(made)}
-
-## Make it again
-
-`optim quantize --recipe recipe.yaml` with:
-
-```yaml
-{recipe}
-```
-
-`optim inspect --verify` checks the files against `optim.json`; `optim eval --against {source}`
-measures what the compression cost.
-"""
+{rows}"""
+    programs, remark = _runs(made)
+    recipe = to_yaml(made.recipe.model_copy(update={"output": None}))
+    again = "optim quantize --recipe recipe.yaml"
+    card = Card(made.output.name, about, made.method.tags, programs, remark, again, recipe)
+    return card_of(card, made.checkpoint)

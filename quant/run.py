@@ -44,6 +44,8 @@ class Report:
     bits_per_weight: float
     seconds: float
     peak_memory_bytes: int
+    resumed: bool
+    """Whether an earlier run has done a part: seconds and memory are then of the rest."""
     blocks: list[dict[str, Any]]
     notes: list[str]
 
@@ -69,6 +71,7 @@ def quantize(made: Plan, progress: Progress, windows: Tensor | None = None) -> R
     tokens = None if windows is None else tokens_sha256(windows)
     what = identity(made.checkpoint, recipe, tokens)
     workspace = Workspace(made.output, what, made.force, made.checkpoint)
+    resumed = bool(workspace.done)
     with workspace:
         with torch.inference_mode():
             job = _Job(made, workspace, windows, progress)
@@ -80,6 +83,7 @@ def quantize(made: Plan, progress: Progress, windows: Tensor | None = None) -> R
         bits_per_weight=facts["bits_per_weight"],
         seconds=time.monotonic() - start,
         peak_memory_bytes=peak_bytes(),
+        resumed=resumed,
         blocks=facts["blocks"],
         notes=[*made.notes, *facts["notes"]],
     )

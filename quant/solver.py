@@ -100,9 +100,9 @@ class Method:
     """How the weights are stored, in the output's default name."""
     sample_bytes: Callable[[int, int], int] = lambda tokens, widest: 0
     """Memory for what is kept of `tokens` inputs `widest` wide, beside their Gram matrices."""
-    tags: str = "compressed-tensors, optim"
+    tags: tuple[str, ...] = ("compressed-tensors", "optim")
     """Of the model card."""
-    readers: str = (
-        "vLLM and transformers (with the `compressed-tensors` package) load the folder as it is."
-    )
-    """Of the model card: what reads the artifact beside `optim`."""
+    programs: tuple[str, ...] = ("optim", "compressed-tensors", "vllm")
+    """What runs the artifact: of storage/card.py, for its lines on the model card."""
+    remark: str = ""
+    """Of the model card: on other programs."""

@@ -96,3 +96,42 @@ def doctor(json: flags.Json = False, levels: flags.Levels = False) -> None:
     from optim.cli import doctor as command
 
     command.doctor(as_json=json, levels=levels)
+
+
+@app.command(rich_help_panel="Look", epilog="Example: optim verify smollm2-awq --against demo")
+def verify(
+    model: flags.Model,
+    against: flags.Against = None,
+    device: flags.Device = "auto",
+    threads: flags.Threads = None,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+) -> None:
+    """Measure every number of an artifact again; exit 3 if one does not hold."""
+    from optim.cli import verify as command
+
+    command.verify(model, against, device, threads, as_json=json, quiet=quiet)
+
+
+@app.command(
+    rich_help_panel="Look",
+    epilog="Example: optim compare demo smollm2-awq smollm2-w3 --plot it.png",
+)
+def compare(
+    models: flags.Models,
+    against: flags.Against = None,
+    text: flags.Text = "builtin:eval",
+    window: flags.Window = 512,
+    max_windows: flags.FewWindows = 4,
+    no_speed: flags.NoSpeed = False,
+    plot: flags.Plot = None,
+    device: flags.Device = "auto",
+    threads: flags.Threads = None,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+) -> None:
+    """Put models side by side: size, bits, perplexity, divergence from the first, speed."""
+    from optim.cli import compare as command
+
+    asked = command.Asked(text, window, max_windows, not no_speed, device, threads)
+    command.compare(models, against, asked, plot, as_json=json, quiet=quiet)

@@ -5,23 +5,15 @@ from typing import Any
 
 from optim.prune.pruner import Plan
 from optim.recipes.build import to_yaml
+from optim.runtime.storage.card import Card, card_of
 
 
 def card(made: Plan, held_back: dict[str, Any], pictures: Sequence[str]) -> str:
     """The text of README.md; `pictures` are files beside it."""
-    source = made.checkpoint.source
-    recipe = to_yaml(made.recipe.model_copy(update={"output": None})).strip()
-    shown = "\n".join(f"![{name}]({name})\n" for name in pictures)
-    return f"""---
-base_model: {source}
-library_name: transformers
-tags: [optim, sparsity, prosparse, relu]
----
-
-# {made.output.name}
-
-{made.checkpoint.name} with ReLU for its activation, trained by `optim prune -m prosparse` so that
-{100 * held_back["sparsity"]:.1f} % of the products gate * up are exact zeros.
+    shown = "".join(f"\n![{name}]({name})\n" for name in pictures)
+    about = f"""{made.checkpoint.name} with ReLU for its activation, trained by
+`optim prune -m prosparse` so that {100 * held_back["sparsity"]:.1f} %
+of the products gate * up are exact zeros.
 
 | on held-back text | this model | {made.checkpoint.name} |
 |---|---:|---:|
@@ -30,22 +22,13 @@ tags: [optim, sparsity, prosparse, relu]
 | zeros in gate * up | {100 * held_back["sparsity"]:.1f} % | 0 % |
 
 Measured on {held_back["text"]}, {held_back["windows"]} windows of {held_back["window"]} tokens.
-{_threshold_note(made)}
-{shown}
-## Run it
-
-    optim run {made.output.name}
-
-A plain checkpoint: transformers loads the folder as it is. `training.jsonl` has every step.
-
-## Make it again
-
-`optim prune --recipe recipe.yaml` with:
-
-```yaml
-{recipe}
-```
-"""
+{_threshold_note(made)}{shown}""".rstrip()
+    recipe = to_yaml(made.recipe.model_copy(update={"output": None}))
+    remark, again = "`training.jsonl` has every step.", "optim prune --recipe recipe.yaml"
+    tags = ("optim", "sparsity", "prosparse", "relu")
+    programs = ("optim", "transformers")
+    made_card = Card(made.output.name, about, tags, programs, remark, again, recipe)
+    return card_of(made_card, made.checkpoint)
 
 
 def _threshold_note(made: Plan) -> str:

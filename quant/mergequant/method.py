@@ -143,6 +143,7 @@ MERGEQUANT = Method(
     notes=_notes,
     form=_form,
     sample_bytes=_sample_bytes,
-    tags="optim",
-    readers="The layout is optim's own (docs/artifact.md): no field format holds static steps.",
+    tags=("optim",),
+    programs=("optim",),
+    remark="The layout is optim's own (docs/artifact.md): no field format holds static steps.",
 )

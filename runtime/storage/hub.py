@@ -12,7 +12,7 @@ from typing import Any
 from optim.recipes.errors import MACHINE, USAGE, OptimError
 from optim.runtime.storage.companions import COMPANIONS
 
-SMALL = ["*.json", "*.py", *COMPANIONS]
+SMALL = ["*.json", "*.py", "README.md", *COMPANIONS]
 ELSEWHERE = ["original/*", "consolidated*", "onnx/*", "*.onnx", "*.gguf", "runs/*"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 LOGIN = "set HF_TOKEN, or `hf auth login`"

@@ -79,6 +79,13 @@ class Sparsity(Part):
     blocks: list[dict[str, Any]] = []
 
 
+class Cost(Part):
+    """What making it took: seconds, and the most memory that the process held."""
+
+    seconds: Measure
+    peak_memory_bytes: Count
+
+
 class Manifest(Part):
     """All that `optim.json` says. Only `format_version` and `shards` are in every artifact."""
 
@@ -113,7 +120,8 @@ class Manifest(Part):
     limits: dict[str, Measure] = {}
     """Tensor that is packed without loss -> the entropy of its weights."""
     evaluation: dict[str, Any] | None = None
-    """What `optim eval --record` measured."""
+    """What was measured at the end, or by `optim eval --record`."""
+    cost: Cost | None = None
 
     def facts(self) -> dict[str, Any]:
         """As a plain dictionary. A fact that is not given is not there."""

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.storage.manifest import Manifest, read_manifest
+from optim.recipes.units import seconds, size
+from optim.runtime.storage.manifest import Cost, Manifest, read_manifest
+from optim.runtime.storage.origin import CARD
 from optim.runtime.system.files import replace_text
 from optim.runtime.system.output import MANIFEST
 
-CARD = "README.md"
 HEADING = "## What it cost"
 MEASURES = (
     ("perplexity", "perplexity", ".3f"),
@@ -31,17 +32,31 @@ def recordable(source: str) -> Path:
     return folder
 
 
-def record(folder: Path, evaluation: dict[str, Any]) -> None:
-    """Put `evaluation` into the manifest and the card, each replaced whole or not at all."""
-    kept = {k: v for k, v in evaluation.items() if v is not None}
-    manifest = (read_manifest(folder) or Manifest()).model_copy(update={"evaluation": kept})
+def record(
+    folder: Path, evaluation: dict[str, Any] | None = None, cost: Cost | None = None
+) -> None:
+    """Put what is given into the manifest and the card, each replaced whole or not at all."""
+    news: dict[str, Any] = {} if cost is None else {"cost": cost}
+    if evaluation is not None:
+        news["evaluation"] = {k: v for k, v in evaluation.items() if v is not None}
+    manifest = (read_manifest(folder) or Manifest()).model_copy(update=news)
     replace_text(folder / MANIFEST, manifest.text())
     card = folder / CARD
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     before, found, after = text.partition(HEADING)
     rest = after.partition("\n## ") if found else ("", "", "")
-    section = f"{HEADING}\n\n{_table(evaluation)}"
-    replace_text(card, f"{before.rstrip()}\n\n{section}{''.join(rest[1:])}".rstrip() + "\n")
+    parts = [HEADING, "" if manifest.evaluation is None else _table(manifest.evaluation).strip()]
+    section = "\n\n".join(part for part in (*parts, _made(manifest)) if part)
+    replace_text(card, f"{before.rstrip()}\n\n{section}\n{''.join(rest[1:])}".rstrip() + "\n")
+
+
+def _made(manifest: Manifest) -> str:
+    """What making it took, and on which machine."""
+    if manifest.cost is None:
+        return ""
+    peak = size(manifest.cost.peak_memory_bytes)
+    where = f" on {manifest.made.cpu}" if manifest.made else ""
+    return f"Made in {seconds(manifest.cost.seconds)}, with at most {peak} of memory{where}."
 
 
 def _table(evaluation: dict[str, Any]) -> str:

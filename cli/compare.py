@@ -1,0 +1,102 @@
+"""`optim compare`: several models side by side."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from optim.cli import ui
+from optim.recipes.errors import MACHINE, USAGE, OptimError
+
+HEADS = ("model", "size", "bits/w", "perplexity", "change", "KL", "same top", "tok/s")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What to measure, on what."""
+
+    text: str
+    window: int
+    max_windows: int
+    speed: bool
+    device: str
+    threads: int | None
+
+
+def compare(
+    sources: Sequence[str],
+    against: str | None,
+    asked: Asked,
+    plot: str | None,
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Measure and print; the base is `against`, or the first model."""
+    base, others = (sources[0], sources[1:]) if against is None else (against, sources)
+    others = [source for source in others if source != base]
+    if not others:
+        fix = "name another, or the original with --against"
+        raise OptimError("there is only one model to compare", fix, USAGE)
+    ui.notes.quiet = quiet
+    ui.wait_quietly()
+    draw = None if plot is None else _plotter(Path(plot))
+    from optim.runtime.measure.compare import compare as measure
+
+    with ui.progress("compare") as step:
+        rows = [row.as_dict() for row in measure(base, others, **asdict(asked), progress=step)]
+    if as_json:
+        ui.emit({"text": asked.text, "window": asked.window, "models": rows})
+    else:
+        ui.table(HEADS, map(_cells, rows))
+        windows = f"{asked.max_windows} windows of {asked.window} tokens from {asked.text}"
+        ui.say(f"{windows}; change and KL against {base}")
+    if draw is not None:
+        draw(rows)
+        ui.done(f"{plot}")
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    compared = row["kl"] is not None
+    error = "" if row["kl_error"] is None else f" ± {row['kl_error']:.4f}"
+    speed = row["tokens_per_second"]
+    return (
+        row["model"],
+        ui.size(row["nbytes"]),
+        f"{row['bits_per_weight']:.2f}",
+        f"{row['perplexity']:.3f}",
+        f"{row['ppl_ratio'] - 1:+.2%}" if compared else "",
+        f"{row['kl']:.4f}{error}" if compared else "",
+        f"{row['same_top']:.1%}" if compared else "",
+        "" if speed is None else f"{speed:.1f}",
+    )
+
+
+def _plotter(path: Path) -> Any:
+    """What draws the picture; asked for before any work, since it may be missing.
+
+    Raises OptimError: 4 without matplotlib, 2 for a place that cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        fix = "pip install matplotlib, or leave --plot out"
+        raise OptimError("--plot needs matplotlib, which is not installed", fix, MACHINE) from None
+    if path.suffix != ".png" or path.is_dir() or not path.absolute().parent.is_dir():
+        raise OptimError(f"{path} cannot be written as a picture", "--plot FILE.png", USAGE)
+
+    def draw(rows: list[dict[str, Any]]) -> None:
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.add_subplot(
+            xlabel="bytes of weights, MB", ylabel="KL from the original, nats a token"
+        )
+        for row in rows:
+            point = row["nbytes"] / 1e6, row["kl"] or 0.0
+            axes.errorbar(*point, yerr=row["kl_error"] or 0.0, fmt="o", capsize=3)
+            name = Path(row["model"]).name.replace("$", r"\$")
+            axes.annotate(name, point, xytext=(6, 6), textcoords="offset points")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        figure.savefig(path, dpi=150)
+
+    return draw
