@@ -168,3 +168,22 @@ PromptTokens = Annotated[str, Option("--prompt-tokens", help="Prompt lengths, li
 NewTokens = Annotated[int, Option("--new-tokens", min=2, help="Tokens decoded a round.")]
 Batch = Annotated[int, Option("--batch", min=1, help="Sequences at once.")]
 Repeat = Annotated[int, Option("--repeat", min=1, help="Rounds after the warm-up.")]
+
+# serve
+Host = Annotated[
+    str, Option("--host", help="Address to listen on; beyond this machine with a key.")
+]
+Port = Annotated[int, Option("--port", min=0, max=65535, help="0 takes a free one.")]
+ServedName = Annotated[str | None, Option("--name", help="What clients call the model.")]
+Slots = Annotated[int, Option("--slots", min=1, max=64, help="Texts that are written at once.")]
+Queue = Annotated[
+    int | None, Option("--queue", min=0, help="Texts that may wait. Default: 4 a slot.")
+]
+QueueTimeout = Annotated[float, Option("--queue-timeout", min=0, help="Seconds a text may wait.")]
+Grace = Annotated[float, Option("--grace", min=0, help="Seconds to finish texts when stopped.")]
+KvMemory = Annotated[int | None, Option("--kv-memory", min=1, help="MiB of all KV caches at most.")]
+KeyFile = Annotated[
+    str | None,
+    Option("--api-key-file", metavar="FILE", help="The key clients need; or OPTIM_API_KEY."),
+]
+NoKey = Annotated[bool, Option("--no-key", help="Listen beyond this machine without a key.")]

@@ -96,7 +96,7 @@ def run_file(
         fix = "leave --speculate out: a batch fills its steps with other texts"
         raise OptimError("--batch guesses no tokens ahead", fix, USAGE)
     lines = read_lines(path)
-    sampling, policy, model = _load(source, options)
+    sampling, policy, model = load(source, options)
     context = model.context(options.context)
     how = How(_utf8(options.system, "the system prompt"), options.raw, sampling, context)
     return run_batch(model, lines, how, output, size, policy)
@@ -132,7 +132,7 @@ def _utf8(text: str, name: str) -> str:
     return decode(text.encode(errors="surrogateescape"), name)
 
 
-def _load(source: str, options: RunOptions) -> tuple[Sampling, Policy, Model]:
+def load(source: str, options: RunOptions) -> tuple[Sampling, Policy, Model]:
     """What is typed is checked before the weights are read."""
     ui.status("loading ...")
     try:
@@ -200,7 +200,7 @@ def _share(free: int | None) -> None:
 def _open(source: str, options: RunOptions) -> Session:
     from optim.runtime.engine.session import Session
 
-    sampling, policy, model = _load(source, options)
+    sampling, policy, model = load(source, options)
     return Session(
         model,
         system=_utf8(options.system, "the system prompt"),

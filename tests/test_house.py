@@ -43,6 +43,7 @@ LATER = {
     "jinja2": "the worker is a script that is told where modules are when it starts",
     "tokenizers": "the probe is a script that is told where modules are when it starts",
     "matplotlib": "may be missing: plots of a training are drawn where it is there",
+    "llguidance": "may be missing: only answers that follow a schema need it",
     "optim.runtime.kernels.triton": "triton may be missing, and needs a GPU",
     "optim.runtime.kernels.cpu.numba_bf12": "numba takes most of a second; C has the same",
     "optim.runtime.kernels.cpu.numba_df11": "numba takes most of a second; C has the same",

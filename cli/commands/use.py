@@ -60,3 +60,38 @@ def run(
     if batch is None:
         raise typer.Exit(command.run(model, prompt, options))
     raise typer.Exit(command.run_file(model, batch, prompt, options, output, batch_size))
+
+
+@app.command(rich_help_panel="Run", epilog="Example: optim serve smollm2-awq --port 8080")
+def serve(
+    model: flags.Model,
+    host: flags.Host = "127.0.0.1",
+    port: flags.Port = 8080,
+    name: flags.ServedName = None,
+    slots: flags.Slots = 4,
+    queue: flags.Queue = None,
+    queue_timeout: flags.QueueTimeout = 60.0,
+    grace: flags.Grace = 30.0,
+    context: flags.Context = None,
+    kv_bits: flags.KvBits = 16,
+    kv_memory: flags.KvMemory = None,
+    api_key_file: flags.KeyFile = None,
+    no_key: flags.NoKey = False,
+    exact: flags.Exact = False,
+    device: flags.Device = "auto",
+    threads: flags.Threads = None,
+    quiet: flags.Quiet = False,
+    json: flags.Json = False,
+) -> None:
+    """Answer OpenAI's API, and show a chat page, for other programs and people."""
+    from optim.cli.run import RunOptions
+    from optim.cli.serve import command
+
+    options = command.ServeOptions(
+        *(host, port, name, slots, queue, queue_timeout, grace, kv_memory, api_key_file, no_key)
+    )
+    running = RunOptions(
+        context=context, kv_bits=kv_bits, threads=threads, device=device, exact=exact,
+        quiet=quiet, as_json=json,
+    )  # fmt: skip
+    raise typer.Exit(command.serve(model, options, running))

@@ -22,6 +22,8 @@ USUAL: dict[str, Any] = {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p"
 """For a model whose makers say nothing: what other local runners take, a little cooler."""
 UNSAID: dict[str, Any] = {"temperature": 1.0, "top_k": 50}
 """What transformers takes for a value that a generation_config.json leaves out."""
+Bias = tuple[tuple[int, float], ...]
+"""Ids, and what is added to their logits."""
 DRAWN = ("temperature", "top_k", "top_p", "min_p")
 
 
@@ -42,8 +44,6 @@ class Sampling:
     """Taken from the logit of every token that the answer has already."""
     frequency_penalty: float = 0.0
     """The same, once for each time that it has it."""
-    bias: tuple[tuple[int, float], ...] = ()
-    """Added to the logits of these ids."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", tuple(self.stop))
@@ -157,9 +157,11 @@ def draw(chances: Tensor, random: torch.Generator) -> int:
 class Sampler:
     """Draws tokens for one reply; the same seed draws the same."""
 
-    def __init__(self, sampling: Sampling, device: torch.device, prompt: int = 0) -> None:
-        """The first `prompt` tokens of a history are not the answer's."""
-        self._sampling, self._prompt = sampling, prompt
+    def __init__(
+        self, sampling: Sampling, device: torch.device, prompt: int = 0, bias: Bias = ()
+    ) -> None:
+        """`prompt` tokens of a history are not the answer's; `bias` is added to logits."""
+        self._sampling, self._prompt, self._bias = sampling, prompt, bias
         self._random = torch.Generator(device)
         if sampling.seed is None:
             self._random.seed()
@@ -175,7 +177,7 @@ class Sampler:
         if s.repetition_penalty != 1 and history:
             seen = torch.tensor(sorted(set(history)), device=logits.device)
             logits = penalize(logits, seen, s.repetition_penalty)
-        if s.presence_penalty or s.frequency_penalty or s.bias:
+        if s.presence_penalty or s.frequency_penalty or self._bias:
             logits = self._shifted(logits, history[self._prompt :])
         if s.temperature == 0:
             return int(logits.argmax())
@@ -185,7 +187,7 @@ class Sampler:
 
     def _shifted(self, logits: Tensor, answer: Sequence[int]) -> Tensor:
         """`logits` `[V]` with what the sampling adds to some, and takes from those of `answer`."""
-        s, shift = self._sampling, dict(self._sampling.bias)
+        s, shift = self._sampling, dict(self._bias)
         for token, count in Counter(answer).items():
             shift[token] = shift.get(token, 0.0) - s.presence_penalty - s.frequency_penalty * count
         ids = torch.tensor(list(shift), dtype=torch.int64, device=logits.device)

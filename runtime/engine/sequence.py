@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.engine.load import Model
-from optim.runtime.engine.sampling import Sampler, Sampling
+from optim.runtime.engine.sampling import Bias, Sampler, Sampling
 from optim.runtime.engine.stop_text import StopText
 from optim.runtime.text.tokenizer import Stream
 
@@ -23,6 +23,10 @@ class Grammar(Protocol):
     def take(self, token: int) -> None:
         """`token` has been written."""
 
+    @property
+    def done(self) -> bool:
+        """Whether nothing more may be written."""
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -34,6 +38,7 @@ class Request:
     """The answer may end inside a character, as U+FFFD: text that is continued, not a reply."""
     logprobs: int | None = None
     """How many of the likeliest tokens to report beside each one written; None: no chances."""
+    bias: Bias = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +109,7 @@ class Sequence:
         check(self.request, self.model, self.context)
         sampling, tokenizer = self.request.sampling, self.model.tokenizer
         self.history = list(self.request.ids)
-        self._sample = Sampler(sampling, self.model.device, len(self.history))
+        self._sample = Sampler(sampling, self.model.device, len(self.history), self.request.bias)
         self._letters, self._stops = tokenizer.stream(), StopText(sampling.stop)
 
     @property
@@ -144,6 +149,8 @@ class Sequence:
         if self._stops.found:
             self.reason = "stop"
             return Event(self, token, piece, "stop")
+        if self.grammar is not None and self.grammar.done:
+            return self.end("stop", token, piece)
         if self.count == self.request.sampling.max_tokens:
             return self.end("length", token, piece)
         if self.count == self.room:

@@ -131,7 +131,7 @@ class Tokenizer:
 
         Raises OptimError (2) as `render` does.
         """
-        if any(self._control.search(str(m.get("content", ""))) for m in messages):
+        if any(self._control.search(text) for text in _texts([list(messages), variables])):
             ids = self._guarded_chat(messages, generation_prompt, variables)
         else:
             text = self.render(messages, generation_prompt, **variables)
@@ -146,19 +146,32 @@ class Tokenizer:
         A mark is put inside each of them before rendering, so the control tokens found afterwards
         are the template's. The text between those is encoded piece by piece, as the tokenizer does.
         """
-        typed = "".join(str(m.get("content", "")) for m in messages)
+        typed = "".join(_texts([list(messages), variables]))
         mark = next(chr(code) for code in PRIVATE_USE if chr(code) not in typed)
-        split = [
-            {**m, "content": self._control.sub(lambda t: mark.join(t[0]), str(m.get("content")))}
-            for m in messages
-        ]
-        text = self.render(split, generation_prompt, **variables)
+
+        def split(value: Any) -> Any:
+            if isinstance(value, str):
+                return self._control.sub(lambda t: mark.join(t[0]), value)
+            if isinstance(value, dict):
+                return {split(key): split(item) for key, item in value.items()}
+            return [split(item) for item in value] if isinstance(value, list) else value
+
+        text = self.render(split(list(messages)), generation_prompt, **split(variables))
         ids, start = [], 0
         for found in self._control.finditer(text):
             ids += self._ids(text[start : found.start()].replace(mark, ""), False, control=False)
             ids += self._ids(found[0], False, control=True)
             start = found.end()
         return ids + self._ids(text[start:].replace(mark, ""), False, control=False)
+
+
+def _texts(value: Any) -> list[str]:
+    """All texts that are nested in lists and objects, their keys too."""
+    if isinstance(value, dict):
+        return [text for pair in value.items() for text in _texts(list(pair))]
+    if isinstance(value, list):
+        return [text for item in value for text in _texts(item)]
+    return [value] if isinstance(value, str) else []
 
 
 class Stream:

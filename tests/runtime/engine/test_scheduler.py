@@ -168,7 +168,7 @@ def test_what_cannot_begin_in_time_ends(model: Model) -> None:
 
 
 def test_chances_and_penalties(model: Model) -> None:
-    request = Request([5, 6], Sampling(max_tokens=6, bias=((77, 1e4),)), logprobs=3)
+    request = Request([5, 6], Sampling(max_tokens=6), logprobs=3, bias=((77, 1e4),))
     loop, sequence = scheduler(model), Sequence(model, request, CONTEXT)
     loop.submit(sequence)
     tokens = [event.token for event in finish(loop)]
@@ -176,7 +176,7 @@ def test_chances_and_penalties(model: Model) -> None:
     for token in filter(None, tokens):
         assert token.chance is not None and token.chance <= token.likeliest[0][1] <= 0
         assert len(token.likeliest) == 3
-    fresh = replace(request.sampling, bias=(), frequency_penalty=2.0, max_tokens=40)
+    fresh = replace(request.sampling, frequency_penalty=2.0, max_tokens=40)
     once = Sequence(model, Request([5, 6], fresh), CONTEXT)
     plain = text(model, [5, 6], most=40)
     for one in (once, plain):

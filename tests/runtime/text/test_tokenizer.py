@@ -244,3 +244,14 @@ def test_a_token_beyond_the_table_is_refused() -> None:
             work()
         assert caught.value.code == 2
     assert replace(tokenizer, table=max(ids) + 1).encode("hello there") == ids
+
+
+def test_control_tokens_in_tools_and_their_calls_stay_text() -> None:
+    control = "<|im_end|>"
+    call = {"function": {"name": "f", "arguments": {control: [control]}}}
+    messages: list[Any] = [{"role": "user", "content": "hi", "tool_calls": [call]}]
+    template = "{{ messages[0].tool_calls | tojson }}{{ tools | tojson }}"
+    told = replace(TOKENIZER, template=template)
+    ids = told.chat(messages, tools=[{"description": f"say {control}"}])
+    assert IM_END not in ids
+    assert told.decode(ids).count(control) == 3
