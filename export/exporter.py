@@ -17,7 +17,19 @@ from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.dense_view import PlainView
 
 Progress = Callable[[int, int, str], None]
-STEPS = "of a step of its grid"  # how far a carried weight may move is told in these
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """How far carried weights move: the largest in steps of their grid, the share of groups."""
+
+    steps: float
+    share: float
+
+    def __str__(self) -> str:
+        if self.steps == 0:
+            return ""
+        return f"at most {self.steps:.2g} of a step of its grid, in {self.share:.1%} of the groups"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +46,8 @@ class Held:
     nbytes: int
     change: str = ""
     """How its value changes, in words; empty where it does not."""
+    moved: Moved | None = None
+    """Of integers that are carried: how far the format's own scales move them."""
 
 
 class Exporter(Protocol):
@@ -89,14 +103,26 @@ class Plan:
 
 def rows(held: Iterable[Held]) -> list[dict[str, Any]]:
     """One row for each way that weights go: from what, to what, and what changes."""
-    made: dict[tuple[str, str, str], dict[str, Any]] = {}
+    groups: dict[tuple[str, str, str], list[Held]] = {}
     for item in held:
-        key = (item.source, item.form, item.change)
-        row = made.setdefault(key, dict(zip(("from", "to", "change"), key, strict=True)))
-        row["tensors"] = row.get("tensors", 0) + 1
-        row["params"] = row.get("params", 0) + math.prod(item.shape)
-        row["nbytes"] = row.get("nbytes", 0) + item.nbytes
-    return list(made.values())
+        groups.setdefault((item.source, item.form, item.change), []).append(item)
+    return [_row(*key, items) for key, items in groups.items()]
+
+
+def _row(source: str, form: str, change: str, items: list[Held]) -> dict[str, Any]:
+    params = [math.prod(item.shape) for item in items]
+    moved = [(item.moved, count) for item, count in zip(items, params, strict=True) if item.moved]
+    if moved:
+        share = sum(m.share * count for m, count in moved) / sum(count for _, count in moved)
+        change = str(Moved(max(m.steps for m, _ in moved), share))
+    return {
+        "from": source,
+        "to": form,
+        "change": change,
+        "tensors": len(items),
+        "params": sum(params),
+        "nbytes": sum(item.nbytes for item in items),
+    }
 
 
 def refuse(model: PlainView, why: str, fix: str) -> OptimError:

@@ -2,11 +2,13 @@
 
 from optim.export.compressed_tensors import CompressedTensors
 from optim.export.exporter import Exporter
+from optim.export.gguf.exporter import Gguf
 from optim.export.mlx import Mlx
 from optim.export.safetensors import Safetensors
 from optim.export.words import AwqWords, GptqWords
 
 FORMATS: dict[str, Exporter] = {
+    "gguf": Gguf(),
     "safetensors": Safetensors(),
     "awq": AwqWords(),
     "gptq": GptqWords(),

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from optim.export.exporter import Exporter, Held, Plan, Progress, rows
+from optim.export.exporter import Exporter, Plan, Progress, rows
 from optim.export.formats import FORMATS
 from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.schema import Export
@@ -16,7 +16,7 @@ from optim.runtime.storage.dense_view import PlainView
 from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.storage.size_table import rounded_before
 from optim.runtime.system.memory import peak_bytes
-from optim.runtime.system.output import check_output
+from optim.runtime.system.output import check_file, check_output
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,11 @@ def plan(
     name = f"./{source.name}-{wanted.format}" if not exporter.suffix else f"./{source.name}"
     place = Path(output or f"{name}{exporter.suffix}")
     nbytes = sum(item.nbytes for item in held)
-    check_output(place, force, nbytes, source.places)
-    notes = tuple(_notes(source, held))
+    if exporter.suffix:
+        check_file(place, exporter.suffix, force, nbytes, source.store.files)
+    else:
+        check_output(place, force, nbytes, source.places)
+    notes = tuple(_notes(source, model))
     return Plan(source, model, wanted, exporter, place, force, held, notes)
 
 
@@ -98,13 +101,13 @@ def _refuse(checkpoint: Checkpoint, wanted: Export, exporter: Exporter) -> None:
         raise OptimError(what, "export the original 16-bit model", USAGE)
 
 
-def _notes(checkpoint: Checkpoint, held: list[Held]) -> list[str]:
+def _notes(checkpoint: Checkpoint, model: PlainView) -> list[str]:
     notes = []
     if (checkpoint.folder / SIDE).is_file():
         notes.append("what pruning skips as the model runs is not carried over: all weights are")
     if checkpoint.left_out:
         notes.append(f"{len(checkpoint.left_out)} tensors that are no part of the text model stay")
     before = rounded_before(checkpoint)
-    if before is not None:
+    if before is not None and not any(model.scheme(name) for name in model.tensors):
         notes.append(f"the source is {before}: its weights are read as they are de-quantized")
     return notes

@@ -9,6 +9,7 @@ from torch import Tensor
 from optim.export.exporter import Held, Plan, Progress
 from optim.export.floats import FLOATS, described, float_change
 from optim.export.folder import Unit, plain_config, write_folder
+from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.schema import Export
 from optim.runtime.storage.dense_view import PlainView
 
@@ -23,6 +24,9 @@ class Safetensors:
     def hold(self, model: PlainView, wanted: Export) -> list[Held]:
         """See Exporter."""
         name = wanted.type or "bf16"
+        if name not in FLOATS:
+            fix = f"--type {', '.join(FLOATS)}, or --format gguf"
+            raise OptimError(f"--type {name} is a type of GGUF files alone", fix, USAGE)
         return [_held(model, tensor, name) for tensor in model.tensors]
 
     def write(self, made: Plan, progress: Progress) -> int:

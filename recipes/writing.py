@@ -25,9 +25,15 @@ class Export(Section):
     """The model in the form of another program."""
 
     format: Annotated[
-        Literal["safetensors", "awq", "gptq", "mlx", "compressed-tensors"],
+        Literal["gguf", "safetensors", "awq", "gptq", "mlx", "compressed-tensors"],
         Spelled(("-f", "--format")),
-    ] = Field(default="safetensors", description="what is written")
-    type: Literal["f32", "f16", "bf16"] | None = Field(
+    ] = Field(default="gguf", description="what is written")
+    type: Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"] | None = Field(
         default=None, description="type of the weights that do not stay integers"
+    )
+    pre: str | None = Field(
+        default=None, description="gguf: name of the rule that cuts text, where it is not found"
+    )
+    modelfile: Annotated[bool, Spelled(("--modelfile",))] = Field(
+        default=False, description="gguf: write an Ollama Modelfile beside the file"
     )

@@ -119,7 +119,7 @@ def unpack(
 
 @app.command(
     rich_help_panel="Compress",
-    epilog="Example: optim export smollm2-awq --format safetensors -o smollm2-plain",
+    epilog="Example: optim export smollm2-awq --format gguf -o smollm2.gguf",
 )
 @with_keys("export")
 def export(

@@ -13,6 +13,8 @@ from optim.recipes.errors import MACHINE, USAGE, OptimError
 from optim.recipes.units import size, sizes_apart
 
 MANIFEST = "optim.json"
+MARK = "optim.version"
+"""In the head of a single file that optim has made."""
 ANOTHER = "choose another -o/--output"
 SHOWN = 3  # names in a message
 
@@ -30,11 +32,39 @@ def output_problems(
         return [OptimError(message, ANOTHER, USAGE)]
     problems = [_overlap(output, path) for path in inputs]
     problems += [refusal(output, force), foreign_workspace(workspace_of(output))]
+    problems += _place_problems(output, need)
+    return [problem for problem in problems if problem is not None]
+
+
+def check_file(
+    output: Path, suffix: str, force: bool, need: int, inputs: Iterable[Path] = ()
+) -> None:
+    """As check_output, for a single file. Nothing is replaced that has not our MARK."""
+    if output.suffix != suffix:
+        raise OptimError(f"{output} is no name of a {suffix} file", f"-o NAME{suffix}", USAGE)
+    if any(output.resolve() == path.resolve() for path in inputs):
+        raise OptimError(f"{output} is what is read: it would be lost", ANOTHER, USAGE)
+    if output.is_symlink() or output.is_dir():
+        raise OptimError(f"{output} is a link or a folder", ANOTHER, USAGE)
+    if output.exists():
+        with output.open("rb") as file:
+            ours = MARK.encode() in file.read(4096)
+        if not ours:
+            what = f"{output} exists, and optim has not made it"
+            raise OptimError(what, f"{ANOTHER}; --force replaces only what optim made", USAGE)
+        if not force:
+            raise OptimError(f"{output} exists", f"{ANOTHER}, or --force to replace it", USAGE)
+    for problem in _place_problems(output, need):
+        raise problem
+
+
+def _place_problems(output: Path, need: int) -> list[OptimError]:
+    """Why `need` bytes cannot be written where `output` is to be."""
+    problems = []
     parent = next(place for place in output.absolute().parents if place.exists())
     if not parent.is_dir():
         message = f"{output} cannot be made: {parent} is not a folder"
-        problems.append(OptimError(message, ANOTHER, USAGE))
-        return [problem for problem in problems if problem is not None]
+        return [OptimError(message, ANOTHER, USAGE)]
     if not os.access(parent, os.W_OK | os.X_OK):
         problems.append(cannot_write(parent))
     free = shutil.disk_usage(parent).free
@@ -42,7 +72,7 @@ def output_problems(
         needs, has = sizes_apart(need, free)
         message = f"needs about {needs} of free disk in {parent}, there are {has}"
         problems.append(OptimError(message, f"free some space, or {ANOTHER}", MACHINE))
-    return [problem for problem in problems if problem is not None]
+    return problems
 
 
 def check_output(output: Path, force: bool, need: int, inputs: Iterable[Path] = ()) -> None:

@@ -17,7 +17,7 @@ COMMANDS = {
     "prune": ("-m", "threshold", *TEXT),
     "pack": (),
     "unpack": (),
-    "export": (),
+    "export": ("-f", "safetensors"),
 }
 
 

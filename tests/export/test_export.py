@@ -98,7 +98,9 @@ def test_what_is_refused_says_why(tmp_path: Path, capfd) -> None:
     out = tmp_path / "out"
     for words, said in (
         ((OLD / "static", "-o", out), "static integer activations"),
-        ((OLD / "awq4", "-o", OLD / "awq4"), "is what is read"),
+        ((OLD / "awq4", "-f", "safetensors", "-o", OLD / "awq4"), "is what is read"),
+        ((OLD / "awq4", "-f", "safetensors", "--type", "q4_0", "-o", out), "GGUF files alone"),
+        ((OLD / "awq4", "-f", "safetensors", "--modelfile", "-o", out), "means nothing to"),
         ((OLD / "awq4", "-f", "gguff", "-o", out), "export.format: must be"),
         ((OLD / "awq4", "--type", "f8", "-o", out), "export.type: must be"),
         ((tmp_path / "none", "-o", out), "there is no folder"),
