@@ -17,6 +17,7 @@ from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.dense_view import PlainView
 
 Progress = Callable[[int, int, str], None]
+STEPS = "of a step of its grid"  # how far a carried weight may move is told in these
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Moved:
     def __str__(self) -> str:
         if self.steps == 0:
             return ""
-        return f"at most {self.steps:.2g} of a step of its grid, in {self.share:.1%} of the groups"
+        return f"at most {self.steps:.2g} {STEPS}, in {self.share:.1%} of the groups"
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,7 +104,8 @@ def common_size(model: PlainView, found: Iterable[Grid], sizes: tuple[int, ...] 
     if not fits:
         known = ", ".join(map(str, sizes))
         why = f"its groups of {size} are not a multiple of any that is read: {known}"
-        raise refuse(model, why, "quantize with --group-size 32, 64 or 128, or " + OTHERWISE)
+        fix = f"`optim quantize --group-size 64` (or 32, or 128), or {OTHERWISE}"
+        raise refuse(model, why, fix)
     return max(fits)
 
 
