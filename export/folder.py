@@ -18,8 +18,9 @@ from torch import Tensor
 from optim.export.exporter import Plan, Progress
 from optim.recipes.build import to_yaml
 from optim.recipes.schema import Recipe
+from optim.runtime.storage.card import front_matter
 from optim.runtime.storage.manifest import Manifest, made_here
-from optim.runtime.storage.origin import CARD
+from optim.runtime.storage.origin import CARD, origin_of
 from optim.runtime.storage.tensors import INDEX, SINGLES
 from optim.runtime.storage.workspace import (
     Workspace,
@@ -140,11 +141,8 @@ def _card(made: Plan, manifest: Manifest) -> str:
         f"| {row['from']} | {row['to']} | {row['params']:,} | {row['change'] or 'none'} |\n"
         for row in made.as_dict()["weights"]
     )
-    return f"""---
-base_model: {made.checkpoint.source}
-tags: [{made.wanted.format}, optim]
----
-
+    top = front_matter(origin_of(made.checkpoint), (made.wanted.format, "optim"))
+    return f"""{top}
 # {made.output.name}
 
 {made.checkpoint.name} as {made.exporter.title}, written by `optim`:

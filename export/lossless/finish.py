@@ -8,6 +8,7 @@ from typing import Any
 from optim.export.lossless.plan import Plan
 from optim.recipes.build import to_yaml
 from optim.recipes.schema import Pack, Recipe
+from optim.runtime.storage.card import Card, card_of
 from optim.runtime.storage.lossless.layouts import LAYOUTS, without_layout
 from optim.runtime.storage.manifest import Manifest, made_here, read_manifest
 from optim.runtime.storage.workspace import Workspace, shards_in, source_of
@@ -97,24 +98,15 @@ def _recipe(made: Plan, manifest: Manifest) -> Recipe:
 def _card(made: Plan, manifest: Manifest) -> str:
     name, recipe = made.output.name, _recipe(made, manifest)
     layout = LAYOUTS[made.pack.layout].title
-    source = manifest.source.name if manifest.source else made.checkpoint.name
+    base = manifest.source.name if manifest.source else made.checkpoint.name
     method = "" if recipe.quantize is None else f"quantized ({recipe.quantize.method}), the rest "
-    return f"""---
-base_model: {recipe.model}
-library_name: transformers
-tags: [{made.pack.layout}, lossless, optim]
----
-
-# {name}
-
-{source}, {method}packed without loss by `optim` as {layout}:
+    about = f"""{base}, {method}packed without loss by `optim` as {layout}:
 {manifest.bytes:,} bytes of weights (before packing {made.source_bytes:,}).
 {manifest.packed_bits_per_weight:.3f} bits for each packed weight; no code of single weights goes
-below {manifest.limit_bits_per_weight:.3f}.
-
-    optim run {name}
-    optim inspect {name} --verify    # decodes every tensor and compares with the original's sha256
-    optim unpack {name} -o ORIGINAL  # the original tensors, byte for byte
-
-transformers finds no weights in this folder and says so; what `optim unpack` writes it loads.
-"""
+below {manifest.limit_bits_per_weight:.3f}."""
+    remark = f"""`optim unpack {name} -o ORIGINAL` writes the original tensors, byte for
+byte. transformers finds no weights in this folder and says so; what `optim unpack` writes it loads."""
+    command = "pack" if recipe.quantize is None else "quantize"
+    again, tags = f"optim {command} --recipe recipe.yaml", (made.pack.layout, "lossless", "optim")
+    text = to_yaml(recipe.model_copy(update={"output": None}))
+    return card_of(Card(name, about, tags, ("optim",), remark, again, text, base), made.checkpoint)

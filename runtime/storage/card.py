@@ -68,6 +68,8 @@ class Card:
     """The command that makes it again with the recipe."""
     recipe: str
     """As YAML."""
+    base: str = ""
+    """What the base model is called, where that is not the name of what was read."""
 
 
 def card_of(made: Card, source: Checkpoint) -> str:
@@ -75,12 +77,12 @@ def card_of(made: Card, source: Checkpoint) -> str:
     origin = origin_of(source)
     lines = "\n\n".join(PROGRAMS[name].replace("{name}", made.name) for name in made.programs)
     remark = f"\n\n{made.remark}" if made.remark else ""
-    return f"""{_front_matter(made, origin)}
+    return f"""{front_matter(origin, made.tags, "transformers")}
 # {made.name}
 
 {made.about}
 
-{_base(source, origin)}
+{_base(made.base or source.name, origin)}
 
 ## Run it
 
@@ -100,20 +102,22 @@ def card_of(made: Card, source: Checkpoint) -> str:
 """
 
 
-def _front_matter(made: Card, origin: Origin) -> str:
+def front_matter(origin: Origin, tags: Sequence[str], library: str | None = None) -> str:
+    """What the hub reads of a card; what is not known is left out."""
     rows = {
         "base_model": origin.hub,
         "license": origin.licence,
         "language": f"[{', '.join(origin.languages)}]" if origin.languages else None,
-        "library_name": "transformers",
+        "library_name": library,
         "pipeline_tag": "text-generation",
-        "tags": f"[{', '.join(made.tags)}]",
+        "tags": f"[{', '.join(tags)}]",
     }
     return "\n".join(["---", *(f"{k}: {v}" for k, v in rows.items() if v), "---", ""])
 
 
-def _base(source: Checkpoint, origin: Origin) -> str:
-    name = f"[{origin.hub}](https://huggingface.co/{origin.hub})" if origin.hub else source.name
+def _base(name: str, origin: Origin) -> str:
+    if origin.hub:
+        name = f"[{origin.hub}](https://huggingface.co/{origin.hub})"
     licence = origin.licence or "not known here: see the base model"
     known = ", ".join(origin.languages) or "not known here"
     return f"Base model: {name}. Licence: {licence}. Language: {known}."

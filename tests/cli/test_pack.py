@@ -229,3 +229,11 @@ def test_the_model_says_where_planes_do_not_pay(
     assert (model.advice is None) if words is None else words in (model.advice or "")
     monkeypatch.setattr(plane_linear, "runs_here", lambda device: False)
     assert "no C compiler: decoded at load" in (model.advice or "")
+
+
+def test_the_card_names_no_folder_of_this_machine(make_model: Make, packed: Path) -> None:
+    top, _, rest = (packed / "README.md").read_text().removeprefix("---\n").partition("---\n")
+    assert "base_model" not in top and "tags: [df11, lossless, optim]" in top
+    assert f"optim unpack {packed.name}" in rest and f"optim run {packed.name}" in rest
+    about = rest.partition("## Make it again")[0]
+    assert str(make_model("llama")) not in about
