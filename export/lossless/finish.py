@@ -105,7 +105,8 @@ def _card(made: Plan, manifest: Manifest) -> str:
 {manifest.packed_bits_per_weight:.3f} bits for each packed weight; no code of single weights goes
 below {manifest.limit_bits_per_weight:.3f}."""
     remark = f"""`optim unpack {name} -o ORIGINAL` writes the original tensors, byte for
-byte. transformers finds no weights in this folder and says so; what `optim unpack` writes it loads."""
+byte. transformers finds no weights in this folder and says so; it loads what
+`optim unpack` writes."""
     command = "pack" if recipe.quantize is None else "quantize"
     again, tags = f"optim {command} --recipe recipe.yaml", (made.pack.layout, "lossless", "optim")
     text = to_yaml(recipe.model_copy(update={"output": None}))
