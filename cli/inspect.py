@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 from optim.cli import ui
 from optim.recipes.errors import CHECK_FAILED, OptimError
 
+FLOATS = ("F32", "F16", "BF16")  # types of a GGUF file that are no integers
+
 if TYPE_CHECKING:
     from optim.runtime.storage.checkpoint import Checkpoint
     from optim.runtime.storage.manifest import Manifest
@@ -120,7 +122,7 @@ def _show(facts: dict[str, Any]) -> None:
     if facts["types"]:
         ui.say("by type:")
         ui.size_table(facts["types"])
-        ui.note("it is run as floats, de-quantized from these")
+        ui.note(_how_run(facts["types"]))
     if facts["left_out"]:
         ui.note(f"{len(facts['left_out'])} stored tensors are no part of the text model")
     _show_manifest(facts["manifest"])
@@ -130,6 +132,17 @@ def _show(facts: dict[str, Any]) -> None:
         ui.say("verified: every shard is as it was written")
     if facts.get("proven"):
         ui.say(f"proven: {facts['proven']} tensors decode to what was packed, bit for bit")
+
+
+def _how_run(types: list[dict[str, Any]]) -> str:
+    """Which types of a GGUF file are run as the integers they are."""
+    from optim.runtime.storage.gguf.packed import SCHEMES
+
+    kinds = {kind.name for kind in SCHEMES}
+    floats = [row["format"] for row in types if row["format"] not in {*kinds, *FLOATS}]
+    if not floats:
+        return "its integers are run as they are"
+    return f"{', '.join(floats)}: run as floats, de-quantized; other integers as they are"
 
 
 def _against_limit(packed: list[dict[str, Any]]) -> str:

@@ -33,6 +33,8 @@ from optim.runtime.sparsity.side_file import read_side
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.system.memory import release_memory
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
 
 def build(
     checkpoint: Checkpoint,
@@ -89,9 +91,11 @@ def build(
 
 
 def _stored_dtype(checkpoint: Checkpoint, facts: Facts) -> torch.dtype:
-    """What the model's floats are stored in: the embedding's, or that of its scales."""
-    names = (f"{facts.embed}.{part}" for part in ("weight", "weight_scale"))
-    return next(checkpoint.tensors[name].dtype for name in names if name in checkpoint.tensors)
+    """What the model's floats are stored in: the embedding's; of a packed one, what is said."""
+    if f"{facts.embed}.weight" in checkpoint.tensors:
+        return checkpoint.tensors[f"{facts.embed}.weight"].dtype
+    said = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
+    return DTYPES.get(said, checkpoint.tensors[f"{facts.embed}.weight_scale"].dtype)
 
 
 def _cache_dtype(loader: Loader, stored: torch.dtype) -> torch.dtype:

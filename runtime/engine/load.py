@@ -23,6 +23,7 @@ from optim.runtime.formats.static_int import read_config
 from optim.runtime.kernels.compile import REFUSED, turned_off
 from optim.runtime.sparsity.side_file import SIDE
 from optim.runtime.storage.checkpoint import Checkpoint
+from optim.runtime.storage.gguf.packed import with_integers
 from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.system.devices import compute_dtype, pick_device
 from optim.runtime.system.memory import release_memory
@@ -210,6 +211,8 @@ def load_model(
         torch.set_num_threads(threads)
     place = pick_device(device)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    if form == "planes":
+        checkpoint = with_integers(checkpoint)
     known = checkpoint.family in FAMILIES
     if offload:
         _check_offload(checkpoint, place, known)

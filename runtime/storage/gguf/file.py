@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.kernels.door import Array
 from optim.runtime.system.files import AGAIN, damaged
 
 SCALARS = {
@@ -247,3 +248,13 @@ def read_rows(
                 np.array(values)
             )  # a copy: F32 is a read-only view
     return out
+
+
+def read_bytes(path: Path, data: int, tensor: GgufTensor) -> Array:
+    """A tensor as it is stored, uint8 `[rows, bytes of a row]`. OptimError (2) as `read_rows`."""
+    with path.open("rb") as file:
+        file.seek(data + tensor.begin)
+        raw = np.frombuffer(file.read(tensor.nbytes), dtype=np.uint8)
+    if raw.size != tensor.nbytes:
+        raise OptimError(f"{path} was cut off while it was read", AGAIN, USAGE)
+    return raw.reshape(tensor.rows, tensor.row_bytes)

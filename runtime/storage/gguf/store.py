@@ -14,9 +14,10 @@ from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.kernels.door import Array
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.gguf.config import ROPE_TABLES, gguf_config
-from optim.runtime.storage.gguf.file import GgufTensor, read_header, read_rows
+from optim.runtime.storage.gguf.file import GgufTensor, read_bytes, read_header, read_rows
 from optim.runtime.storage.gguf.tokenizer import sidecar_folder
 from optim.runtime.storage.tensors import Part, TensorInfo
 from optim.runtime.system.files import damaged
@@ -110,9 +111,17 @@ class GgufStore:
         tensor = self._table[name]
         return tensor.kind.name, tensor.nbytes
 
+    def kind(self, name: str) -> Kind:
+        """The type of a tensor in the file."""
+        return self._table[name].kind
+
+    def raw(self, name: str) -> Array:
+        """A tensor's bytes in the file, uint8 `[rows, bytes of a row]`."""
+        return read_bytes(self._path, self._data, self._table[name])
+
     def read(self, part: Part) -> Tensor:
         """The tensor or part, de-quantized, in Hugging Face's layout."""
-        turned = self._turned(part.stored)
+        turned = self.turned(part.stored)
         if turned and part.rows is not None:  # its rows are elsewhere in the file
             return self.read(Part(part.stored))[slice(*part.rows)].clone()
         tensor = self._table[part.stored]
@@ -126,7 +135,7 @@ class GgufStore:
             w = deinterleave(w, turned)
         return (w - 1).to(self.dtype) if plus_one else w
 
-    def _turned(self, name: str) -> int:
+    def turned(self, name: str) -> int:
         """Heads of a tensor whose rows are in llama.cpp's order, else 0."""
         if self._arch in INTERLEAVED:
             for part, heads in zip(TURNED, self._heads, strict=True):
