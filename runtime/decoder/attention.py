@@ -14,6 +14,7 @@ from optim.runtime.cache.quantized import PackedLayer
 from optim.runtime.decoder.layers import HeadNorm
 from optim.runtime.decoder.linears.base import Linear
 from optim.runtime.decoder.rope import rotate
+from optim.runtime.kernels.cpu import attention_prompt
 from optim.runtime.kernels.cpu import step as cpu_step
 
 
@@ -48,8 +49,8 @@ class Attention:
 
     def __call__(self, x: Tensor, cache: Layer, step: Step) -> Tensor:
         y = self._project(x)
-        alone = x.shape[1] == 1 and not (step.prefix and step.padding is not None)
-        seen = self._one_token(y, cache, step) if alone and step.place is None else None
+        in_c = step.place is None and not (step.prefix and step.padding is not None)
+        seen = self._in_c(y, cache, step) if in_c and self.one_token is not None else None
         if seen is None:
             qk, v = y[:, :, : self.heads + self.kv_heads], y[:, :, self.heads + self.kv_heads :]
             if self.rope is not None:
@@ -67,11 +68,17 @@ class Attention:
         cache.write(k, v, step.start)
         return attend(q, cache, step.start, self.rule, padding, prefix)
 
-    def _one_token(self, y: Tensor, cache: Layer, step: Step) -> Tensor | None:
-        """What one token sees, through a C kernel if one reads this cache: `[B, 1, heads * D]`."""
+    def _in_c(self, y: Tensor, cache: Layer, step: Step) -> Tensor | None:
+        """What `y` sees, through a C kernel if one reads this cache: `[B, T, heads * D]`."""
+        angles = step.angles[self.rope] if self.rope else None
+        if y.shape[1] > 1:
+            if not attention_prompt.reads(cache):
+                return None
+            return attention_prompt.attend_prompt(
+                y, cache, step.start, self.rule, angles, step.padding
+            )
         if self.one_token is None or not cpu_step.reads(cache):
             return None
-        angles = step.angles[self.rope] if self.rope else None
         return self.one_token(y[:, 0], cache, step.start, angles, step.padding)[:, None]
 
     def _project(self, x: Tensor) -> Tensor:

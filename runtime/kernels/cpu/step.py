@@ -112,10 +112,18 @@ def point(target: Struct, layer: Layer, position: int, rows: int, dim: int, coun
         target.packed = ctypes.addressof(sides)
         return
     assert isinstance(layer, LayerCache)
+    target.packed = None
+    point_dense(target, layer, position, rows, dim, count)
+
+
+def point_dense(
+    target: Struct, layer: LayerCache, position: int, rows: int, dim: int, count: int
+) -> None:
+    """`point` for a cache of values as they are."""
     capacity, dtype = layer.values.shape[1], torch.float16 if is_half(layer) else torch.float32
     if position + count > capacity:
         raise WrongTensor(f"a cache of {capacity} positions has no room for {position} + {count}")
-    target.packed, target.capacity, target.half = None, capacity, dtype == torch.float16
+    target.capacity, target.half = capacity, dtype == torch.float16
     target.point("keys", layer.keys, dtype, rows * capacity * dim)
     target.point("values", layer.values, dtype, rows * capacity * dim)
 

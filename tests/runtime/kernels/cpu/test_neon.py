@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from optim.runtime.cache.attention import Rule, attend
 from optim.runtime.cache.full import Layer, static_layers
 from optim.runtime.cache.quantized import packed_layers
 from optim.runtime.formats.schemes import Scheme
@@ -27,6 +28,7 @@ from optim.runtime.kernels import compile as compiler
 from optim.runtime.kernels.bf12 import planes_of
 from optim.runtime.kernels.cpu import bf16, skip_dense, skip_int4, w4a8
 from optim.runtime.kernels.cpu import step as cpu_step
+from optim.runtime.kernels.cpu.attention_prompt import CPrompt
 from optim.runtime.kernels.door import Struct
 
 GCC, QEMU = "aarch64-linux-gnu-gcc", "qemu-aarch64"
@@ -253,3 +255,22 @@ def test_attention_of_one_token(neon: Neon, kind: int | torch.dtype) -> None:
     layer.write(k, v, 150)
     wanted = layer.mix(torch.softmax(layer.scores(q, 0, 151, 0.3), -1), 0, 151).view(1, -1)
     close(out, wanted, 2e-2 if isinstance(kind, int) else 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_attention_of_a_prompt(neon: Neon, dtype: torch.dtype) -> None:
+    ours, theirs = layer_of(dtype), layer_of(dtype)
+    past = torch.randn(2, 1, 30, 2, 48)
+    for layer in (ours, theirs):
+        layer.grow(110)
+        layer.write(past[0], past[1], 0)
+    prompt = CPrompt(batch=1, tokens=75, heads=6, kv_heads=2, dim=48, start=30, scale=0.3)
+    prompt.window = 50
+    qkv, out = torch.randn(1, 75, 10, 48), torch.empty(1, 75, 6 * 48)
+    theirs.write(qkv[:, :, 6:8], qkv[:, :, 8:], 30)
+    wanted = attend(qkv[:, :, :6], theirs, 30, Rule(0.3, 50), None)
+    cpu_step.point_dense(prompt, ours, 30, 2, 48, 75)
+    prompt.point("qkv", qkv, F32, qkv.numel())
+    prompt.point("out", out, F32, out.numel())
+    assert neon("optim_attend_prompt", prompt, 1, None) & 0xFFFFFFFF == 0
+    close(out, wanted, 1e-4)
