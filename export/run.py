@@ -1,11 +1,11 @@
 """`optim export`: open a model, say what a format makes of it, write it."""
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from optim.export.exporter import Exporter, Plan, Progress, rows
+from optim.export.exporter import Exporter, Held, Plan, Progress, rows
 from optim.export.formats import FORMATS
 from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.schema import Export
@@ -17,6 +17,8 @@ from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.storage.size_table import rounded_before
 from optim.runtime.system.memory import peak_bytes
 from optim.runtime.system.output import check_file, check_output
+
+WHOLE = ("F32", "F16", "BF16")  # types of GGUF that are read as they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ def plan(
     exporter = FORMATS[wanted.format]
     _refuse(source, wanted, exporter)
     model = PlainView(source)
-    held = exporter.hold(model, wanted)
+    held = [_as_read(source, item) for item in exporter.hold(model, wanted)]
     name = f"./{source.name}-{wanted.format}" if not exporter.suffix else f"./{source.name}"
     place = Path(output or f"{name}{exporter.suffix}")
     nbytes = sum(item.nbytes for item in held)
@@ -81,6 +83,16 @@ def export(made: Plan, progress: Progress) -> Report:
         peak_memory_bytes=peak_bytes(),
         notes=list(made.notes),
     )
+
+
+def _as_read(checkpoint: Checkpoint, item: Held) -> Held:
+    """The blocks of a GGUF source are widened to floats as they are read, and that rounds them."""
+    stored = checkpoint.held(item.name) if item.name in checkpoint.tensors else None
+    if checkpoint.store.files[0].suffix != ".gguf" or stored is None or stored[0] in WHOLE:
+        return item
+    read = str(checkpoint.tensors[item.name].dtype).removeprefix("torch.")
+    change = ", then ".join(filter(None, (f"rounded to {read} as it is read", item.change)))
+    return replace(item, source=stored[0], change=change)
 
 
 def _refuse(checkpoint: Checkpoint, wanted: Export, exporter: Exporter) -> None:

@@ -113,6 +113,9 @@ def test_what_no_block_holds_is_told(make_model: Make, tmp_path: Path) -> None:
     made = plan(str(OLD / "awq8"), Export(format="gguf"), str(tmp_path / "x.gguf"))
     told = [row for row in made.as_dict()["weights"] if "8-bit" in row["from"]]
     assert told and all("no block holds" in row["change"] for row in told)
+    demo = plan("demo", Export(format="gguf"), str(tmp_path / "x.gguf")).as_dict()["weights"]
+    blocks = [row for row in demo if row["from"] in ("Q4_1", "Q8_0")]
+    assert blocks and all("as it is read" in row["change"] for row in blocks)
     small = Export(format="gguf", type="q4_0")
     rows = plan(str(make_model("llama")), small, str(tmp_path / "x.gguf")).as_dict()["weights"]
     assert {row["to"] for row in rows} == {"Q4_0", "Q8_0", "F32"}  # head and embeddings: Q8_0
