@@ -87,6 +87,8 @@ def export(made: Plan, progress: Progress) -> Report:
 
 def _as_read(checkpoint: Checkpoint, item: Held) -> Held:
     """The blocks of a GGUF source are widened to floats as they are read, and that rounds them."""
+    if item.moved is not None:
+        return item  # as integers
     stored = checkpoint.held(item.name) if item.name in checkpoint.tensors else None
     if checkpoint.store.files[0].suffix != ".gguf" or stored is None or stored[0] in WHOLE:
         return item
@@ -121,5 +123,5 @@ def _notes(checkpoint: Checkpoint, model: PlainView) -> list[str]:
         notes.append(f"{len(checkpoint.left_out)} tensors that are no part of the text model stay")
     before = rounded_before(checkpoint)
     if before is not None and not any(model.scheme(name) for name in model.tensors):
-        notes.append(f"the source is {before}: its weights are read as they are de-quantized")
+        notes.append(f"the source is {before}")
     return notes

@@ -44,13 +44,15 @@ def carrier(scheme: Scheme | None, inputs: int) -> Kind | None:
         return None
     if scheme.bits == 8:
         return Kind.Q8_0 if scheme.symmetric else None
+    if scheme.bits > 4:
+        return None
     return Kind.Q4_0 if scheme.symmetric else Kind.Q4_1
 
 
 def moved(scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Moved | None:
     """What fp16 does to a grid; None where a scale is too large for it, or vanishes.
 
-    scale `[out, groups]`, zero uint8 `[out, groups]` or None; see pack_quantized.
+    scale `[out, groups]`, zero uint8 `[out, groups]`, an offset, or None; see pack_quantized.
     """
     exact = scale.double()
     d = scale.to(torch.float16).double()
@@ -59,10 +61,11 @@ def moved(scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Moved | None:
     most = 1 << (scheme.bits - 1) if zero is None else (1 << scheme.bits) - 1
     off = (d - exact).abs() * most
     if zero is not None:
-        m = _minimum(scale, zero)
+        m = _minimum(scale, zero, scheme)
         if not bool(m.isfinite().all()):
             return None
-        off = off + (m.double() + zero.double() * exact).abs()
+        meant = zero.double() if scheme.offset else -zero.double() * exact
+        off = off + (m.double() - meant).abs()
     steps = torch.where(exact == 0, 0.0, off / exact.abs())
     return Moved(float(steps.max()), float((steps > 0).double().mean()))
 
@@ -79,7 +82,7 @@ def carried(q: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> np
         blocks = blocks + np.uint8(shift)
         body = blocks[..., :16] | blocks[..., 16:] << 4
     if zero is not None:
-        heads.append(_repeated(_minimum(scale, zero), inputs))
+        heads.append(_repeated(_minimum(scale, zero, scheme), inputs))
     return np.concatenate([*heads, body], -1).reshape(outputs, -1)
 
 
@@ -100,7 +103,10 @@ def _rounded(w: Tensor, kind: Kind) -> np.ndarray:
     return np.ascontiguousarray(made)
 
 
-def _minimum(scale: Tensor, zero: Tensor) -> Tensor:
+def _minimum(scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
+    """What a block adds: the offset itself, or what the zero point takes away; fp16."""
+    if scheme.offset:
+        return zero.to(torch.float16)
     return (-zero.float() * scale.float()).to(torch.float16)
 
 

@@ -53,11 +53,25 @@ def test_carried_integers_read_back(scheme: Scheme, seed: int) -> None:
     assert off <= said.steps + 1e-6 and said.steps <= 0.0074  # exports.md: 2^-11 of z s
 
 
+def test_offsets_are_minima() -> None:
+    scheme = Scheme(4, 32, symmetric=False, offset=True)
+    q, scale, _ = weights(scheme, 0)
+    offset = (torch.randn(scale.shape, generator=torch.Generator().manual_seed(1)) / 9).half()
+    said = moved(scale, offset, scheme)
+    assert said is not None and said.steps == 0
+    kind = carrier(scheme, q.shape[1])
+    assert kind == Kind.Q4_1
+    read = torch.from_numpy(gguf.quants.dequantize(carried(q, scale, offset, scheme), kind))
+    assert torch.equal(read, dequantize(q, scale, offset, scheme))
+
+
 def test_what_no_block_holds() -> None:
     assert carrier(Scheme(8, 64, False), 256) is None
     assert carrier(Scheme(4, 16, True), 256) is None
     assert carrier(Scheme(4, -1, True), 48) is None
     assert carrier(None, 256) is None
+    assert carrier(Scheme(5, 32, True), 256) is None
+    assert carrier(Scheme(6, 32, False, offset=True), 256) is None
 
 
 def test_scales_that_fp16_does_not_hold() -> None:

@@ -98,6 +98,22 @@ def carrier_of(view: PlainView, tensor: str) -> Any:
     return carrier(view.scheme(tensor), view.info(tensor).shape[-1])
 
 
+@pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q5_1", "q8_0"])
+def test_blocks_of_a_file_stay_what_they_are(kind: str, make_model: Make, tmp_path: Path) -> None:
+    first = written(make_model("llama"), tmp_path / "first.gguf", type=kind)
+    shutil.copy(make_model("llama") / "tokenizer.json", tmp_path)
+    made = plan(str(first), Export(format="gguf"), str(tmp_path / "second.gguf"))
+    export(made, lambda *_: None)
+    before, after = (
+        {t.name: (t.tensor_type, bytes(t.data)) for t in gguf.GGUFReader(tmp_path / name).tensors}
+        for name in ("first.gguf", "second.gguf")
+    )
+    held = kind != "q5_1"  # which is not carried: bf16 as it is read
+    assert all(before[n] == after[n] for n in before if held or before[n][0].name != "Q5_1")
+    read = [row for row in made.as_dict()["weights"] if "as it is read" in row["change"]]
+    assert bool(read) != held
+
+
 def test_experts_go_into_stacks(tmp_path: Path) -> None:
     view = PlainView(open_checkpoint(str(OLD / "awq4-mixture")))
     found = read(written(OLD / "awq4-mixture", tmp_path / "out.gguf"))
@@ -113,9 +129,6 @@ def test_what_no_block_holds_is_told(make_model: Make, tmp_path: Path) -> None:
     made = plan(str(OLD / "awq8"), Export(format="gguf"), str(tmp_path / "x.gguf"))
     told = [row for row in made.as_dict()["weights"] if "8-bit" in row["from"]]
     assert told and all("no block holds" in row["change"] for row in told)
-    demo = plan("demo", Export(format="gguf"), str(tmp_path / "x.gguf")).as_dict()["weights"]
-    blocks = [row for row in demo if row["from"] in ("Q4_1", "Q8_0")]
-    assert blocks and all("as it is read" in row["change"] for row in blocks)
     small = Export(format="gguf", type="q4_0")
     rows = plan(str(make_model("llama")), small, str(tmp_path / "x.gguf")).as_dict()["weights"]
     assert {row["to"] for row in rows} == {"Q4_0", "Q8_0", "F32"}  # head and embeddings: Q8_0
