@@ -1,5 +1,6 @@
 """`awq` and `gptq`: integers in words, one width and one group size for the whole model."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -164,8 +165,9 @@ class GptqWords(Words):
         if len(widths) > 1 or widths[0] not in gptq.BITS:
             why = f"it has linears of {' and '.join(map(str, widths))} bits"
             raise refuse(model, f"{why}, GPTQ one of {gptq.BITS} for all", OTHERWISE)
+        whole = 32 // math.gcd(32, widths[0])  # values in whole words
         for grid in found.values():
-            _divides(model, grid, 32, 32)
+            _divides(model, grid, whole, whole)
         symmetric = all(grid.symmetric for grid in found.values())
         return Target(widths[0], common_size(model, found.values()), symmetric)
 
