@@ -25,6 +25,8 @@ class Stats:
     decode_rate: float = 20.0
     stop_reason: str = "stop"
     repeats: bool = False
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class SlowSession:
