@@ -16,6 +16,7 @@ from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.lossless.store import disproved
 from optim.runtime.storage.manifest import Manifest, read_manifest, verify
 from optim.runtime.storage.open import open_checkpoint
+from optim.runtime.storage.size_table import stored
 from optim.runtime.storage.tensors import SafetensorsFiles
 
 TOLERANCE: dict[str, tuple[float, float]] = {
@@ -118,19 +119,19 @@ def _source(manifest: Manifest, base: str | None) -> Iterator[Claim]:
     """Whether the base is the model that the manifest names, by the hash of every byte."""
     if manifest.source is None:
         return
-    stated = manifest.source.sha256
+    known = manifest.source.sha256
     try:
         model = None if base is None else open_checkpoint(base)
     except OptimError as problem:
-        yield Claim("source", stated, None, None, f"{problem.message} (give --against BASE)")
+        yield Claim("source", known, None, None, f"{problem.message} (give --against BASE)")
         return
     if model is None:
-        yield Claim("source", stated, None, None, "the manifest does not name it: --against BASE")
+        yield Claim("source", known, None, None, "the manifest does not name it: --against BASE")
         return
     found = model.fingerprint()
-    yield Claim("source", stated, found, found == stated)
+    yield Claim("source", known, found, found == known)
     if manifest.parameters is not None:
-        count = sum(math.prod(info.shape) for info in model.tensors.values())
+        count = sum(tensor.params for tensor in stored(model))
         yield Claim("parameters", manifest.parameters, count, count == manifest.parameters)
 
 

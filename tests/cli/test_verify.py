@@ -120,3 +120,10 @@ def test_lossless_packing_is_decoded(make_model: Make, tmp_path: Path, capfd: Ca
 def test_a_model_without_manifest_states_nothing(make_model: Make, capfd: Captured) -> None:
     assert run("verify", make_model("llama")) == 2
     assert "states no numbers" in capfd.readouterr().err
+
+
+def test_an_export_of_an_artifact(made: Path, tmp_path: Path, capfd: Captured) -> None:
+    words = ("--format", "safetensors", "-o", tmp_path / "out", "--quiet")
+    assert run("export", made, *words) == 0
+    code, found = verdicts(capfd, tmp_path / "out")
+    assert code == 0 and found["parameters"] and found["source"] and found["files"]
