@@ -114,9 +114,8 @@ def carry_out(
         raise
     for text in report["notes"]:
         ui.note(text)
-    if against is not None:
-        _keep_cost(report)
     if against is not None and how.evaluate:
+        _keep_cost(report)
         report["evaluation"] = prove(report["output"], against, how)
     if how.as_json:
         ui.emit(report)

@@ -39,7 +39,8 @@ Sets = Annotated[
 PrintRecipe = Annotated[bool, Option("--print-recipe", help="Print the whole recipe and stop.")]
 DryRun = Annotated[bool, Option("--dry-run", help="Check everything, print the plan and stop.")]
 NoEval = Annotated[
-    bool, Option("--no-eval", help="Do not measure at the end what the result cost.")
+    bool,
+    Option("--no-eval", help="Do not measure what the result cost, nor keep seconds and memory."),
 ]
 Force = Annotated[bool, Option("--force", help="Replace an output folder that optim made.")]
 

@@ -13,8 +13,8 @@ from optim.cli import main
 Make = Callable[..., Path]
 TEXT = ("--num-samples", "2", "--seq-len", "16", "--device", "cpu")
 COMMANDS = {
-    "quantize": ("-m", "rtn", *TEXT),
-    "prune": ("-m", "threshold", *TEXT),
+    "quantize": ("-m", "rtn", *TEXT, "--no-eval"),
+    "prune": ("-m", "threshold", *TEXT, "--no-eval"),
     "pack": (),
     "unpack": (),
     "export": ("-f", "safetensors"),

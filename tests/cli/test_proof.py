@@ -53,9 +53,22 @@ def test_a_compression_ends_with_what_it_cost(
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_eval_leaves_it_out(command: str, make_model: Make, tmp_path: Path) -> None:
+    """Seconds and memory too, so that two runs have the same bytes."""
+    source, made = make_model("llama"), tmp_path / "out"
+    held = []
+    for _ in range(2):
+        assert run(command, source, *COMMANDS[command], "-o", made, "--no-eval", "--force") == 0
+        held.append({path.name: path.read_bytes() for path in made.iterdir()})
+    assert not {"evaluation", "cost"} & manifest(made).keys()
+    assert held[0] == held[1]
+
+
+def test_seconds_and_memory_are_kept(make_model: Make, tmp_path: Path) -> None:
     made = tmp_path / "out"
-    assert run(command, make_model("llama"), *COMMANDS[command], "-o", made, "--no-eval") == 0
-    assert "evaluation" not in manifest(made)
+    assert run("quantize", make_model("llama"), *COMMANDS["quantize"], "-o", made) == 0
+    cost = manifest(made)["cost"]
+    assert cost["seconds"] > 0 and cost["peak_memory_bytes"] > 10**7
+    assert "\nMade in " in (made / "README.md").read_text()
 
 
 def test_lossless_packing_is_proven_already(make_model: Make, tmp_path: Path) -> None:
