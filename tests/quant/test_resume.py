@@ -26,18 +26,8 @@ KILLS = int(os.environ.get("OPTIM_KILLS", "2"))
 
 def _command(model: Path, output: Path, text: Path, guide: str) -> list[str]:
     recipe = ("-m", "awq", "--group-size", "32", "--guide", guide, "--calibration", str(text))
-    sizes = (
-        "--num-samples",
-        "4",
-        "--seq-len",
-        "32",
-        "--device",
-        "cpu",
-        "--threads",
-        "1",
-        "--no-eval",
-    )
-    where = ("-o", output.name)
+    sizes = ("--num-samples", "4", "--seq-len", "32", "--device", "cpu", "--threads", "1")
+    where = ("-o", output.name, "--no-eval")
     return [sys.executable, "-m", "optim.cli", "quantize", str(model), *recipe, *sizes, *where]
 
 
