@@ -52,6 +52,21 @@ PackOutput = Annotated[
     str | None, Option("-o", "--output", help="Folder to write. Default: ./MODEL-LAYOUT.")
 ]
 Packed = Annotated[str, Argument(metavar="MODEL", help="A packed folder, or a hub id of one.")]
+Tunable = Annotated[str, Argument(metavar="ARTIFACT", help="A packed folder: integers and scales.")]
+Original = Annotated[
+    str, Option("--against", metavar="BASE", help="The original model, whose outputs are wanted.")
+]
+TuneOutput = Annotated[
+    str | None, Option("-o", "--output", help="Folder to write. Default: ARTIFACT-tuned.")
+]
+Epochs = Annotated[int, Option("--epochs", help="Passes over the text; it may end earlier.")]
+Rate = Annotated[float, Option("--lr", help="Highest relative step of a scale.")]
+TuneText = Annotated[
+    str, Option("--calibration", metavar="SPEC", help="builtin:NAME, a file or folder, a hub id.")
+]
+TuneSamples = Annotated[int, Option("--num-samples", help="Windows of text.")]
+TuneLength = Annotated[int, Option("--seq-len", help="Tokens of a window.")]
+TuneSeed = Annotated[int, Option("--seed", help="Seed of the windows and of their order.")]
 UnpackOutput = Annotated[str | None, Option("-o", "--output", help="Folder to write.")]
 
 ExportOutput = Annotated[

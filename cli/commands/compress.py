@@ -142,3 +142,33 @@ def export(
     keys |= {"model": model, "output": output}
     how = How("cpu", threads, trust_remote_code, force, json, quiet, print_recipe, dry_run)
     command.export(recipe, keys, how)
+
+
+@app.command(
+    rich_help_panel="Compress",
+    epilog="Example: optim tune smollm2-awq --against demo -o smollm2-tuned",
+)
+def tune(
+    artifact: flags.Tunable,
+    against: flags.Original,
+    output: flags.TuneOutput = None,
+    epochs: flags.Epochs = 3,
+    lr: flags.Rate = 1e-3,
+    calibration: flags.TuneText = "builtin:mixed",
+    num_samples: flags.TuneSamples = 64,
+    seq_len: flags.TuneLength = 512,
+    seed: flags.TuneSeed = 0,
+    force: flags.Force = False,
+    device: flags.Device = "auto",
+    threads: flags.Threads = None,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+) -> None:
+    """Train the scales and norms of a packed model towards the original; its format stays."""
+    from optim.cli import tune as command
+    from optim.cli.compress import How
+
+    names = ("dataset", "num_samples", "seq_len", "seed")
+    text = dict(zip(names, (calibration, num_samples, seq_len, seed), strict=True))
+    how = How(device, threads, force=force, as_json=json, quiet=quiet)
+    command.tune(artifact, against, output, text, command.Training(epochs, lr), how)
