@@ -6,17 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from optim.cli import main
+import optim.cli
 
 TEXT = ("--num-samples", "4", "--seq-len", "32", "--device", "cpu", "--threads", "1")
 
 
 def test_tune(
+    monkeypatch: pytest.MonkeyPatch,
     make_model: Callable[..., Path],
     some_text: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    def main(arguments: list[str]) -> int:
+        monkeypatch.setattr("sys.argv", ["optim", *arguments])
+        return optim.cli.main()
+
     base, packed, out = str(make_model("llama")), str(tmp_path / "packed"), tmp_path / "out"
     assert main(["quantize", base, "-m", "rtn", "-o", packed, "--no-eval", "--quiet"]) == 0
     capsys.readouterr()
