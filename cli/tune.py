@@ -49,6 +49,7 @@ def tune(
         ),
         how,
         _facts,
+        against=against,
     )
 
 

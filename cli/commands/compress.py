@@ -158,6 +158,7 @@ def tune(
     num_samples: flags.TuneSamples = 64,
     seq_len: flags.TuneLength = 512,
     seed: flags.TuneSeed = 0,
+    no_eval: flags.NoEval = False,
     force: flags.Force = False,
     device: flags.Device = "auto",
     threads: flags.Threads = None,
@@ -170,5 +171,5 @@ def tune(
 
     names = ("dataset", "num_samples", "seq_len", "seed")
     text = dict(zip(names, (calibration, num_samples, seq_len, seed), strict=True))
-    how = How(device, threads, force=force, as_json=json, quiet=quiet)
+    how = How(device, threads, force=force, as_json=json, quiet=quiet, evaluate=not no_eval)
     command.tune(artifact, against, output, text, command.Training(epochs, lr), how)

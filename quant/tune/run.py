@@ -18,9 +18,11 @@ from optim.quant.tune.student import Student
 from optim.quant.tune.train import Asked, Progress, Trainer
 from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.schema import Calibration
+from optim.runtime.storage.card import Card, card_of
 from optim.runtime.storage.checkpoint import Checkpoint, require_plain
 from optim.runtime.storage.manifest import Manifest, made_here, read_manifest
 from optim.runtime.storage.open import open_checkpoint
+from optim.runtime.storage.origin import CARD
 from optim.runtime.storage.tensors import INDEX, OWN_INDEX, OWN_SINGLE, SINGLES
 from optim.runtime.storage.workspace import (
     KEPT,
@@ -81,7 +83,7 @@ def tune(
     artifact, base = open_checkpoint(source), open_checkpoint(against)
     _check(artifact, base, against)
     size = sum(info.nbytes for info in artifact.tensors.values())
-    check_output(Path(output), force, 2 * size, [*artifact.places, *calibration.places])
+    check_output(Path(output), force, 3 * size, [*artifact.places, *calibration.places])
     windows = windows_for(calibration, artifact.tokenizer())
     recipe = {"tune": asdict(asked), "calibration": calibration.model_dump(mode="json")}
     what = identity(artifact, recipe, tokens_sha256(windows)) | {"against": base.fingerprint()}
@@ -89,7 +91,7 @@ def tune(
     with workspace:
         trained, kl = _train(artifact, base, windows, asked, workspace, device, progress)
         _write(artifact, workspace, trained)
-        nbytes, notes = _finish(artifact, workspace, kl, recipe)
+        nbytes, notes = _finish(artifact, base, workspace, kl, recipe)
     seconds = time.monotonic() - start
     return Tuned(output, nbytes, seconds, peak_bytes(), kl, notes)
 
@@ -104,7 +106,8 @@ def _check(artifact: Checkpoint, base: Checkpoint, against: str) -> None:
     other = [k for k in keys if artifact.text_config.get(k) != base.text_config.get(k)]
     if other:
         what = f"{against} is not what {artifact.source} was made from: {', '.join(other)} differ"
-        raise OptimError(what, "give the original model to --against", USAGE)
+        fix = "give the original model: `optim tune MODEL --against ORIGINAL`"
+        raise OptimError(what, fix, USAGE)
 
 
 def _train(
@@ -154,7 +157,11 @@ def _write(artifact: Checkpoint, workspace: Workspace, trained: dict[str, Tensor
 
 
 def _finish(
-    artifact: Checkpoint, workspace: Workspace, kl: list[float], recipe: dict[str, Any]
+    artifact: Checkpoint,
+    base: Checkpoint,
+    workspace: Workspace,
+    kl: list[float],
+    recipe: dict[str, Any],
 ) -> tuple[int, list[str]]:
     """The small files; publishes. Returns the bytes of all tensors, and notes."""
     hidden = any((artifact.folder / name).is_file() for name in (OWN_INDEX, OWN_SINGLE))
@@ -176,6 +183,14 @@ def _finish(
         original_sha256=before.original_sha256,
     )
     workspace.write_manifest(manifest)
+    programs = ("optim",) if hidden else ("optim", "compressed-tensors", "vllm")
+    about = f"{artifact.name}, its scales and norms tuned with `optim`:\n{notes[0]}."
+    again = f"optim tune {artifact.name} --against {base.name}"
+    settings = json.dumps(recipe, indent=2)
+    card = Card(
+        workspace.output.name, about, ("compressed-tensors", "optim"), programs, "", again, settings
+    )
+    workspace.write_text(CARD, card_of(card, base))
     workspace.publish()
     return sum(s for record in workspace.done for s in record["tensors"].values()), notes
 

@@ -31,6 +31,9 @@ def test_tune(
     assert report["output"] == str(out) and len(report["kl"]) == 2
     assert json.loads((out / "optim.json").read_text())["held_back"]["kl"] == report["kl"]
     assert main(["inspect", str(out), "--verify"]) == 0
+    card = (out / "README.md").read_text()
+    assert "KL on held-back text" in card or "the scales are as before" in card
+    assert f"optim run {out.name}" in card and "vllm serve" in card
     for wrong in (["--epochs", "0"], ["--lr", "2"]):
         assert main([*command, *TEXT, *wrong, "--force"]) == 2
         assert wrong[0] in capsys.readouterr().err
