@@ -18,6 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
 from optim.cli import ui
+from optim.cli.conversation.wrap import Wrapped
 
 if TYPE_CHECKING:
     from optim.runtime.engine.session import Reading, Session, Stats
@@ -65,17 +66,22 @@ def stream(session: Session, start: Start, out: TextIO) -> bool:
     It stops after the token at hand, or between two chunks of a prompt that is still read.
     """
     at_terminal, told = out.isatty(), False
+    shown = Wrapped(out)
     with stoppable() as stopped:
         pieces = start(partial(_reading, stopped))
         try:
             for piece in pieces:
                 ui.status()
-                out.write(ui.plain(piece) if at_terminal else piece)
+                if at_terminal:
+                    shown.write(ui.plain(piece))
+                else:
+                    out.write(piece)
                 out.flush()
                 if stopped():
                     break
                 if session.stats.repeats and not told:
                     ui.note(f"{NEW_LINE * at_terminal}{LOOP}")
+                    shown.new_line()
                     told = True
         except KeyboardInterrupt:
             return True
