@@ -1,6 +1,7 @@
 """`awq` and `gptq`: integers in words, one width and one group size for the whole model."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,7 @@ class Target:
     symmetric: bool
 
 
-class Words:
+class Words(ABC):
     """See Exporter. What differs between the formats is answered by those below."""
 
     title: str
@@ -49,21 +50,21 @@ class Words:
     suffix = ""
     keys: frozenset[str] = frozenset()
 
+    @abstractmethod
     def target(self, model: PlainView, found: Mapping[str, Grid]) -> Target:
         """What the model will have; OptimError (2) where the format or its readers lack that."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pieces(self, shape: tuple[int, ...], target: Target) -> Entries:
         """What a linear `[out, in]` is stored as."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pack(self, q: Tensor, scale: Tensor, zero: Tensor, target: Target) -> Pieces:
         """The pieces of a linear: uint8 q `[out, in]`, scale and zero `[out, groups]`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def config(self, target: Target) -> dict[str, Any]:
         """Its `quantization_config`."""
-        raise NotImplementedError
 
     def hold(self, model: PlainView, wanted: Export) -> list[Held]:
         """See Exporter."""
