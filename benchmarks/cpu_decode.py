@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import transformers
 
+from optim.cli import WAITING
 from optim.runtime.measure.job import Job
 from optim.runtime.measure.speed import MARK, engines
 from optim.runtime.storage.demo import demo_file
@@ -103,7 +104,9 @@ class Remote:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(job.threads)},
+            env=(WAITING if job.engine == "optim" else {})
+            | dict(os.environ)
+            | {"OMP_NUM_THREADS": str(job.threads)},
         )
         self.facts: dict[str, Any] = self.answer()
 

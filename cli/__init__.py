@@ -11,10 +11,16 @@ import sys
 from optim.recipes.errors import MACHINE, OptimError
 
 INTERRUPTED = 130
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "20000"}
+"""How OpenMP's threads wait: they sleep after a fraction of a millisecond, longer than from one
+piece of a step to the next. Where cores are shared, a thread that spins takes the time that the one
+it waits for needs. OpenMP reads this when torch is imported."""
 
 
 def main() -> int:
     """Run the command of `sys.argv`; returns the exit code."""
+    for name, value in WAITING.items():
+        os.environ.setdefault(name, value)
     for stream in (sys.stdout, sys.stderr):
         getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
     from optim.cli.app import app

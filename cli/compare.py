@@ -39,7 +39,6 @@ def compare(
         fix = "name another, or the original with --against"
         raise OptimError("there is only one model to compare", fix, USAGE)
     ui.notes.quiet = quiet
-    ui.wait_quietly()
     draw = None if plot is None else _plotter(Path(plot))
     from optim.runtime.measure.compare import compare as measure
 

@@ -72,7 +72,6 @@ def recipe_of(
         what = f"the recipe has no section {command}"
         raise OptimError(what, f"`optim {there}` runs it", USAGE)
     ui.notes.quiet = how.quiet
-    ui.wait_quietly()
     return recipe
 
 

@@ -54,7 +54,6 @@ def doctor(as_json: bool, levels: bool = False) -> None:
 def _prove(levels: bool) -> list[Proof]:
     from optim.runtime.system import instructions
 
-    ui.wait_quietly()
     ui.status("proving every path, some 15 s ...")
     try:
         return prove(instructions.levels() if levels else ())

@@ -36,7 +36,6 @@ def evaluate(source: str, asked: Asked, then: Then) -> None:
         fix = "add --against BASE, the model it was made from"
         raise OptimError("--max-ppl-increase needs a model to compare with", fix, USAGE)
     ui.notes.quiet = then.quiet
-    ui.wait_quietly()
     from optim.runtime.measure.quality import evaluate as measure
     from optim.runtime.storage.record import record, recordable
 

@@ -28,7 +28,6 @@ def tune(
     keys = {f"calibration.{key}": value for key, value in text.items()}
     calibration = build_recipe(None, keys | {"quantize.method": "awq"}, []).calibration
     ui.notes.quiet = how.quiet
-    ui.wait_quietly()
     from optim.quant.tune.run import tune as work
     from optim.quant.tune.train import Asked
 

@@ -5,7 +5,6 @@ No other module of `optim` prints tables, progress or errors; algorithms report 
 
 import json
 import math
-import os
 import re
 import time
 from collections import deque
@@ -165,16 +164,6 @@ class Eta:
             self.marks.append((self.clock(), at))
         (begin, first), (end, last) = self.marks[0], self.marks[-1]
         return (end - begin) / (last - first) * (total - last) if last > first else None
-
-
-def wait_quietly() -> None:
-    """Let OpenMP's threads sleep where they wait; to be called before torch is imported.
-
-    Where the cores are shared, a spinning thread takes the time that the one it waits for needs.
-    They spin for some 30 microseconds first: between two steps of a block there is less.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 def _finite(data: Any) -> Any:

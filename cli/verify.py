@@ -19,7 +19,6 @@ def verify(
 ) -> None:
     """Print each number, what was found and whether it holds; OptimError (3) if one does not."""
     ui.notes.quiet = quiet
-    ui.wait_quietly()
     from optim.runtime.measure.claims import claims
 
     with ui.progress("verify") as step:

@@ -146,3 +146,18 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     ran = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(writer)
     assert (ran.returncode, ran.stderr) == (1, "")
+
+
+def test_threads_that_wait_sleep_in_every_command() -> None:
+    code = "import os, sys; sys.argv = ['optim', '--version']; import optim.cli; optim.cli.main(); "
+    code += "assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    free = {key: value for key, value in os.environ.items() if not key.startswith(("OMP", "GOMP"))}
+    done = subprocess.run([sys.executable, "-c", code], env=free, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["PASSIVE"], done.stderr
+    kept = subprocess.run(
+        [sys.executable, "-c", code],
+        env=free | {"OMP_WAIT_POLICY": "ACTIVE"},
+        capture_output=True,
+        text=True,
+    )
+    assert kept.stdout.splitlines()[-1:] == ["ACTIVE"]
