@@ -1,14 +1,18 @@
 """What the commands that compress share: a recipe from flags, then its plan shown, or the work."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from optim.cli import ui
 from optim.recipes.build import build_recipe, to_yaml
 from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from optim.runtime.storage.workspace import Prove
 
 SECTIONS = ("quantize", "prune", "pack", "export")  # of a recipe: each is a command
 GOES_ON = "the same command goes on where it was"
@@ -54,6 +58,12 @@ class Facts(Protocol):
     def as_dict(self) -> dict[str, Any]: ...
 
 
+class Work(Protocol):
+    """What a command does: `step` hears how far it is, `prove` measures the finished artifact."""
+
+    def __call__(self, step: ui.Step, /, *, prove: "Prove | None") -> Facts: ...
+
+
 def recipe_of(
     command: str, file_or_name: str | None, keys: dict[str, Any], sets: Sequence[str], how: How
 ) -> Recipe | None:
@@ -95,7 +105,7 @@ def only_planned(plan: dict[str, Any], how: How, show: Callable[[dict[str, Any]]
 
 def carry_out(
     title: str,
-    work: Callable[[Callable[[int, int, str], None]], Facts],
+    work: Work,
     how: How,
     facts: Callable[[dict[str, Any]], list[str]],
     when_stopped: str = GOES_ON,
@@ -105,44 +115,47 @@ def carry_out(
 
     What changes a model is measured `against` it; None where every byte is proven already.
     """
-    try:
-        with ui.progress(title) as step:
-            report = work(step).as_dict()
-    except KeyboardInterrupt:
-        ui.note(f"stopped; {when_stopped}")
-        raise
+    proof: dict[str, Any] = {}
+    with ExitStack() as bar:
+        prove = prover(against, how, bar, proof)
+        try:
+            step = bar.enter_context(ui.progress(title))
+            report = work(step, prove=prove).as_dict() | proof
+        except KeyboardInterrupt:
+            ui.note(f"stopped; {when_stopped}")
+            raise
     for text in report["notes"]:
         ui.note(text)
-    if against is not None and how.evaluate:
-        _keep_cost(report)
-        report["evaluation"] = prove(report["output"], against, how)
     if how.as_json:
         ui.emit(report)
     line = [report["output"], *facts(report)]
     ui.done(" · ".join(line), following=f"optim run {report['output']}")
 
 
-def _keep_cost(report: dict[str, Any]) -> None:
-    """What the work took goes into manifest and card; of a resumed run only a part is known."""
-    from optim.runtime.storage.manifest import Cost
-    from optim.runtime.storage.record import record
+def prover(against: str | None, how: How, bar: ExitStack, report: dict[str, Any]) -> "Prove | None":
+    """What measures a finished artifact, after `bar` is gone, and puts that into `report` too."""
+    if against is None or not how.evaluate:
+        return None
 
-    keys = ("seconds", "peak_memory_bytes")
-    if not report.get("resumed") and all(key in report for key in keys):
-        record(Path(report["output"]), cost=Cost(**{key: report[key] for key in keys}))
+    def measure(folder: Path) -> dict[str, Any] | None:
+        bar.close()
+        report["evaluation"] = found = _prove(folder, against, how)
+        return found
+
+    return measure
 
 
-def prove(output: str, against: str, how: How) -> dict[str, Any] | None:
-    """Measure a finished artifact and say what it cost; None where that cannot be measured.
+def _prove(folder: Path, against: str, how: How) -> dict[str, Any] | None:
+    """Measure a finished artifact, which has no name yet, and say what it cost.
 
-    The artifact is whole before: Ctrl-C ends the measurement alone.
+    None where that cannot be measured. Stopped here, the same command measures again.
     """
     from optim.runtime.measure.proof import prove as measure
 
     try:
         with ui.progress("measuring") as step:
             found = measure(
-                Path(output),
+                folder,
                 against,
                 step,
                 device=how.device,
@@ -150,8 +163,7 @@ def prove(output: str, against: str, how: How) -> dict[str, Any] | None:
                 trust_remote_code=how.trust_remote_code,
             )
     except KeyboardInterrupt:
-        again = f"optim eval {output} --against {against} --record"
-        ui.note(f"stopped measuring; {output} is whole, and `{again}` measures it")
+        ui.note("all is done but the measuring: with --no-eval the same command leaves that out")
         raise
     except OptimError as problem:
         ui.note(f"not measured: {problem.message}")

@@ -29,7 +29,7 @@ def export(file_or_name: str | None, keys: dict[str, Any], how: How) -> None:
         trust_remote_code=how.trust_remote_code,
     )
     if not only_planned(made.as_dict(), how, _show_plan):
-        carry_out("export", lambda step: export(made, step), how, _facts)
+        carry_out("export", lambda step, **_: export(made, step), how, _facts)
 
 
 def _show_plan(plan: dict[str, Any]) -> None:

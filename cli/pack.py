@@ -1,5 +1,6 @@
 """`optim pack` and `optim unpack`: bf16 weights in fewer bytes without loss, and back."""
 
+from functools import partial
 from typing import Any
 
 from optim.cli import ui
@@ -26,7 +27,7 @@ def pack(file_or_name: str | None, keys: dict[str, Any], how: How) -> None:
     made = plan(recipe.model, recipe.pack, recipe.output, force=how.force, trust_remote_code=trust)
     if not only_planned(made.as_dict(), how, _show_plan):
         rounded = recipe.model if recipe.pack.cast else None
-        carry_out("pack", lambda step: pack(made, step), how, _facts, against=rounded)
+        carry_out("pack", partial(pack, made), how, _facts, against=rounded)
 
 
 def unpack(model: str, output: str | None, how: How) -> None:

@@ -1,6 +1,7 @@
 """`optim prune`: flags over a recipe, then the plan, then the work."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from optim.cli import prune_prosparse, ui
@@ -34,7 +35,7 @@ def _measure(recipe: Recipe, how: How) -> None:
         return
     assert recipe.prune is not None
     title, again = recipe.prune.method, "the same command starts again"
-    carry_out(title, lambda step: prune(made, step), how, _facts, again, against=recipe.model)
+    carry_out(title, partial(prune, made), how, _facts, again, against=recipe.model)
 
 
 def _fitting_method(model: str | None, sets: Sequence[str]) -> str | None:

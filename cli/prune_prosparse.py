@@ -5,7 +5,7 @@ While it trains, standard error shows losses, the zeros of every block and the t
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from optim.cli import ui
-from optim.cli.compress import How, only_planned, prove
+from optim.cli.compress import How, only_planned, prover
 from optim.recipes.schema import Recipe
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -38,18 +38,17 @@ def work(recipe: Recipe, how: How) -> None:
         made.check_text()
     if only_planned(made.as_dict() | prosparse.needs(made), how, show_plan):
         return
-    try:
-        with watch("prosparse") as (report, progress):
-            outcome = prosparse.prune(made, report, progress)
-    except KeyboardInterrupt:
-        ui.note("stopped; the same command goes on from the last saved state")
-        raise
-    if os.environ.get("RANK", "0") != "0":
-        return
-    found = outcome.as_dict()
-    if how.evaluate and recipe.model is not None:
-        found["evaluation"] = prove(found["output"], recipe.model, how)
-    show(found, recipe.model or "", how.as_json)
+    proof: dict[str, Any] = {}
+    with ExitStack() as shown:
+        prove = prover(recipe.model, how, shown, proof)
+        try:
+            report, progress = shown.enter_context(watch("prosparse"))
+            found = prosparse.prune(made, report, progress, prove=prove).as_dict() | proof
+        except KeyboardInterrupt:
+            ui.note("stopped; the same command goes on from the last saved state")
+            raise
+    if os.environ.get("RANK", "0") == "0":
+        show(found, recipe.model or "", how.as_json)
 
 
 def _own_device(asked: str) -> str:

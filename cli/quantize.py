@@ -1,6 +1,7 @@
 """`optim quantize`: flags over a recipe, then the plan, then the work."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from optim.cli import ui
@@ -26,7 +27,7 @@ def quantize(file_or_name: str | None, keys: dict[str, Any], sets: Sequence[str]
         return
     assert recipe.quantize is not None
     title = recipe.quantize.method
-    carry_out(title, lambda step: quantize(made, step), how, _facts, against=recipe.model)
+    carry_out(title, partial(quantize, made), how, _facts, against=recipe.model)
 
 
 def _show_plan(plan: dict[str, Any]) -> None:

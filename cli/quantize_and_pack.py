@@ -13,8 +13,9 @@ from optim.cli.compress import How, carry_out, only_planned
 from optim.recipes.schema import Recipe
 
 if TYPE_CHECKING:
-    from optim.export.lossless.pack import Progress, Report
+    from optim.export.lossless.pack import Report
     from optim.quant.plan import Plan
+    from optim.runtime.storage.workspace import Prove
 
 BETWEEN = ".quantized"  # behind the output's name: what the first command makes for the second
 
@@ -43,14 +44,14 @@ def quantize_and_pack(recipe: Recipe, how: How) -> None:
     if only_planned(facts, how, _show_plan):
         return
 
-    def work(step: "Progress") -> "Report":
+    def work(step: ui.Step, /, *, prove: "Prove | None") -> "Report":
         if not _is_there(made):
             quantize(made, step)
         assert recipe.pack is not None
         second = packing.plan(str(made.output), recipe.pack, str(output), force=how.force)
         from optim.export.lossless.pack import pack
 
-        report = pack(second, step)
+        report = pack(second, step, prove)
         shutil.rmtree(made.output)
         return report
 

@@ -1,6 +1,7 @@
 """`optim tune`: better scales and norms for a packed artifact, in the format it has."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from optim.cli import ui
@@ -33,23 +34,18 @@ def tune(
 
     place = output or f"{source.rstrip('/')}-tuned"
     settings = Asked(asked.epochs, asked.lr, calibration.seed)
-    carry_out(
-        "tune",
-        lambda step: work(
-            source,
-            against,
-            place,
-            calibration,
-            settings,
-            step,
-            force=how.force,
-            device=how.device,
-            threads=how.threads,
-        ),
-        how,
-        _facts,
-        against=against,
+    run = partial(
+        work,
+        source,
+        against,
+        place,
+        calibration,
+        settings,
+        force=how.force,
+        device=how.device,
+        threads=how.threads,
     )
+    carry_out("tune", run, how, _facts, against=against)
 
 
 def _facts(report: dict[str, Any]) -> list[str]:

@@ -16,10 +16,11 @@ from optim.recipes.build import to_yaml
 from optim.runtime.sparsity.side_file import SIDE, write_side
 from optim.runtime.storage.card import Card, card_of
 from optim.runtime.storage.checkpoint import Checkpoint
-from optim.runtime.storage.manifest import Calibration, Manifest, Sparsity, made_here
+from optim.runtime.storage.manifest import Calibration, Cost, Manifest, Sparsity, made_here
 from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.storage.tensors import INDEX, SINGLES
 from optim.runtime.storage.workspace import (
+    Prove,
     Workspace,
     identity,
     index_of,
@@ -28,7 +29,6 @@ from optim.runtime.storage.workspace import (
     source_of,
 )
 from optim.runtime.system.hashes import file_sha256, tensor_sha256, tokens_sha256
-from optim.runtime.system.memory import peak_bytes
 from optim.runtime.text.windows import described, windows_for
 
 __all__ = ["Report", "plan", "prune"]
@@ -52,8 +52,11 @@ class Report:
         return asdict(self)
 
 
-def prune(made: Plan, progress: Progress, windows: Tensor | None = None) -> Report:
-    """Carry out a plan; `windows` int64 `[n, length]` stand in for the recipe's calibration.
+def prune(
+    made: Plan, progress: Progress, windows: Tensor | None = None, prove: Prove | None = None
+) -> Report:
+    """Carry out a plan; `windows` int64 `[n, length]` stand in for the recipe's calibration, and
+    `prove` measures the result before it gets its name.
 
     Weights that a killed run has copied are not copied again. Raises OptimError: 2 for input that
     turns out to be bad, 4 where the machine gave out.
@@ -65,19 +68,20 @@ def prune(made: Plan, progress: Progress, windows: Tensor | None = None) -> Repo
     recipe = made.recipe.model_dump(mode="json", exclude={"model", "output"})
     what = identity(made.checkpoint, recipe, tokens_sha256(windows))
     workspace = Workspace(made.output, what, made.force, made.checkpoint)
-    resumed = bool(workspace.done)
     with workspace:
         with torch.inference_mode(), tempfile.TemporaryDirectory(dir=workspace.folder) as folder:
             found = made.method.solve(made, windows, Path(folder), progress)
             _copy_weights(made.checkpoint, workspace)
         side_bytes = _finish(made, workspace, windows, found)
+        cost = Cost.since(start)
+        workspace.publish(prove, cost)
     return Report(
         output=str(made.output),
         method=made.recipe.prune.method if made.recipe.prune else "",
         side_bytes=side_bytes,
-        seconds=time.monotonic() - start,
-        peak_memory_bytes=peak_bytes(),
-        resumed=resumed,
+        seconds=cost.seconds,
+        peak_memory_bytes=cost.peak_memory_bytes,
+        resumed=workspace.resumed,
         blocks=found.blocks,
         notes=[*made.notes, *found.notes],
     )
@@ -95,7 +99,7 @@ def _copy_weights(checkpoint: Checkpoint, workspace: Workspace) -> None:
 
 
 def _finish(made: Plan, workspace: Workspace, windows: Tensor, found: Solved) -> int:
-    """The small files and the side file; publishes. Returns the bytes of the side file."""
+    """The small files and the side file; returns the bytes of the latter."""
     config = dict(made.checkpoint.text_config)
     config["architectures"] = [type(made.walk.model).__name__]
     workspace.write_text("config.json", json.dumps(config, indent=2) + "\n")
@@ -112,7 +116,6 @@ def _finish(made: Plan, workspace: Workspace, windows: Tensor, found: Solved) ->
     recipe = made.recipe.model_copy(update={"output": None})
     workspace.write_text("recipe.yaml", to_yaml(recipe))
     workspace.write_text("README.md", _card(made))
-    workspace.publish()
     return side_bytes
 
 

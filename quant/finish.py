@@ -26,7 +26,7 @@ BITS_OF_OTHERS = {
 def finish(
     made: Plan, workspace: Workspace, windows: Tensor | None, solver: Solver
 ) -> dict[str, Any]:
-    """Write what belongs beside the shards and publish; returns the facts of the report."""
+    """Write what belongs beside the shards; returns the facts of the report."""
     config = _config(made, solver)
     ours = config["quantization_config"]["quant_method"] != "compressed-tensors"
     hidden = ours or mixes_experts(made.schemes)  # others would read weights that are not there
@@ -40,14 +40,12 @@ def finish(
     workspace.write_text("recipe.yaml", to_yaml(recipe))
     workspace.write_text("README.md", _card(made, manifest))
     made.checkpoint.write_sidecars(workspace.files)
-    facts = {
+    return {
         "bytes": manifest.bytes,
         "bits_per_weight": manifest.bits_per_weight,
         "blocks": [block.model_dump() for block in manifest.blocks],
         "notes": [*manifest.notes, *_held_back(manifest)],
     }
-    workspace.publish()
-    return facts
 
 
 def _held_back(manifest: Manifest) -> Iterator[str]:

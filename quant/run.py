@@ -23,9 +23,9 @@ from optim.runtime.engine.sampling import Sampling
 from optim.runtime.engine.session import generate
 from optim.runtime.formats.pack_quantized import Scheme
 from optim.runtime.storage.checkpoint import Checkpoint
-from optim.runtime.storage.workspace import Workspace, identity
+from optim.runtime.storage.manifest import Cost
+from optim.runtime.storage.workspace import Prove, Workspace, identity
 from optim.runtime.system.hashes import file_sha256, tensor_sha256, tokens_sha256
-from optim.runtime.system.memory import peak_bytes
 from optim.runtime.text.self_generated import Generate
 from optim.runtime.text.windows import windows_for
 from optim.runtime.walk.walk import HiddenStates, Walk
@@ -54,10 +54,13 @@ class Report:
         return asdict(self)
 
 
-def quantize(made: Plan, progress: Progress, windows: Tensor | None = None) -> Report:
+def quantize(
+    made: Plan, progress: Progress, windows: Tensor | None = None, prove: Prove | None = None
+) -> Report:
     """Carry out a plan; resumes an unfinished run of the same plan.
 
-    `windows` int64 `[n, length]` are calibration tokens to use in place of the recipe's.
+    `windows` int64 `[n, length]` are calibration tokens to use in place of the recipe's. `prove`
+    measures the result before it gets its name.
 
     Raises OptimError: 2 for input that turns out to be bad (the workspace is removed), 4 where the
     machine gave out (the workspace stays, and the same command goes on).
@@ -71,19 +74,20 @@ def quantize(made: Plan, progress: Progress, windows: Tensor | None = None) -> R
     tokens = None if windows is None else tokens_sha256(windows)
     what = identity(made.checkpoint, recipe, tokens)
     workspace = Workspace(made.output, what, made.force, made.checkpoint)
-    resumed = bool(workspace.done)
     with workspace:
         with torch.inference_mode():
             job = _Job(made, workspace, windows, progress)
             job.run()
         facts = finish(made, workspace, windows, job.solver)
+        cost = Cost.since(start)
+        workspace.publish(prove, cost)
     return Report(
         output=str(made.output),
         output_bytes=facts["bytes"],
         bits_per_weight=facts["bits_per_weight"],
-        seconds=time.monotonic() - start,
-        peak_memory_bytes=peak_bytes(),
-        resumed=resumed,
+        seconds=cost.seconds,
+        peak_memory_bytes=cost.peak_memory_bytes,
+        resumed=workspace.resumed,
         blocks=facts["blocks"],
         notes=[*made.notes, *facts["notes"]],
     )

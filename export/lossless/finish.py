@@ -26,14 +26,13 @@ def packed_config(pack: Pack, records: Iterable[Mapping[str, Any]]) -> dict[str,
 
 
 def finish(made: Plan, workspace: Workspace) -> dict[str, Any]:
-    """Write what belongs beside the shards and publish; returns the facts of the report."""
+    """Write what belongs beside the shards; returns the facts of the report."""
     manifest = _manifest(made, workspace)
     workspace.write_text("config.json", json.dumps(_config(made, workspace), indent=2) + "\n")
     workspace.write_manifest(manifest)
     workspace.write_text("recipe.yaml", to_yaml(_recipe(made, manifest)))
     workspace.write_text("README.md", _card(made, manifest))
     made.checkpoint.write_sidecars(workspace.files)
-    workspace.publish()
     keys = ("packed_weights", "packed_bits_per_weight", "limit_bits_per_weight", "notes")
     return {key: getattr(manifest, key) for key in keys} | {"output_bytes": manifest.bytes}
 

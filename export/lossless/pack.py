@@ -20,11 +20,10 @@ from optim.recipes.errors import CHECK_FAILED, OptimError
 from optim.runtime.storage.lossless.layout import Encoder, Tally
 from optim.runtime.storage.lossless.layouts import LAYOUTS
 from optim.runtime.storage.lossless.store import LosslessStore, pieces
-from optim.runtime.storage.manifest import Manifest
-from optim.runtime.storage.workspace import Workspace, disk_error
+from optim.runtime.storage.manifest import Cost, Manifest
+from optim.runtime.storage.workspace import Prove, Workspace, disk_error
 from optim.runtime.storage.writer import TensorWriter
 from optim.runtime.system.hashes import tensors_sha256
-from optim.runtime.system.memory import peak_bytes
 
 Progress = Callable[[int, int, str], None]
 
@@ -49,8 +48,10 @@ class Report:
         return asdict(self)
 
 
-def pack(made: Plan, progress: Progress) -> Report:
+def pack(made: Plan, progress: Progress, prove: Prove | None = None) -> Report:
     """Carry out a plan; resumes an unfinished run of the same plan.
+
+    `prove` measures the result before it gets its name.
 
     Raises OptimError: 2 for input that turns out to be bad, 3 if a shard does not decode to what
     went in, 4 where the machine gave out.
@@ -60,12 +61,14 @@ def pack(made: Plan, progress: Progress) -> Report:
     with workspace:
         _Job(made, workspace, progress).run()
         facts = finish(made, workspace)
+        cost = Cost.since(start)
+        workspace.publish(prove, cost)
     return Report(
         output=str(made.output),
         layout=made.pack.layout,
         source_bytes=made.source_bytes,
-        seconds=time.monotonic() - start,
-        peak_memory_bytes=peak_bytes(),
+        seconds=cost.seconds,
+        peak_memory_bytes=cost.peak_memory_bytes,
         notes=facts.pop("notes"),
         **facts,
     )

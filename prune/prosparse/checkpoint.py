@@ -32,7 +32,7 @@ def write(
     history: list[Point],
     held_back: dict[str, Any],
 ) -> None:
-    """The checkpoint and the small files beside it; publishes."""
+    """The checkpoint and the small files beside it."""
     records = _write_weights(made.checkpoint, workspace, student)
     manifest = Manifest(
         made=made_here(),
@@ -53,7 +53,6 @@ def write(
     plotted = plot(history, workspace.files)
     workspace.write_text("README.md", card(made, held_back, plotted))
     made.checkpoint.write_sidecars(workspace.files)
-    workspace.publish()
 
 
 def _write_weights(

@@ -29,7 +29,7 @@ from optim.recipes.errors import MACHINE, USAGE, OptimError
 from optim.recipes.schema import ProSparse
 from optim.recipes.units import sizes_apart
 from optim.runtime.storage.checkpoint import require_plain
-from optim.runtime.storage.workspace import Workspace, identity
+from optim.runtime.storage.workspace import Prove, Workspace, identity
 from optim.runtime.system.hashes import text_sha256, tokens_sha256
 from optim.runtime.system.memory import reuse_memory
 from optim.runtime.text.windows import windows_for
@@ -100,12 +100,14 @@ def prune(
     report: Report,
     progress: Progress = lambda at, total: None,
     windows: Tensor | None = None,
+    prove: Prove | None = None,
 ) -> Outcome:
     """Train, refit and write; the same command goes on with a run that was stopped.
 
     `report` hears of each step, `progress` of each refitted block. `windows` int64 `[n, length]`
-    stand in for the recipe's text. Raises OptimError: 1 where the loss diverges (the last good
-    state is kept), 2 for bad input, 4 where the machine gave out.
+    stand in for the recipe's text, and `prove` measures the result before it gets its name. Raises
+    OptimError: 1 where the loss diverges (the last good state is kept), 2 for bad input, 4 where
+    the machine gave out.
     """
     start = time.monotonic()
     check(made)
@@ -130,13 +132,16 @@ def prune(
         found = held_back.measure_as_stored(job, made.checkpoint)
         if workspace is not None:
             write(made, workspace, windows, job.student, history, found)
+        seconds = time.monotonic() - start
+        if workspace is not None:
+            workspace.publish(prove)
     except BaseException:
         if workspace is not None:
             (workspace.close if state.is_file() else workspace.discard)()
         raise
     finally:
         team.leave()
-    return _outcome(made, history, found, time.monotonic() - start)
+    return _outcome(made, history, found, seconds)
 
 
 def _section(made: Plan) -> ProSparse:

@@ -20,12 +20,13 @@ from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.schema import Calibration
 from optim.runtime.storage.card import Card, card_of
 from optim.runtime.storage.checkpoint import Checkpoint, require_plain
-from optim.runtime.storage.manifest import Manifest, made_here, read_manifest
+from optim.runtime.storage.manifest import Cost, Manifest, made_here, read_manifest
 from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.storage.origin import CARD
 from optim.runtime.storage.tensors import INDEX, OWN_INDEX, OWN_SINGLE, SINGLES
 from optim.runtime.storage.workspace import (
     KEPT,
+    Prove,
     Workspace,
     identity,
     index_of,
@@ -35,7 +36,6 @@ from optim.runtime.storage.workspace import (
 )
 from optim.runtime.system.devices import pick_device
 from optim.runtime.system.hashes import tokens_sha256
-from optim.runtime.system.memory import peak_bytes
 from optim.runtime.system.output import check_output
 from optim.runtime.text.windows import windows_for
 from optim.runtime.walk.walk import HiddenStates, Walk
@@ -71,8 +71,11 @@ def tune(
     force: bool = False,
     device: str = "auto",
     threads: int | None = None,
+    prove: Prove | None = None,
 ) -> Tuned:
     """Train the scales and norms of `source` towards the outputs of `against`.
+
+    `prove` measures the result before it gets its name.
 
     Raises OptimError: 2 for a source that has no packed linears or is of another model, 4 where
     the machine gave out (the same command goes on).
@@ -92,8 +95,9 @@ def tune(
         trained, kl = _train(artifact, base, windows, asked, workspace, device, progress)
         _write(artifact, workspace, trained)
         nbytes, notes = _finish(artifact, base, workspace, kl, recipe)
-    seconds = time.monotonic() - start
-    return Tuned(output, nbytes, seconds, peak_bytes(), kl, notes)
+        cost = Cost.since(start)
+        workspace.publish(prove, cost)
+    return Tuned(output, nbytes, cost.seconds, cost.peak_memory_bytes, kl, notes)
 
 
 def _check(artifact: Checkpoint, base: Checkpoint, against: str) -> None:
@@ -163,7 +167,7 @@ def _finish(
     kl: list[float],
     recipe: dict[str, Any],
 ) -> tuple[int, list[str]]:
-    """The small files; publishes. Returns the bytes of all tensors, and notes."""
+    """The small files; returns the bytes of all tensors, and notes."""
     hidden = any((artifact.folder / name).is_file() for name in (OWN_INDEX, OWN_SINGLE))
     one = workspace.join(OWN_SINGLE if hidden else SINGLES[0])
     workspace.write_text("config.json", json.dumps(artifact.config, indent=2) + "\n")
@@ -191,7 +195,6 @@ def _finish(
         workspace.output.name, about, ("compressed-tensors", "optim"), programs, "", again, settings
     )
     workspace.write_text(CARD, card_of(card, base))
-    workspace.publish()
     return sum(s for record in workspace.done for s in record["tensors"].values()), notes
 
 

@@ -1,5 +1,7 @@
 """The short measurement that a compression ends with: what the result cost, on a text of our own.
 
+Workspace.publish calls it while the artifact has no name yet, and records what it finds.
+
 A few windows are enough to see that a model is whole, and about how far it moved; the errors say
 how sure that is. `optim eval --record` puts a longer measurement in its place.
 """
@@ -9,7 +11,6 @@ from typing import Any
 
 from optim.runtime.measure.quality import Progress, evaluate
 from optim.runtime.storage.open import open_checkpoint
-from optim.runtime.storage.record import record
 
 TEXT = "builtin:eval"
 WINDOW = 512
@@ -25,10 +26,10 @@ def prove(
     threads: int | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Measure the artifact in `folder` against its source, and keep that in its manifest and card.
+    """Measure the artifact in `folder` against its source: the evaluation for its manifest.
 
     Only a block of each model is in memory at a time. Raises OptimError where nothing can be
-    measured, as without a tokenizer; the artifact is then as it was.
+    measured, as without a tokenizer.
     """
     found = evaluate(
         str(folder),
@@ -42,9 +43,7 @@ def prove(
         progress=progress,
     )
     given = {"text": TEXT, "against": against, **found.as_dict()}
-    kept = {key: value for key, value in given.items() if value is not None}
-    record(folder, kept)
-    return kept
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def _window(folder: Path, trust: bool) -> int:

@@ -8,6 +8,7 @@ kept as they are. The JSON schema is in docs/artifact.md.
 
 import json
 import platform
+import time
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.system.files import load_json
 from optim.runtime.system.hashes import file_sha256
+from optim.runtime.system.memory import peak_bytes
 from optim.runtime.system.output import MANIFEST
 
 VERSION: Final = 1
@@ -84,6 +86,11 @@ class Cost(Part):
 
     seconds: Measure
     peak_memory_bytes: Count
+
+    @classmethod
+    def since(cls, start: float) -> "Cost":
+        """What this process has taken since the monotonic time `start`."""
+        return cls(seconds=time.monotonic() - start, peak_memory_bytes=peak_bytes())
 
 
 class Manifest(Part):

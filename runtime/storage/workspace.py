@@ -3,13 +3,14 @@
 While a run goes on everything is in `<output>.partial`: the shards under `artifact/`, and a journal
 whose first line says what is being made and every further line what is safely on disk. The same run
 started again goes on after the last journalled step; at the end one rename makes the artifact.
-Nothing in it depends on time or machine, so a resumed run ends with the same bytes.
+Nothing but the day and what `prove` records depends on time or machine, so a resumed run ends with
+the same bytes.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -21,7 +22,8 @@ from torch import Tensor
 from optim.recipes.errors import CHECK_FAILED, MACHINE, USAGE, OptimError
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.join import MOST_BYTES, join
-from optim.runtime.storage.manifest import Manifest, Source
+from optim.runtime.storage.manifest import Cost, Manifest, Source
+from optim.runtime.storage.record import record as keep
 from optim.runtime.storage.tensors import TensorInfo
 from optim.runtime.system.files import ordinary_mode, sync
 from optim.runtime.system.hashes import file_sha256
@@ -34,6 +36,8 @@ from optim.runtime.system.output import (
 )
 
 SHARD_BYTES = 2**30
+Prove = Callable[[Path], dict[str, Any] | None]
+"""Measures the finished artifact in a folder; returns the evaluation to keep in it, if any."""
 KEPT = "kept"
 """Folder of a workspace: long work that is done before the first step, with its own journal."""
 
@@ -41,7 +45,8 @@ KEPT = "kept"
 class Workspace:
     """The unfinished artifact at `<output>.partial`, locked for this process.
 
-    `identity` is what the run makes and from what; `done` the records of the steps already on disk.
+    `identity` is what the run makes and from what; `done` the records of the steps already on disk,
+    `resumed` whether there were some at the start.
     `source` is what is read: it must be at the end what it was at the start.
     """
 
@@ -74,6 +79,7 @@ class Workspace:
             raise problem
         self.files.mkdir(exist_ok=True)
         self._resume(force)
+        self.resumed = bool(self.done)
 
     def __enter__(self) -> Self:
         return self
@@ -147,13 +153,18 @@ class Workspace:
         """`optim.json`."""
         self.write_text(MANIFEST, manifest.text())
 
-    def publish(self) -> None:
+    def publish(self, prove: Prove | None = None, cost: Cost | None = None) -> None:
         """Make the artifact appear at `output`, then remove the workspace.
+
+        It is measured before, and carries what `prove` found and what making it took: of a resumed
+        run only a part is known, which is left out. A run stopped meanwhile measures again.
 
         What stood there moves into the workspace first, in one rename; a run that is killed before
         the second rename leaves it there, and the next one puts it back. OptimError (1) if
         something has appeared at `output` that may not be replaced: the workspace is kept.
         """
+        if prove is not None:
+            keep(self.files, prove(self.files), None if self.resumed else cost)
         if self.source is not None:
             self.source.require_unchanged()
         problem = refusal(self.output, self._replace)
@@ -201,11 +212,11 @@ class Workspace:
                 what = f"{path} is not what the unfinished run has written"
                 raise OptimError(what, "start over with --force", MACHINE)
             lines = []
-        if lines:
-            self.done = lines[1:]
-        else:
-            shutil.rmtree(self.files)
-            self.files.mkdir()
+        self.done = lines[1:]
+        kept = {record.get("file") for record in self.done}
+        for path in self.files.iterdir():  # what is not journalled is written again
+            if path.name not in kept:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         self._write_journal()  # without a line that a kill has cut off
 
     def _write_journal(self) -> None:

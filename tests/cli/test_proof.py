@@ -76,29 +76,51 @@ def test_lossless_packing_is_proven_already(make_model: Make, tmp_path: Path) ->
     assert "evaluation" not in manifest(tmp_path / "out")
 
 
-def test_ctrl_c_leaves_a_whole_artifact(
+@pytest.mark.parametrize("command", COMMANDS)
+def test_stopped_in_the_measuring_the_same_command_goes_on(
+    command: str,
     make_model: Make,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
+    """Nothing has the artifact's name before; what is solved is not solved again."""
+
     def stopped(*_words: object, **_named: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(proof, "evaluate", stopped)
-    source, made = make_model("llama"), tmp_path / "out"
-    assert run("quantize", source, *COMMANDS["quantize"], "-o", made) == 130
+    source, made, whole = make_model("llama"), tmp_path / "out", tmp_path / "whole"
+    words = (command, source, *COMMANDS[command])
+    with monkeypatch.context() as patch:
+        patch.setattr(proof, "evaluate", stopped)
+        assert run(*words, "-o", made) == 130
     err = capfd.readouterr().err
-    assert f"{made} is whole" in err and "Traceback" not in err
+    assert "stopped; the same command" in err and "--no-eval" in err and "Traceback" not in err
+    assert not made.exists() and (tmp_path / "out.partial").is_dir()
+    assert run(*words, "-o", made, "--json") == 0
+    report = json.loads(capfd.readouterr().out)
+    assert report["resumed"] and report["evaluation"]["kl"] > 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
-    assert "evaluation" not in manifest(made) and run("inspect", made, "--verify") == 0
-    # What the note says to type measures it.
-    (line,) = [text for text in err.splitlines() if "is whole" in text]
-    typed = line.split("`")[1].split()
-    assert typed[:2] == ["optim", "eval"] and "--record" in typed
-    monkeypatch.undo()
-    assert run(*typed[1:], "--window", "64", "--max-windows", "2") == 0
-    assert manifest(made)["evaluation"]["window"] == 64
+    assert run(*words, "-o", whole) == 0
+    assert manifest(whole)["cost"] and "cost" not in manifest(made)  # a part only is known
+    assert manifest(made) == {k: v for k, v in manifest(whole).items() if k != "cost"}
+
+
+def test_stopped_in_the_measuring_it_can_be_left_out(
+    make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_words: object, **_named: object) -> None:
+        raise KeyboardInterrupt
+
+    words = ("quantize", make_model("llama"), *COMMANDS["quantize"])
+    with monkeypatch.context() as patch:
+        patch.setattr(proof, "evaluate", stopped)
+        assert run(*words, "-o", tmp_path / "out") == 130
+    held = []
+    for place in (tmp_path, tmp_path / "whole"):
+        assert run(*words, "-o", place / "out", "--no-eval") == 0
+        held.append({path.name: path.read_bytes() for path in (place / "out").iterdir()})
+    assert held[0] == held[1] and not (tmp_path / "out.partial").exists()
 
 
 def test_a_model_without_tokenizer_is_not_measured(

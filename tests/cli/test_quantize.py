@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import optim.cli
 from optim.cli import ui
 from optim.recipes.schema import Recipe
+from optim.runtime.storage.workspace import Prove
 
 Captured = pytest.CaptureFixture[str]
 
@@ -55,11 +57,15 @@ class Work:
         self.planned.append((recipe, how))
         return SimpleNamespace(as_dict=lambda: PLAN, check_text=lambda: None)
 
-    def quantize(self, _plan: SimpleNamespace, progress: ui.Step) -> SimpleNamespace:
+    def quantize(
+        self, _plan: SimpleNamespace, progress: ui.Step, *, prove: Prove | None
+    ) -> SimpleNamespace:
         self.done += 1
         progress(1, 2, "block 0")
         if self.stopped:
             raise KeyboardInterrupt
+        assert prove is not None
+        prove(Path("out.partial/artifact"))
         return SimpleNamespace(as_dict=lambda: REPORT)
 
 
@@ -90,9 +96,9 @@ def test_a_run_reports_and_names_the_next_command(
     first, *rest = err.splitlines()
     assert first.startswith("awq 1/2 · block 0")
     assert rest == [
-        "block 1: rounded",
         "perplexity 20.000 -> 21.000 (+5.00%) · KL 0.0312 ± 0.0021 · same likeliest token 90.5%"
         " · 4 x 512 tokens of builtin:eval",
+        "block 1: rounded",
         "✓ ./out · 100 MB · 5.30 bits/weight · 2m58s",
         "  next: optim run ./out",
     ]

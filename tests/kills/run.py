@@ -1,9 +1,9 @@
 """Kill commands with SIGKILL at random moments: `python tests/kills/run.py --kills 100 --seed 1`.
 
 Each command works on a tiny model in a child process. After every kill it is started again, is
-perhaps killed again, and in the end must leave the bytes of a run that nothing disturbed, and no
-other file; one killed after its last rename leaves its workspace behind. Prints a row for each
-command; exit code 1 if one left anything else.
+perhaps killed again, and in the end must leave the bytes of a run that nothing disturbed, what was
+measured included, and no other file; one killed after its last rename leaves its workspace behind.
+Prints a row for each command; exit code 1 if one left anything else.
 """
 
 import argparse
@@ -28,14 +28,22 @@ import torch
 
 TEXT = ("--calibration", "text.txt", "--num-samples", "4", "--seq-len", "32", "--threads", "1")
 PLAIN = ("--threads", "1", "--no-eval")
-QUANTIZE = ("quantize", "model", *TEXT, "--no-eval")
+QUANTIZE = ("quantize", "model", *TEXT)
+EXPORT = ("export", "quantized", "--threads", "1")
 COMMANDS: dict[str, tuple[str, ...]] = {
-    "quantize": (*QUANTIZE, "-m", "awq", "--group-size", "32"),
-    "mergequant": (*QUANTIZE, "-m", "mergequant"),
-    "prune": ("prune", "model", *TEXT, "--no-eval", "-m", "threshold"),
+    "quantize": (*QUANTIZE, "-m", "awq", "--group-size", "32", "--no-eval"),
+    "measured": (*QUANTIZE, "-m", "rtn", "--group-size", "32"),
+    "mergequant": (*QUANTIZE, "-m", "mergequant", "--no-eval"),
+    "prune": ("prune", "model", *TEXT, "-m", "threshold"),
     "pack df11": ("pack", "model", "--layout", "df11", *PLAIN),
     "pack bf12": ("pack", "model", "--layout", "bf12", *PLAIN),
     "unpack": ("unpack", "packed", "--threads", "1"),
+    "export awq": (*EXPORT, "-f", "awq"),
+    "export gguf": (*EXPORT, "-f", "gguf", "-o", "out.gguf"),
+}
+MADE = {  # what the commands read beside the model: the command that writes it
+    "packed": COMMANDS["pack df11"],
+    "quantized": ("quantize", "model", "-m", "rtn", "--group-size", "32", "--no-eval"),
 }
 WORDS = "The harbour lay still in the early light. Boats came home with their nets full. " * 40
 HEAVY = (
@@ -44,16 +52,19 @@ HEAVY = (
     "optim.prune.run",
     "optim.export.lossless.pack",
     "optim.export.lossless.unpack",
+    "optim.export.run",
+    "optim.runtime.measure.proof",
     "optim.runtime.engine.load",
 )
+NAMES = ("out", "out.gguf")
 LOG = Path(tempfile.gettempdir()) / f"optim-kills-{os.getpid()}.log"
-COST = re.compile(rb"\s*## What it cost\s+Made in .*")
+COST = re.compile(rb"\s*(## What it cost\s+)?Made in .*")
 AGAIN = 0.3
 """How often a command that was started again is killed again."""
 
 
 def start(command: tuple[str, ...], folder: Path) -> int:
-    """Run `optim COMMAND -o out` in a child that stands in `folder`; returns its process."""
+    """Run `optim -o out COMMAND` in a child that stands in `folder`; returns its process."""
     child = os.fork()
     if child:
         return child
@@ -61,7 +72,7 @@ def start(command: tuple[str, ...], folder: Path) -> int:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         os.chdir(folder)
-        sys.argv = ["optim", *command, "-o", "out"]
+        sys.argv = ["optim", command[0], "-o", "out", *command[1:]]
         from optim.cli import main
 
         os._exit(main())
@@ -98,11 +109,22 @@ def lasting(path: Path) -> bytes:
     return COST.sub(b"", data).strip() if path.name == "README.md" else data
 
 
+def remove(path: Path | None) -> None:
+    """Remove a file or a folder, if there is one."""
+    if path is not None:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def made(folder: Path) -> Path | None:
+    """What a command has made in `folder`, under its name."""
+    return next((path for name in NAMES if (path := folder / name).exists()), None)
+
+
 def place(root: Path, name: str) -> Path:
     """A folder with what the commands read."""
     folder = root / name
     folder.mkdir()
-    for given in ("model", "packed", "text.txt"):
+    for given in ("model", "text.txt", *MADE):
         (folder / given).symlink_to(root / given)
     return folder
 
@@ -114,9 +136,9 @@ def one(
     folder, kills = place(root, "broken"), 0
     try:
         while not kills or draw.random() < AGAIN:
-            shutil.rmtree(folder / "out", ignore_errors=True)
+            remove(made(folder))
             kills += killed_after(start(command, folder), draw.random() * lasts)
-        if (folder / "out").exists():  # killed after its last rename: it has not tidied up
+        if made(folder):  # killed after its last rename: it has not tidied up
             shutil.rmtree(folder / "out.partial", ignore_errors=True)
         else:
             must_end(start(command, folder))
@@ -146,15 +168,14 @@ def main() -> int:
         os.environ["OPTIM_CACHE"] = os.environ.get("OPTIM_CACHE", str(root / "cache"))
         bases.make_plain(root / "model")
         (root / "text.txt").write_text(WORDS)
-        (root / "packing").mkdir()
-        (root / "packing" / "model").symlink_to(root / "model")
-        must_end(start(COMMANDS["pack df11"], root / "packing"))
-        (root / "packed").symlink_to(root / "packing" / "out")
+        for given, command in MADE.items():
+            must_end(start(command, place(root, f"{given}-made")))
+            (root / given).symlink_to(root / f"{given}-made" / "out")
         for title, command in COMMANDS.items():
             draw = Random(f"{title} {asked.seed}")
             undisturbed = place(root, "whole")
             must_end(start(command, undisturbed))  # compiles kernels
-            shutil.rmtree(undisturbed / "out")
+            remove(made(undisturbed))
             begin = time.monotonic()
             must_end(start(command, undisturbed))
             lasts, whole = time.monotonic() - begin, hashes(undisturbed)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from optim.recipes.errors import MACHINE, USAGE, OptimError
 from optim.runtime.storage import workspace as module
-from optim.runtime.storage.manifest import verify
+from optim.runtime.storage.manifest import Cost, Manifest, read_manifest, verify
 from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.storage.workspace import Workspace, index_of, shards_in
 from optim.runtime.system.hashes import file_sha256, tensor_sha256
@@ -288,6 +289,37 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tiny_folder: Path) ->
         workspace.publish()
     workspace.close()
     assert not tiny_folder.with_name("out").exists()
+
+
+def test_what_is_measured_is_kept_before_the_artifact_has_its_name(tmp_path: Path) -> None:
+    output, seen = tmp_path / "out", list[Path]()
+
+    def prove(folder: Path) -> dict[str, Any]:
+        assert (folder / "optim.json").is_file() and not output.exists()
+        seen.append(folder)
+        return {"text": "t", "windows": 1, "window": 8, "tokens": 7, "perplexity": 9.0}
+
+    def run() -> None:
+        with Workspace(output, IDENTITY, False) as workspace:
+            if not workspace.done:
+                workspace.commit(workspace.write_shard("a.safetensors", _tensors(0)))
+            workspace.write_manifest(Manifest(shards=shards_in(workspace.done)))
+            workspace.publish(prove, Cost(seconds=2.0, peak_memory_bytes=3))
+
+    run()
+    whole = read_manifest(output)
+    assert whole and whole.cost and whole.evaluation and whole.evaluation["perplexity"] == 9.0
+    shutil.rmtree(output)
+    left = Workspace(output, IDENTITY, False)
+    left.commit(left.write_shard("a.safetensors", _tensors(0)))
+    (left.files / "optim.json.new").write_text("{")  # killed in the recording
+    (left.files / "templates").mkdir()
+    left.close()
+    run()
+    assert sorted(p.name for p in output.iterdir()) == ["README.md", "a.safetensors", "optim.json"]
+    again = read_manifest(output)
+    assert again and again.cost is None and again.evaluation == whole.evaluation
+    assert len(seen) == 2
 
 
 def _joined(output: Path) -> None:
