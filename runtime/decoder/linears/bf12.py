@@ -17,6 +17,8 @@ from optim.runtime.decoder.linears.dense import FEW, DenseLinear, many
 from optim.runtime.decoder.linears.source import Source
 from optim.runtime.kernels.bf12 import Planes, planes_of
 from optim.runtime.kernels.cpu import bf12 as cpu_bf12
+from optim.runtime.kernels.cpu.decode import Reader
+from optim.runtime.kernels.cpu.dense import Dense
 
 GAINS: dict[str, float | None] = {"cpu": 1.19, "cuda": None}
 """Kind of device: how much faster planes decode a whole model than bf16 (docs/lossless.md, one
@@ -74,6 +76,11 @@ class PlaneLinear(Linear):
     @property
     def table(self) -> Table:
         return self
+
+    @property
+    def c_reader(self) -> Reader | None:
+        held = self.planes
+        return Reader(Dense(held.c, self.bias)) if isinstance(held, Planes) else None
 
     @property
     def weight(self) -> Tensor:

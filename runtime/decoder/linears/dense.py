@@ -17,6 +17,8 @@ from optim.runtime.decoder.linears.source import Source
 from optim.runtime.decoder.linears.sparse import sparse_dense
 from optim.runtime.kernels.cpu import bf16 as cpu_bf16
 from optim.runtime.kernels.cpu import skip_dense
+from optim.runtime.kernels.cpu.decode import Reader
+from optim.runtime.kernels.cpu.dense import Dense
 from optim.runtime.kernels.huge_pages import use_huge_pages
 
 SLICE = 1 << 20  # weights widened at a time: 4 MB in fp32
@@ -72,6 +74,11 @@ class DenseLinear(Linear):
     @property
     def table(self) -> Table:
         return self.weight
+
+    @property
+    def c_reader(self) -> Reader | None:
+        narrow = self.alike == FEW
+        return Reader(Dense(self.weight, self.bias)) if narrow else None
 
     @property
     def c_rows(self) -> skip_dense.Rows | None:

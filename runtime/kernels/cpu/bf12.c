@@ -13,14 +13,8 @@
 enum { GROUP = 64, EACH = 64, PALETTE = 16 };
 
 typedef struct {
-    const uint8_t *low;         /* [rows][cols] */
-    const uint8_t *high;        /* [rows][optim_bf12_width(cols)] */
-    const uint8_t *palette;     /* [PALETTE] */
-    const int32_t *escapes;     /* [rows + 1]: where each row's begin in the next two */
-    const int32_t *at;          /* row * cols + column, rising */
-    const uint8_t *escaped;     /* the high byte there */
-    int64_t rows, cols;
-} Planes;
+    Chunk half[2];
+} Group;
 
 SIZE_OF(Planes)
 
@@ -91,35 +85,41 @@ static inline void patch(const Planes *p, int32_t *e, int32_t last, int64_t from
 }
 
 #ifdef __AVX2__
-typedef struct {
-    __m256i p, q; /* 16 weights each */
-} Pair;
-
-/* unpack works in halves: the middle quarters of names and bytes change places first. */
-static inline __m256i apart(const uint8_t *bytes) {
-    return _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i *)bytes), 0xd8);
-}
-
-static inline Pair decode_32(__m256i palette, const uint8_t *low, __m256i names) {
-    const __m256i l = apart(low), four = _mm256_and_si256(names, _mm256_set1_epi8(15));
-    const __m256i h = _mm256_shuffle_epi8(palette, four);
-    return (Pair){_mm256_unpacklo_epi8(l, h), _mm256_unpackhi_epi8(l, h)};
-}
-
-static inline __m256i table_of(const Planes *p) {
+INLINE __m256i table_of(const Planes *p) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p->palette));
 }
 
-static void group(const Planes *p, const uint8_t *low, const uint8_t *high, uint16_t *out) {
-    const __m256i names = apart(high), palette = table_of(p);
-    const Pair one = decode_32(palette, low, names);
-    const Pair two = decode_32(palette, low + 32, _mm256_srli_epi16(names, 4));
-    const __m256i all[4] = {one.p, one.q, two.p, two.q};
-    memcpy(out, all, sizeof all);
+#if LANES == 16
+INLINE Chunk decode(__m256i palette, __m256i low, __m256i names) {
+    const __m256i four = _mm256_and_si256(names, _mm256_set1_epi8(15));
+    const __m512i h = _mm512_cvtepu8_epi16(_mm256_shuffle_epi8(palette, four));
+    return (Chunk){{(pairs)_mm512_or_si512(_mm512_cvtepu8_epi16(low), _mm512_slli_epi16(h, 8))}};
 }
 #else
-static void group(const Planes *p, const uint8_t *low, const uint8_t *high, uint16_t *out) {
-    tail(p, low, high, GROUP, out);
+/* unpack works in halves: the middle quarters of names and bytes change places first. */
+INLINE __m256i apart(__m256i bytes) { return _mm256_permute4x64_epi64(bytes, 0xd8); }
+
+INLINE Chunk decode(__m256i palette, __m256i low, __m256i names) {
+    const __m256i four = _mm256_and_si256(apart(names), _mm256_set1_epi8(15)), l = apart(low);
+    const __m256i h = _mm256_shuffle_epi8(palette, four);
+    return (Chunk){{(pairs)_mm256_unpacklo_epi8(l, h), (pairs)_mm256_unpackhi_epi8(l, h)}};
+}
+#endif
+
+/* GROUP weights. */
+INLINE Group group(const Planes *p, const uint8_t *low, const uint8_t *high) {
+    const __m256i *l = (const __m256i *)low, palette = table_of(p);
+    const __m256i names = _mm256_loadu_si256((const __m256i *)high);
+    return (Group){{decode(palette, _mm256_loadu_si256(l), names),
+                    decode(palette, _mm256_loadu_si256(l + 1), _mm256_srli_epi16(names, 4))}};
+}
+#else
+INLINE Group group(const Planes *p, const uint8_t *low, const uint8_t *high) {
+    uint16_t all[GROUP];
+    Group made;
+    tail(p, low, high, GROUP, all);
+    memcpy(&made, all, sizeof all);
+    return made;
 }
 #endif
 
@@ -135,7 +135,8 @@ static void expand(const Planes *p, int64_t row, uint16_t *out) {
     int64_t k = 0;
     for (; k + GROUP <= p->cols; k += GROUP) {
         fetch_ahead(low + k, high + k / 2);
-        group(p, low + k, high + k / 2, out + k);
+        const Group all = group(p, low + k, high + k / 2);
+        memcpy(out + k, &all, sizeof all);
     }
     tail(p, low + k, high + k / 2, p->cols - k, out + k);
     patch(p, &e, p->escapes[row + 1], first, first + p->cols, out);
@@ -147,77 +148,70 @@ void optim_bf12_rows(const Planes *p, int64_t from, int64_t end, uint16_t *out) 
 }
 
 typedef struct {
-    const Planes *planes;
-    const float *x, *split; /* [tokens][cols]; its even columns, then the odd */
-    float *y;               /* [tokens][outputs], of which this matrix fills its rows */
-    int64_t outputs, tokens, failed;
+    const Dense *of;
+    const float *x; /* [tokens][inputs], arranged */
+    float *y;       /* [tokens][outputs], of which this matrix fills its rows */
+    int64_t outputs, tokens;
 } Job;
 
-enum { ONCE = 2 }; /* tokens for which a row is decoded once: their sums fit the registers */
-
-/* One row times `n` tokens from `t` on; `room` is for the row, or what is patched of it. */
-INLINE void product(const Job *j, int64_t row, int64_t t, const int n, uint16_t *room) {
-    const Planes *p = j->planes;
-    const int64_t cols = p->cols, half = cols / 2;
-    const float *x = j->x + t * cols, *even = j->split + t * 2 * half, *odd = even + half;
-    float *y = j->y + t * j->outputs + row;
-    Sums s[ONCE] = {{{0}, {0}, {0}, {0}}, {{0}, {0}, {0}, {0}}};
-    int64_t k = 0;
-#ifdef __AVX2__
-    const int64_t first = row * cols;
-    const uint8_t *low = p->low + first, *high = p->high + row * optim_bf12_width(cols);
-    const __m256i palette = table_of(p);
+/* Row `row` times `count` tokens from `first` on: decoded once for all of them. */
+INLINE void tile(const Job *j, int64_t row, int64_t first, const int count) {
+    const Planes *p = j->of->planes;
+    const int64_t cols = p->cols, begin = row * cols;
+    const uint8_t *low = p->low + begin, *high = p->high + row * optim_bf12_width(cols);
+    const float *x = j->x + first * cols, bias = j->of->bias ? j->of->bias[row] : 0;
     const int32_t last = p->escapes[row + 1];
     int32_t e = p->escapes[row];
+    uint16_t some[GROUP];
+    Sums s[TOKENS] = {0};
+    int64_t k = 0;
     for (; k + GROUP <= cols; k += GROUP) {
-        const __m256i names = apart(high + k / 2);
         fetch_ahead(low + k, high + k / 2);
-        Pair w[2] = {decode_32(palette, low + k, names),
-                     decode_32(palette, low + k + 32, _mm256_srli_epi16(names, 4))};
-        if (__builtin_expect(e < last && p->at[e] < first + k + GROUP, 0)) {
-            memcpy(room, w, sizeof w);
-            patch(p, &e, last, first + k, first + k + GROUP, room);
-            memcpy(w, room, sizeof w);
+        Group w = group(p, low + k, high + k / 2);
+        if (__builtin_expect(e < last && p->at[e] < begin + k + GROUP, 0)) {
+            memcpy(some, &w, sizeof some);
+            patch(p, &e, last, begin + k, begin + k + GROUP, some);
+            memcpy(&w, some, sizeof some);
         }
-        for (int i = 0; i < n; i++)
-            for (int part = 0; part < 2; part++) {
-                const int64_t at = i * 2 * half + k / 2 + 16 * part;
-                add_32(&s[i], (words)w[part].p, (words)w[part].q, even + at, odd + at);
-            }
+#pragma GCC unroll 8
+        for (int m = 0; m < count; m++)
+            for (int i = 0; i < 2; i++) add_chunk(s + m, w.half[i], x + m * cols + k + i * CHUNK);
     }
-    tail(p, low + k, high + k / 2, cols - k, room);
-    patch(p, &e, last, first + k, first + cols, room);
-#else
-    expand(p, row, room);
-#endif
-    for (int i = 0; i < n; i++)
-        y[i * j->outputs] = rest_of_row(s[i], room, x + i * cols + k, even + i * 2 * half + k / 2,
-                                        odd + i * 2 * half + k / 2, cols - k);
+    tail(p, low + k, high + k / 2, cols - k, some);
+    patch(p, &e, last, begin + k, begin + cols, some);
+    const int more = cols - k >= CHUNK;
+    Chunk w = {0};
+    if (more) memcpy(&w, some, sizeof w);
+#pragma GCC unroll 8
+    for (int m = 0; m < count; m++) {
+        const float *rest = x + m * cols + k;
+        if (more) add_chunk(s + m, w, rest);
+        j->y[(first + m) * j->outputs + row] =
+            bias + end_of_row(s[m], some + more * CHUNK, rest + more * CHUNK, (cols - k) % CHUNK);
+    }
 }
 
-static void one_output(const Job *j, int64_t row, uint16_t *room) {
-    int64_t t = 0;
-    for (; t + ONCE <= j->tokens; t += ONCE) product(j, row, t, ONCE, room);
-    for (; t < j->tokens; t++) product(j, row, t, 1, room);
+static void products(const Job *j, int64_t from, int64_t end) {
+    for (int64_t row = from; row < end; row++) EACH_TILE(j->tokens, tile, j, row)
 }
 
-static void some_rows(void *data, int64_t from, int64_t end) {
-    Job *j = data;
-    uint16_t *row = scratch(OF_THE_THREAD, (j->planes->cols + GROUP) * sizeof(uint16_t));
-    if (!row) __atomic_store_n(&j->failed, 1, __ATOMIC_RELAXED);
-    for (int64_t i = from; row && i < end; i++) one_output(j, i, row);
+void optim_bf12_products(const Dense *d, const float *x, float *y, int64_t tokens, int64_t from,
+                         int64_t end) {
+    products(&(Job){d, x, y, d->outputs, tokens}, from, end);
 }
+
+static void some_rows(void *job, int64_t from, int64_t end) { products(job, from, end); }
 
 /* x [tokens][cols] times the rows of `count` matrices, one after the other: y [tokens][outputs].
  * Returns nonzero if there is no memory. */
 int optim_bf12(const Planes *planes, int64_t count, const float *x, float *y, int64_t outputs,
                int64_t tokens, int threads, Team *team) {
-    float *split = split_columns(x, tokens, planes->cols);
-    int64_t failed = split == NULL;
-    for (const Planes *p = planes; !failed && p < planes + count; y += p->rows, p++) {
-        Job job = {p, x, split, y, outputs, tokens, 0};
+    const float *given = arranged(x, tokens, planes->cols);
+    if (!given) return 1;
+    for (const Planes *p = planes; p < planes + count; y += p->rows, p++) {
+        const Dense dense = {.inputs = p->cols, .outputs = p->rows, .planes = p};
+        Job job = {&dense, given, y, outputs, tokens};
         share(some_rows, &job, p->rows, EACH, threads, team);
-        failed = job.failed;
     }
-    return (int)failed;
+    return 0;
 }

@@ -1,4 +1,4 @@
-/* All blocks of a decoder for a few tokens of some texts, over packed weights, in one call.
+/* All blocks of a decoder for a few tokens of some texts, in one call.
  *
  *     h += attention(norm(h));  h += mlp(norm(h))      for each block
  *
@@ -15,12 +15,15 @@
 #include <sched.h>
 #include <string.h>
 
+#include "bf16.h"
 #include "optim.h"
 #include "parallel.h"
 
+/* One of three. */
 typedef struct {
     const Linear *whole;
-    Columns *columns; /* where `whole` is NULL */
+    Columns *columns;
+    const Dense *dense;
     float threshold;
 } Reader;
 
@@ -77,7 +80,7 @@ typedef struct {
 typedef struct {
     const Decoder *d;
     Stage *stages;
-    float *x, *y; /* [tokens, ..]: what is rounded, what a linear gives */
+    float *x, *y; /* [tokens, ..]: what a linear reads, what it gives */
     Activations act; /* of a linear that is read whole */
     Listed *listed;  /* [tokens], of one that is not */
     char *memory;    /* [tokens, memory_each] */
@@ -86,28 +89,43 @@ typedef struct {
 
 typedef void Piece(const Run *, const Block *, int64_t from, int64_t end);
 
-enum { STAGES = 10, SPINS = 4000 };
+enum { STAGES = 10, SPINS = 4000, ROWS = 16 /* of a dense piece */ };
 
 static void zero_below(float *restrict x, int64_t n, float threshold) {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) x[i] = fabsf(x[i]) <= threshold ? 0 : x[i];
 }
 
+static int64_t inputs_of(const Reader *l) {
+    return l->whole ? l->whole->inputs : l->dense ? l->dense->inputs : l->columns->inputs;
+}
+
 static void read_input(const Run *r, const Reader *l, int64_t token) {
-    if (l->whole) {
-        float *x = r->x + token * l->whole->inputs;
-        if (l->threshold >= 0) zero_below(x, l->whole->inputs, l->threshold);
-        optim_round(l->whole, r->x, (Activations *)&r->act, token);
-    } else {
-        const float *x = r->x + token * l->columns->inputs;
+    const int64_t n = inputs_of(l);
+    float *x = r->x + token * n;
+    if (l->columns) {
         optim_list(l->columns, x, l->threshold, r->memory + token * r->memory_each,
                    r->listed + token);
+        return;
     }
+    if (l->threshold >= 0) zero_below(x, n, l->threshold);
+    if (l->whole)
+        optim_round(l->whole, r->x, (Activations *)&r->act, token);
+    else
+        arrange(x, x, n);
+}
+
+/* The end of the dense piece before `piece`. */
+static int64_t row_end(const Dense *d, int64_t piece) {
+    return piece * ROWS < d->outputs ? piece * ROWS : d->outputs;
 }
 
 static void multiply(const Run *r, const Reader *l, int64_t from, int64_t end) {
     if (l->whole)
         optim_blocks(l->whole, &r->act, r->y, r->d->tokens, from, end);
+    else if (l->dense)
+        (l->dense->planes ? optim_bf12_products : optim_bf16_products)(
+            l->dense, r->x, r->y, r->d->tokens, from * ROWS, row_end(l->dense, end));
     else
         for (int64_t t = 0; t < r->d->tokens; t++)
             optim_columns(l->columns, r->listed + t, r->y + t * l->columns->outputs, from, end);
@@ -223,7 +241,8 @@ static void run_stage(const Run *r, const Block *b, Stage *s, Piece *piece, int6
 }
 
 static int64_t pieces_of(const Reader *l) {
-    if (!l->whole) return optim_lines(l->columns);
+    if (l->columns) return optim_lines(l->columns);
+    if (l->dense) return (l->dense->outputs + ROWS - 1) / ROWS;
     return (l->whole->outputs + optim_rows() - 1) / optim_rows();
 }
 

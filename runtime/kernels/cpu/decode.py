@@ -1,7 +1,7 @@
 """All blocks of a decoder for a few tokens of some texts in one C call (`decode.c`).
 
-What the C code computes is `optim.runtime.decoder.decoder.Block` with packed linears, RMS norms
-and a gated feed-forward; a test runs both over every kind of block.
+What the C code computes is `optim.runtime.decoder.decoder.Block` with linears that are packed, or
+of bf16 weights, RMS norms and a gated feed-forward; a test runs both over every kind of block.
 """
 
 import ctypes
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from optim.runtime.cache.full import Layer, LayeredCache
 from optim.runtime.kernels.compile import NoKernel, library, team
-from optim.runtime.kernels.cpu import skip_int4, w4a8
+from optim.runtime.kernels.cpu import dense, skip_int4, w4a8
 from optim.runtime.kernels.cpu import step as cpu_step
 from optim.runtime.kernels.cpu.attention_quantized import CPacked, CSide
+from optim.runtime.kernels.cpu.bf12 import CPlanes
 from optim.runtime.kernels.door import Struct, WrongTensor, address
 
 Angles = tuple[Tensor, Tensor]
@@ -39,9 +40,9 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """A packed linear without the inputs up to `threshold` in size; a `Weight` is read whole."""
+    """A linear without the inputs up to `threshold` in size, which only `Columns` do not read."""
 
-    weight: w4a8.Weight | skip_int4.Columns
+    weight: w4a8.Weight | skip_int4.Columns | dense.Dense
     threshold: float = skip_int4.NOTHING
 
 
@@ -74,7 +75,7 @@ class CReader(Struct):
     NAME = "Reader"
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("whole", "columns")),
+        *((name, ctypes.c_void_p) for name in ("whole", "columns", "dense")),
         ("threshold", ctypes.c_float),
     )
 
@@ -227,9 +228,8 @@ def _fill(block: CBlock, weights: BlockWeights, sizes: Sizes) -> None:
         found = reader.weight.inputs, reader.weight.outputs
         if found != shape:
             raise WrongTensor(f"{name} maps {found[0]} to {found[1]}, not {shape[0]} to {shape[1]}")
-        whole = isinstance(reader.weight, w4a8.Weight)
-        address = reader.weight.address
-        made = CReader(address if whole else None, None if whole else address, reader.threshold)
+        made = CReader(threshold=reader.threshold)
+        setattr(made, reader.weight.READ_AS, reader.weight.address)
         setattr(block, name, made)
     for name in NORMS:
         size = sizes.dim if name in HEAD_NORMS else sizes.hidden
@@ -246,9 +246,9 @@ def load() -> ctypes.CDLL:
         raise NoKernel("the kernels of a decode step do not work here")
     structs = (
         *(CDecoder, CBlock, CPlace, CText, CReader, cpu_step.CStep, CPacked, CSide),
-        *(w4a8.CLinear, skip_int4.CColumns),
+        *(w4a8.CLinear, skip_int4.CColumns, CPlanes, dense.CDense),
     )
-    others = "w4a8", "skip_int4", "step", "attention_quantized"
+    others = "w4a8", "skip_int4", "bf16", "bf12", "step", "attention_quantized"
     lib = library("decode", *others, structs=structs)
     lib.optim_decode.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
     return lib

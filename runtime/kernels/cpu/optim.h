@@ -87,6 +87,31 @@ int64_t optim_lines(const Columns *c); /* the pieces that the outputs come in */
 /* Outputs of the lines from..end: y [outputs]. */
 void optim_columns(const Columns *c, const Listed *l, float *y, int64_t from, int64_t end);
 
+/* A bf16 matrix in planes, bf12.c. */
+typedef struct {
+    const uint8_t *low;         /* [rows][cols] */
+    const uint8_t *high;        /* [rows][width of cols] */
+    const uint8_t *palette;     /* [16] */
+    const int32_t *escapes;     /* [rows + 1]: where each row's begin in the next two */
+    const int32_t *at;          /* row * cols + column, rising */
+    const uint8_t *escaped;     /* the high byte there */
+    int64_t rows, cols;
+} Planes;
+
+/* One linear of bf16 weights, bf16.c or bf12.c. */
+typedef struct {
+    int64_t inputs, outputs;
+    const uint16_t *weight; /* [outputs][inputs], or NULL */
+    const Planes *planes;   /* in its place */
+    const float *bias;      /* [outputs] or NULL */
+} Dense;
+
+/* Outputs from..end for all tokens: x [tokens][inputs], arranged (bf16.h); y [tokens][outputs]. */
+void optim_bf16_products(const Dense *d, const float *x, float *y, int64_t tokens, int64_t from,
+                         int64_t end);
+void optim_bf12_products(const Dense *d, const float *x, float *y, int64_t tokens, int64_t from,
+                         int64_t end);
+
 /* Keys, or values, of a packed cache (cache/quantized.py). */
 typedef struct {
     int64_t bits, capacity;

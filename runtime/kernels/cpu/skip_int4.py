@@ -11,6 +11,7 @@ all inputs are read (NOTHING), `NARROW` ones are read faster.
 import ctypes
 from functools import cache
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +45,8 @@ class CColumns(Struct):
 
 class Columns:
     """A 4-bit linear held input by input; `packed` makes one."""
+
+    READ_AS: ClassVar[str] = "columns"
 
     def __init__(
         self,

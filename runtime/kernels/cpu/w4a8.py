@@ -7,6 +7,7 @@ The relative error this adds to a layer's output is about 0.5 % (tests/runtime/k
 
 import ctypes
 from functools import cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -54,6 +55,8 @@ class Weight:
     `q` is uint8 `[out, in]`, or of 4 bits the words they are stored in, int32 `[out, in / 8]`;
     `zero` are zero points, or the floats that a scheme with an offset adds.
     """
+
+    READ_AS: ClassVar[str] = "whole"
 
     def __init__(
         self, q: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, bias: Tensor | None

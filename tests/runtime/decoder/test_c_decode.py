@@ -1,6 +1,7 @@
 """All blocks in one C call against the same blocks one by one, for every family that can."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from optim.runtime.cache.full import Policy
 from optim.runtime.decoder.c_decode import one_call
 from optim.runtime.decoder.decoder import Decoder
 from optim.runtime.decoder.layers import MLP
+from optim.runtime.decoder.linears.base import Linear
+from optim.runtime.decoder.linears.bf12 import PlaneLinear
 from optim.runtime.decoder.linears.dense import DenseLinear
 from optim.runtime.decoder.linears.pack_quantized import PackedLinear
 from optim.runtime.engine.load import Model, load_model
@@ -47,6 +50,16 @@ def packed(linear: DenseLinear, scheme: Scheme) -> PackedLinear:
 
 
 def with_packed_linears(model: Model, scheme: Scheme) -> Decoder:
+    return with_linears(model, partial(packed, scheme=scheme))
+
+
+def in_planes(linear: DenseLinear) -> PlaneLinear:
+    """`linear`, of bf16 weights, with the same weights in planes."""
+    return PlaneLinear(linear.weight, linear.bias)
+
+
+def with_linears(model: Model, change: Callable[[DenseLinear], Linear]) -> Decoder:
+    """`model` with other linears in its blocks."""
     decoder = model.decoder
     assert isinstance(decoder, Decoder)
     for block in decoder.blocks:
@@ -54,7 +67,7 @@ def with_packed_linears(model: Model, scheme: Scheme) -> Decoder:
         if isinstance(block.mlp, MLP):
             parts += [(block.mlp, "up"), (block.mlp, "down")]
         for part, name in parts:
-            setattr(part, name, packed(getattr(part, name), scheme))
+            setattr(part, name, change(getattr(part, name)))
     decoder.one_call = one_call(decoder.blocks, decoder.shape)
     return decoder
 
@@ -72,6 +85,19 @@ def test_every_family(table_family: str, make_model: MakeModel) -> None:
 def test_every_layout(scheme: Scheme, dtype: torch.dtype, make_model: MakeModel) -> None:
     model = load_model(str(make_model("mistral", dtype)), device="cpu")
     compare(model, with_packed_linears(model, scheme), steps=4)
+
+
+@pytest.mark.parametrize("change", [lambda linear: linear, in_planes], ids=["plain", "planes"])
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "phi3"])
+def test_bf16_weights(
+    family: str, change: Callable[[DenseLinear], Linear], make_model: MakeModel
+) -> None:
+    """With and without biases; every sum is that of the linear itself."""
+    model = load_model(str(make_model(family, torch.bfloat16)), device="cpu")
+    assert model.decoder.one_call is not None  # type: ignore[attr-defined]
+    decoder = with_linears(model, change)
+    assert decoder.one_call is not None
+    compare(model, decoder, steps=24, within=1e-5)
 
 
 def test_more_threads_than_work(make_model: MakeModel) -> None:
@@ -109,7 +135,9 @@ def test_every_cache(
     assert len(calls) == 42  # both short prompts, too
 
 
-def compare(model: Model, decoder: Decoder, steps: int, policy: Policy | None = None) -> None:
+def compare(
+    model: Model, decoder: Decoder, steps: int, policy: Policy | None = None, within: float = 2e-3
+) -> None:
     """Logits and caches of both ways, after a prompt."""
     torch.manual_seed(0)
     ids = torch.randint(0, 200, (1, 5 + steps))
@@ -123,5 +151,5 @@ def compare(model: Model, decoder: Decoder, steps: int, policy: Policy | None = 
         got = model.forward(token, fast)
         decoder.one_call = None
         wanted = model.forward(token, slow)
-        torch.testing.assert_close(got, wanted, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(got, wanted, rtol=within, atol=within)
         assert fast.length == slow.length

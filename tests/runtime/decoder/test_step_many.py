@@ -13,7 +13,14 @@ from optim.runtime.cache import quantized
 from optim.runtime.cache.full import Policy
 from optim.runtime.engine.load import Model, load_model
 from optim.runtime.formats.pack_quantized import Scheme
-from tests.runtime.decoder.test_c_decode import ABLE, SCHEMES, built, with_packed_linears
+from tests.runtime.decoder.test_c_decode import (
+    ABLE,
+    SCHEMES,
+    built,
+    in_planes,
+    with_linears,
+    with_packed_linears,
+)
 
 MakeModel = Callable[..., Path]
 pytestmark = pytest.mark.skipif(not built(), reason="no C compiler here")
@@ -100,6 +107,14 @@ def test_every_layout(scheme: Scheme, make_model: MakeModel) -> None:
     model = load_model(str(make_model("qwen2")), device="cpu")
     with_packed_linears(model, scheme)
     check(model, Policy(), [7, 20], [[4, 1], [1, 5]])
+
+
+@pytest.mark.parametrize("planes", [False, True])
+def test_bf16_weights(planes: bool, make_model: MakeModel, isa: str) -> None:
+    model = load_model(str(make_model("qwen2", torch.bfloat16)), device="cpu")
+    if planes:
+        with_linears(model, in_planes)
+    check(model, Policy(), [7, 20, 3], [[4, 1, 3], [1, 5, 9], [2, 6, 0], [0, 7, 0]])
 
 
 def test_two_threads_and_more(make_model: MakeModel) -> None:
