@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 from optim.cli import ui
 from optim.recipes.build import build_recipe, to_yaml
 from optim.recipes.errors import USAGE, OptimError
+from optim.recipes.meetings import sections
 from optim.recipes.schema import Recipe
 
 if TYPE_CHECKING:
     from optim.runtime.storage.workspace import Prove
 
-SECTIONS = ("quantize", "prune", "pack", "export")  # of a recipe: each is a command
 GOES_ON = "the same command goes on where it was"
 
 
@@ -77,8 +77,8 @@ def recipe_of(
         return None
     if recipe.model is None:
         raise OptimError("no model is given", f"optim {command} MODEL; `demo` is one", USAGE)
-    if getattr(recipe, command) is None:
-        there = next(section for section in SECTIONS if getattr(recipe, section) is not None)
+    there = sections(recipe)[0]
+    if command not in ("apply", *sections(recipe)):
         what = f"the recipe has no section {command}"
         raise OptimError(what, f"`optim {there}` runs it", USAGE)
     ui.notes.quiet = how.quiet

@@ -3,8 +3,10 @@
 from typing import Any
 
 from optim.cli import ui
+from optim.cli.apply.several import several
 from optim.cli.compress import How, carry_out, only_planned, recipe_of
-from optim.recipes.schema import Export
+from optim.recipes.meetings import sections
+from optim.recipes.schema import Export, Recipe
 
 
 def export(file_or_name: str | None, keys: dict[str, Any], how: How) -> None:
@@ -14,6 +16,13 @@ def export(file_or_name: str | None, keys: dict[str, Any], how: How) -> None:
     recipe = recipe_of("export", file_or_name, keys, [], how)
     if recipe is None:
         return
+    if len(sections(recipe)) > 1:
+        return several(recipe, file_or_name, how)
+    work(recipe, how)
+
+
+def work(recipe: Recipe, how: How) -> None:
+    """The plan, and the work unless it is a dry run."""
     assert recipe.model is not None and recipe.export is not None
     from optim.export.run import export, plan
 

@@ -69,6 +69,13 @@ TuneLength = Annotated[int, Option("--seq-len", help="Tokens of a window.")]
 TuneSeed = Annotated[int, Option("--seed", help="Seed of the windows and of their order.")]
 UnpackOutput = Annotated[str | None, Option("-o", "--output", help="Folder to write.")]
 
+Applied = Annotated[str, Argument(metavar="RECIPE", help="A file or a built-in name.")]
+ApplyOutput = Annotated[
+    str | None, Option("-o", "--output", help="Folder to write. Default: ./MODEL-RECIPE.")
+]
+KeepSteps = Annotated[
+    bool, Option("--keep-steps", help="Keep what lies in between, as OUTPUT.quantize and so on.")
+]
 ExportOutput = Annotated[
     str | None, Option("-o", "--output", help="What to write. Default: ./MODEL and the format.")
 ]

@@ -4,9 +4,11 @@ from functools import partial
 from typing import Any
 
 from optim.cli import ui
+from optim.cli.apply.several import several
 from optim.cli.compress import GOES_ON, How, carry_out, only_planned, recipe_of
-from optim.cli.quantize_and_pack import quantize_and_pack
 from optim.recipes.errors import USAGE, OptimError
+from optim.recipes.meetings import sections
+from optim.recipes.schema import Recipe
 
 
 def pack(file_or_name: str | None, keys: dict[str, Any], how: How) -> None:
@@ -16,9 +18,14 @@ def pack(file_or_name: str | None, keys: dict[str, Any], how: How) -> None:
     recipe = recipe_of("pack", file_or_name, keys, [], how)
     if recipe is None:
         return
+    if len(sections(recipe)) > 1:
+        return several(recipe, file_or_name, how)
+    work(recipe, how)
+
+
+def work(recipe: Recipe, how: How) -> None:
+    """The plan, and the work unless it is a dry run."""
     assert recipe.model is not None and recipe.pack is not None
-    if recipe.quantize is not None:
-        return quantize_and_pack(recipe, how)
     from optim.export.lossless.pack import pack
     from optim.export.lossless.plan import plan
 

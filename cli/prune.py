@@ -5,7 +5,9 @@ from functools import partial
 from typing import Any
 
 from optim.cli import prune_prosparse, ui
+from optim.cli.apply.several import several
 from optim.cli.compress import How, carry_out, only_planned, recipe_of
+from optim.recipes.meetings import sections
 from optim.recipes.schema import Recipe
 
 TRAINED = {"prosparse": prune_prosparse.work}
@@ -20,6 +22,13 @@ def prune(file_or_name: str | None, keys: dict[str, Any], sets: Sequence[str], h
     recipe = recipe_of("prune", file_or_name, keys, sets, how)
     if recipe is None:
         return
+    if len(sections(recipe)) > 1:
+        return several(recipe, file_or_name, how)
+    work(recipe, how)
+
+
+def work(recipe: Recipe, how: How) -> None:
+    """The plan, and the work unless it is a dry run."""
     assert recipe.prune is not None
     TRAINED.get(recipe.prune.method, _measure)(recipe, how)
 

@@ -5,8 +5,10 @@ from functools import partial
 from typing import Any
 
 from optim.cli import ui
+from optim.cli.apply.several import several
 from optim.cli.compress import How, carry_out, only_planned, recipe_of
-from optim.cli.quantize_and_pack import quantize_and_pack
+from optim.recipes.meetings import sections
+from optim.recipes.schema import Recipe
 
 
 def quantize(file_or_name: str | None, keys: dict[str, Any], sets: Sequence[str], how: How) -> None:
@@ -16,8 +18,13 @@ def quantize(file_or_name: str | None, keys: dict[str, Any], sets: Sequence[str]
     recipe = recipe_of("quantize", file_or_name, keys, sets, how)
     if recipe is None:
         return
-    if recipe.pack is not None:
-        return quantize_and_pack(recipe, how)
+    if len(sections(recipe)) > 1:
+        return several(recipe, file_or_name, how)
+    work(recipe, how)
+
+
+def work(recipe: Recipe, how: How) -> None:
+    """The plan, and the work unless it is a dry run."""
     from optim.quant.run import plan, quantize
 
     made = plan(recipe, **how.given)

@@ -1,6 +1,7 @@
 """`optim export`: open a model, say what a format makes of it, write it."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,18 +55,26 @@ def plan(
     if isinstance(source, str):
         source = open_checkpoint(source, trust_remote_code=trust_remote_code)
     exporter = FORMATS[wanted.format]
-    _refuse(source, wanted, exporter)
+    refuse(source, wanted, exporter)
     model = PlainView(source)
     held = [_as_read(source, item) for item in exporter.hold(model, wanted)]
     name = f"./{source.name}-{wanted.format}" if not exporter.suffix else f"./{source.name}"
     place = Path(output or f"{name}{exporter.suffix}")
     nbytes = sum(item.nbytes for item in held)
-    if exporter.suffix:
-        check_file(place, exporter.suffix, force, nbytes, source.store.files)
-    else:
-        check_output(place, force, nbytes, source.places)
+    inputs = source.store.files if exporter.suffix else source.places
+    check_place(place, exporter, force, nbytes, inputs)
     notes = tuple(_notes(source, model))
     return Plan(source, model, wanted, exporter, place, force, held, notes)
+
+
+def check_place(
+    place: Path, exporter: Exporter, force: bool, need: int, inputs: Iterable[Path] = ()
+) -> None:
+    """Raise OptimError, 2 or 4, for a place where an export of `need` bytes cannot stand."""
+    if exporter.suffix:
+        check_file(place, exporter.suffix, force, need, inputs)
+    else:
+        check_output(place, force, need, inputs)
 
 
 def export(made: Plan, progress: Progress) -> Report:
@@ -97,7 +106,7 @@ def _as_read(checkpoint: Checkpoint, item: Held) -> Held:
     return replace(item, source=stored[0], change=change)
 
 
-def _refuse(checkpoint: Checkpoint, wanted: Export, exporter: Exporter) -> None:
+def refuse(checkpoint: Checkpoint, wanted: Export, exporter: Exporter) -> None:
     """Keys that the format does not read, and models that no format of others holds."""
     given = wanted.model_fields_set - {"format"}
     for key in sorted(given - exporter.keys):

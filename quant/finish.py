@@ -2,14 +2,15 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from optim.quant.plan import Plan, mixes_experts, only_ours
-from optim.quant.solver import Solver
+from optim.quant.solver import Method, Solver
 from optim.recipes.build import to_yaml
+from optim.runtime.formats.schemes import Scheme
 from optim.runtime.storage.card import Card, card_of
 from optim.runtime.storage.manifest import BlockError, Calibration, Manifest, made_here
 from optim.runtime.storage.size_table import rounded_before
@@ -105,13 +106,13 @@ def _manifest(made: Plan, workspace: Workspace, windows: Tensor | None) -> Manif
     )
 
 
-def _runs(made: Plan) -> tuple[tuple[str, ...], str]:
-    """The programs that run the folder, and a word on others."""
-    if why := only_ours(made.schemes):
+def runs(method: Method, schemes: Mapping[str, Scheme]) -> tuple[tuple[str, ...], str]:
+    """The programs that run a quantized folder, and a word on others."""
+    if why := only_ours(schemes):
         return ("optim",), f"transformers does not load {why}."
-    if not {scheme.bits for scheme in made.schemes.values()} <= BITS_OF_OTHERS:
+    if not {scheme.bits for scheme in schemes.values()} <= BITS_OF_OTHERS:
         return ("optim",), "The packing of 2 and 3 bits differs between versions of other programs."
-    return made.method.programs, made.method.remark
+    return method.programs, method.remark
 
 
 def _card(made: Plan, manifest: Manifest) -> str:
@@ -130,7 +131,7 @@ def _card(made: Plan, manifest: Manifest) -> str:
 | group | format | tensors | weights | bytes |
 |---|---|---:|---:|---:|
 {rows}"""
-    programs, remark = _runs(made)
+    programs, remark = runs(made.method, made.schemes)
     recipe = to_yaml(made.recipe.model_copy(update={"output": None}))
     again = "optim quantize --recipe recipe.yaml"
     card = Card(made.output.name, about, made.method.tags, programs, remark, again, recipe)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from optim.recipes import meetings
 from optim.recipes.section import SET_ONLY as SET_ONLY
 from optim.recipes.section import Patterns
 from optim.recipes.section import Section as Section
@@ -314,7 +315,7 @@ SECTIONS: dict[str, Mapping[str, type[Section]]] = {"quantize": METHODS, "prune"
 
 
 class Recipe(Section):
-    """The whole recipe, checked: one of the sections, or `quantize` and `pack` together."""
+    """The whole recipe, checked: one or more of the sections (meetings.py has who may meet)."""
 
     version: Literal[1]
     model: str | None = Field(default=None, min_length=1)
@@ -345,15 +346,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _has_sections_that_go_together(self) -> "Recipe":
-        makes = [self.quantize, self.prune, self.pack]
-        if self.export is None and makes == [None, None, None]:
+        if not meetings.sections(self):
             raise ValueError("must have a section quantize, prune, pack or export")
-        if self.export is not None and makes != [None, None, None]:
-            raise ValueError("export stands alone: export the folder that was written")
-        if self.prune is not None and self.quantize is not None:
-            raise ValueError("prune cannot stand beside quantize: prune the folder it has written")
-        if self.prune is not None and self.pack is not None:
-            raise ValueError("prune cannot stand beside pack: packed rows cannot be skipped")
+        if (why := meetings.refusal(self)) is not None:
+            raise ValueError(why)
         return self
 
 

@@ -145,6 +145,35 @@ def export(
 
 
 @app.command(
+    rich_help_panel="Compress", epilog="Example: optim apply small-everywhere demo -o smollm2"
+)
+def apply(
+    recipe: flags.Applied,
+    model: flags.RecipeModel = None,
+    output: flags.ApplyOutput = None,
+    sets: flags.Sets = None,
+    keep_steps: flags.KeepSteps = False,
+    print_recipe: flags.PrintRecipe = False,
+    dry_run: flags.DryRun = False,
+    no_eval: flags.NoEval = False,
+    force: flags.Force = False,
+    device: flags.Device = "auto",
+    threads: flags.Threads = None,
+    trust_remote_code: flags.TrustCode = False,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+) -> None:
+    """Carry out all sections of a recipe: quantize, prune, pack, and an export beside it."""
+    from optim.cli.apply import command
+    from optim.cli.compress import How
+
+    keys = {"model": model, "output": output}
+    work = (print_recipe, dry_run, not no_eval)
+    how = How(device, threads, trust_remote_code, force, json, quiet, *work)
+    command.apply(recipe, keys, sets or [], how, keep_steps)
+
+
+@app.command(
     rich_help_panel="Compress",
     epilog="Example: optim tune smollm2-awq --against demo -o smollm2-tuned",
 )

@@ -22,7 +22,6 @@ from optim.recipes.schema import Export
 from optim.runtime.architecture.shape import Shape, resolve
 from optim.runtime.architecture.table import FAMILIES
 from optim.runtime.storage.dense_view import PlainView
-from optim.runtime.storage.gguf.packed import with_integers
 from optim.runtime.storage.workspace import disk_error
 from optim.runtime.system.files import replace_text, sync
 from optim.runtime.system.output import MARK
@@ -47,7 +46,7 @@ class Gguf:
 
     def hold(self, model: PlainView, wanted: Export) -> list[Held]:
         """See Exporter."""
-        model = _with_integers(model)
+        model = model.with_integers()
         row, shape = families.row_of(model), _shape(model)
         families.check(model, shape, row)
         rope(model, shape, row)
@@ -75,17 +74,12 @@ class Gguf:
         return nbytes
 
 
-def _with_integers(model: PlainView) -> PlainView:
-    """The blocks of a GGUF source as the integers that they are."""
-    return PlainView(with_integers(model.checkpoint))
-
-
 def _shape(model: PlainView) -> Shape:
     return resolve(model.checkpoint.settings, FAMILIES[model.checkpoint.family].decoder)
 
 
 def _write(made: Plan, path: Path, progress: Progress) -> int:
-    model = _with_integers(made.model)
+    model = made.model.with_integers()
     row, shape = families.row_of(model), _shape(model)
     keys, tables = rope(model, shape, row)
     found = layout.tensors(model, shape, row, made.wanted.type)

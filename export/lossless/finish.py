@@ -8,10 +8,12 @@ from typing import Any
 from optim.export.lossless.plan import Plan
 from optim.recipes.build import to_yaml
 from optim.recipes.schema import Pack, Recipe
+from optim.runtime.sparsity.side_file import SIDE, carry_side
 from optim.runtime.storage.card import Card, card_of
 from optim.runtime.storage.lossless.layouts import LAYOUTS, without_layout
 from optim.runtime.storage.manifest import Manifest, made_here, read_manifest
 from optim.runtime.storage.workspace import Workspace, shards_in, source_of
+from optim.runtime.system.hashes import file_sha256
 
 # Of the manifest of a quantized model: facts that hold after packing too.
 KEPT = ("calibration", "parameters", "modules", "blocks", "source_sha256")
@@ -30,6 +32,12 @@ def finish(made: Plan, workspace: Workspace) -> dict[str, Any]:
     manifest = _manifest(made, workspace)
     workspace.write_text("config.json", json.dumps(_config(made, workspace), indent=2) + "\n")
     workspace.write_manifest(manifest)
+    if (made.checkpoint.folder / SIDE).is_file():
+        nbytes = carry_side(made.checkpoint, workspace.files)
+        side = {SIDE: file_sha256(workspace.files / SIDE)}
+        news = {"shards": manifest.shards | side, "side_bytes": nbytes}
+        manifest = manifest.model_copy(update=news)
+        workspace.write_manifest(manifest)
     workspace.write_text("recipe.yaml", to_yaml(_recipe(made, manifest)))
     workspace.write_text("README.md", _card(made, manifest))
     made.checkpoint.write_sidecars(workspace.files)

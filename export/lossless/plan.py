@@ -94,6 +94,8 @@ def plan(
     checkpoint, infos = source, source.store.infos
     _refuse(checkpoint, pack)
     chosen = [name for name, info in infos.items() if _is_weight(name, info, pack)]
+    if _is_pruned(checkpoint):  # their rows are skipped one by one
+        chosen = [name for name in chosen if not BLOCK.fullmatch(name)]
     wide = [name for name in chosen if infos[name].dtype in CASTABLE]
     if wide and not pack.cast:
         _offer_cast(checkpoint, chosen, wide)
@@ -121,12 +123,16 @@ def plan(
 
 def _refuse(checkpoint: Checkpoint, pack: Pack) -> None:
     """Models that would not be what they were after packing."""
-    if (checkpoint.folder / SIDE).is_file():
+    if _is_pruned(checkpoint) and checkpoint.quantization is None:
         message = f"{checkpoint.source} is pruned: its rows are skipped, and packed ones cannot be"
         raise OptimError(message, "pack the model it was pruned from", USAGE)
     if pack.cast and checkpoint.quantization is not None:
         message = f"{checkpoint.source} is quantized: --cast would round its scales too"
         raise OptimError(message, "`optim pack --cast` the original, then quantize that", USAGE)
+
+
+def _is_pruned(checkpoint: Checkpoint) -> bool:
+    return (checkpoint.folder / SIDE).is_file()
 
 
 def stored_dtype(info: TensorInfo, pack: Pack) -> torch.dtype:

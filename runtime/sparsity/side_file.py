@@ -32,10 +32,11 @@ from optim.recipes.schema import CoreInfer, Prune
 from optim.runtime.architecture.shape import resolve
 from optim.runtime.architecture.table import FAMILIES, Decoder
 from optim.runtime.storage.checkpoint import Checkpoint
+from optim.runtime.storage.open import open_checkpoint
+from optim.runtime.storage.tensors import SIDE as SIDE
 from optim.runtime.system.files import ordinary_mode
 
 REAL = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-SIDE = "sparsity.safetensors"
 VERSION = 1
 SITES = ("qkv", "out", "up", "down")
 AGAIN = "prune the model again, or delete the file to run it densely"
@@ -100,6 +101,16 @@ def write_side(
     # One key: safetensors writes several in any order, and equal runs must give equal bytes.
     save_file(whole, path, metadata={"optim": json.dumps(facts)})
     ordinary_mode(path)
+
+
+def carry_side(checkpoint: Checkpoint, folder: Path) -> int:
+    """Write the side file of `checkpoint` for the model in `folder`, which has the same weights,
+    stored otherwise; returns its bytes. OptimError (2) as `read_side`."""
+    read_side(checkpoint)
+    facts, tensors = _load(checkpoint.folder / SIDE)
+    model = open_checkpoint(str(folder)).fingerprint()
+    write_side(folder / SIDE, facts["method"], facts["options"], model, tensors)
+    return (folder / SIDE).stat().st_size
 
 
 def read_side(checkpoint: Checkpoint) -> Side | None:

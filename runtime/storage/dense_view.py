@@ -11,6 +11,7 @@ from torch import Tensor
 from optim.runtime.formats.bits import unpack_rows
 from optim.runtime.formats.pack_quantized import SUFFIXES, Scheme, dequantize, unpack
 from optim.runtime.storage.checkpoint import Checkpoint, schemes_of
+from optim.runtime.storage.gguf.packed import with_integers
 from optim.runtime.storage.tensors import TensorInfo
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ class PlainView:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         return config
+
+    def with_integers(self) -> "PlainView":
+        """The same model, the blocks of a GGUF source read as the integers they are."""
+        made = with_integers(self.checkpoint)
+        return self if made is self.checkpoint else PlainView(made)
 
     def read(self, name: str) -> Tensor:
         """One tensor by its plain name; OptimError (2) naming it if it is missing or corrupt."""

@@ -28,6 +28,8 @@ OWN_INDEX = "optim.safetensors.index.json"
 OWN_SINGLE = "model-00001-of-00001.safetensors"  # the one file of such a layout, for that reason
 INDEXES = (INDEX, "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
+SIDE = "sparsity.safetensors"
+"""Beside the weights: what may be skipped (sparsity/side_file.py)."""
 SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
 MAX_DIMS = 16
 MAX_SIZE = 2**63

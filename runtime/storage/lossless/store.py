@@ -18,7 +18,7 @@ from optim.runtime.kernels.door import Array
 from optim.runtime.storage.lossless.layout import Coded, Layout, ShapeOf, damaged
 from optim.runtime.storage.lossless.layouts import LAYOUTS, layout_of
 from optim.runtime.storage.manifest import Manifest, read_manifest
-from optim.runtime.storage.tensors import Part, SafetensorsFiles, Store, TensorInfo
+from optim.runtime.storage.tensors import SIDE, Part, SafetensorsFiles, Store, TensorInfo
 from optim.runtime.system.hashes import tensors_sha256
 
 PIECE = 1 << 22  # weights of a tensor in memory at a time
@@ -112,8 +112,8 @@ class LosslessStore:
 
 
 def open_lossless(folder: Path, config: Mapping[str, Any]) -> LosslessStore:
-    """All the files of a packed folder: their names and order mean nothing."""
-    files = sorted(folder.glob("*.safetensors"))
+    """All weight files of a packed folder: their names and order mean nothing."""
+    files = sorted(path for path in folder.glob("*.safetensors") if path.name != SIDE)
     return LosslessStore(files, config, read_manifest(folder) or Manifest())
 
 
