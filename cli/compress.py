@@ -76,7 +76,8 @@ def recipe_of(
         ui.say(to_yaml(recipe).rstrip("\n"))
         return None
     if recipe.model is None:
-        raise OptimError("no model is given", f"optim {command} MODEL; `demo` is one", USAGE)
+        words = "apply RECIPE" if command == "apply" else command
+        raise OptimError("no model is given", f"optim {words} MODEL; `demo` is one", USAGE)
     there = sections(recipe)[0]
     if command not in ("apply", *sections(recipe)):
         what = f"the recipe has no section {command}"

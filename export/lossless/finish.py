@@ -10,6 +10,7 @@ from optim.recipes.build import to_yaml
 from optim.recipes.schema import Pack, Recipe
 from optim.runtime.sparsity.side_file import SIDE, carry_side
 from optim.runtime.storage.card import Card, card_of
+from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.lossless.layouts import LAYOUTS, without_layout
 from optim.runtime.storage.manifest import Manifest, made_here, read_manifest
 from optim.runtime.storage.workspace import Workspace, shards_in, source_of
@@ -31,18 +32,22 @@ def finish(made: Plan, workspace: Workspace) -> dict[str, Any]:
     """Write what belongs beside the shards; returns the facts of the report."""
     manifest = _manifest(made, workspace)
     workspace.write_text("config.json", json.dumps(_config(made, workspace), indent=2) + "\n")
-    workspace.write_manifest(manifest)
-    if (made.checkpoint.folder / SIDE).is_file():
-        nbytes = carry_side(made.checkpoint, workspace.files)
-        side = {SIDE: file_sha256(workspace.files / SIDE)}
-        news = {"shards": manifest.shards | side, "side_bytes": nbytes}
-        manifest = manifest.model_copy(update=news)
-        workspace.write_manifest(manifest)
+    write_manifest(made.checkpoint, workspace, manifest)
     workspace.write_text("recipe.yaml", to_yaml(_recipe(made, manifest)))
     workspace.write_text("README.md", _card(made, manifest))
     made.checkpoint.write_sidecars(workspace.files)
     keys = ("packed_weights", "packed_bits_per_weight", "limit_bits_per_weight", "notes")
     return {key: getattr(manifest, key) for key in keys} | {"output_bytes": manifest.bytes}
+
+
+def write_manifest(source: Checkpoint, workspace: Workspace, manifest: Manifest) -> None:
+    """The manifest, and the side file of a pruned `source`, made to fit the new files."""
+    workspace.write_manifest(manifest)
+    if (source.folder / SIDE).is_file():
+        nbytes = carry_side(source, workspace.files)
+        shards = manifest.shards | {SIDE: file_sha256(workspace.files / SIDE)}
+        news = {"shards": shards, "side_bytes": nbytes}
+        workspace.write_manifest(manifest.model_copy(update=news))
 
 
 def _config(made: Plan, workspace: Workspace) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.export.lossless.finish import KEPT
+from optim.export.lossless.finish import KEPT, write_manifest
 from optim.recipes.errors import CHECK_FAILED, USAGE, OptimError
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.lossless.store import LosslessStore, pieces
@@ -75,7 +75,7 @@ def unpack(source: str, output: str, progress: Progress, *, force: bool = False)
         config = json.dumps(checkpoint.config, indent=2)
         workspace.write_text("config.json", config + "\n")
         workspace.write_text(INDEX, index_of(workspace.done) + "\n")
-        workspace.write_manifest(_manifest(checkpoint, manifest, workspace.done))
+        write_manifest(checkpoint, workspace, _manifest(checkpoint, manifest, workspace.done))
         checkpoint.write_sidecars(workspace.files)
         workspace.publish()
     return Unpacked(

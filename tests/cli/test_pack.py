@@ -172,17 +172,10 @@ def test_quantization_is_not_done_twice(
             "optim.export.lossless.pack.pack", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         assert run(*words) == 130
-    assert {path.name for path in tmp_path.iterdir()} == {"out.quantized"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out.partial"}
     monkeypatch.setattr(quantizing, "quantize", lambda *_: pytest.fail("it is there already"))
     assert run(*words) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
-
-
-def test_another_quantized_folder_is_kept(both: tuple[Path, Path], tmp_path: Path, capfd) -> None:
-    other = tmp_path / "out.quantized"
-    other.mkdir()
-    assert run("quantize", "--recipe", both[0], "-o", tmp_path / "out") == 2
-    assert f"{other} exists" in capfd.readouterr().err
 
 
 def test_scales_are_never_cast(both: tuple[Path, Path], tmp_path: Path, capfd) -> None:

@@ -107,9 +107,11 @@ HEAD2 = "bad.yaml is not a valid recipe (2 problems)\n  "
         ("version: 1\nprune: {method: coreinfer, kep: 1}", HEAD + "bad.yaml:2: "
          "prune.kep: unknown key; did you mean 'keep'?"),
         ("version: 1\nprune: {method: relu-exact}\npack: {}", HEAD + "bad.yaml:1: "
-         "prune cannot stand beside pack: packed rows cannot be skipped"),
-        ("version: 1\nprune: {method: relu-exact}\nquantize: {method: rtn}", HEAD +
-         "bad.yaml:1: prune cannot stand beside quantize: prune the folder it has written"),
+         "prune cannot stand beside pack: packed rows cannot be skipped; "
+         "beside quantize only what no block holds is packed"),
+        ("version: 1\nprune: {method: prosparse}\nquantize: {method: rtn}", HEAD +
+         "bad.yaml:1: prune (prosparse) cannot stand beside quantize: it trains for hours under "
+         "a plan of its own: go on from the folder it has written"),
         ("quantize: {method: rtn}", HEAD + "bad.yaml:1: version: must be given"),
         ("version: 1\nquantize:", HEAD + "bad.yaml:2: quantize: "
          "must be a mapping of keys to values (got nothing)"),
