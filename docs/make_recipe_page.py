@@ -10,7 +10,8 @@ from optim.recipes.keys import READS, Key, keys
 PAGE = Path(__file__).with_name("recipe.md")
 HEAD = """# The keys of a recipe
 
-A recipe is a YAML file that says what a command does. It has one section for each command, and
+A recipe is a YAML file that says what a command does; [several steps in one go](recipes.md) are one
+file too. It has one section for each command, and
 `calibration` for the text that is run through the model. `optim recipe show awq-w4` prints one;
 `optim recipe check FILE` names everything that is wrong with one.
 

@@ -1,10 +1,11 @@
 """Which sections of a recipe may meet."""
 
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 
-from optim.recipes.build import build_recipe
+from optim.recipes.build import build_recipe, builtin
 from optim.recipes.errors import OptimError
 from optim.recipes.meetings import APART, ORDER, sections
 from optim.recipes.schema import PRUNINGS
@@ -43,6 +44,11 @@ def test_others_may_not_and_say_why(keys: dict[str, object], why: str) -> None:
     with pytest.raises(OptimError, match=why) as caught:
         build_recipe(None, keys)
     assert caught.value.code == 2
+
+
+def test_the_page_says_when_to_choose_each_built_in_recipe() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert [name for name in builtin() if f"`{name}`" not in page] == []
 
 
 def test_the_table_speaks_of_sections_and_methods_that_there_are() -> None:
