@@ -74,7 +74,7 @@ ApplyOutput = Annotated[
     str | None, Option("-o", "--output", help="Folder to write. Default: ./MODEL-RECIPE.")
 ]
 KeepSteps = Annotated[
-    bool, Option("--keep-steps", help="Keep what lies in between, as OUTPUT.quantize and so on.")
+    bool, Option("--keep-steps", help="Keep what lies in between, in OUTPUT.steps.")
 ]
 ExportOutput = Annotated[
     str | None, Option("-o", "--output", help="What to write. Default: ./MODEL and the format.")

@@ -4,12 +4,14 @@ The plans are of the original model, which is what there is to look at: they ref
 steps would refuse. An export is looked at as if the weights were quantized already.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optim.cli.compress import How
+from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.meetings import ORDER, sections
 from optim.recipes.schema import Recipe
 
@@ -32,7 +34,7 @@ class Job:
     """Of the linears that will be quantized."""
     how: How
     keep: bool
-    """Whether the folders of the steps in between stay, beside the output."""
+    """Whether the folders of the steps in between stay."""
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -54,9 +56,10 @@ class Job:
             return False
         return found.source.sha256 == self.original.fingerprint()
 
-    def kept(self, step: str) -> Path:
-        """Where the folder of a step in between stays."""
-        return beside(self.output, f".{step}")
+    @property
+    def kept(self) -> Path:
+        """Where the folders of the steps in between stay."""
+        return beside(self.output, ".steps")
 
     def as_dict(self) -> dict[str, Any]:
         """For the screen and for `--json`."""
@@ -85,11 +88,11 @@ def plan(recipe: Recipe, name: str, how: How, keep: bool) -> Job:
     recipe = recipe.model_copy(update={"output": str(output)})
     recipe, plans, schemes = _plans(recipe, original, how)
     job = Job(recipe, original, output, _exported(output, recipe, how), plans, schemes, how, keep)
-    places = [job.kept(step) for step in job.steps[:-1] if keep]
-    if job.exported is None or how.force or not job.is_there:
-        places.append(output)
-    for problem in filter(None, (refusal(place, how.force) for place in places)):
+    there = job.exported is not None and not how.force and job.is_there
+    if not there and (problem := refusal(output, how.force)) is not None:
         raise problem
+    if keep and os.path.lexists(job.kept):
+        raise OptimError(f"{job.kept} exists", "move it away, or leave --keep-steps out", USAGE)
     return job
 
 

@@ -1,12 +1,13 @@
 """A recipe of several sections: its plan shown, or the work done."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from optim.cli import ui
 from optim.cli.apply import steps
 from optim.cli.apply.plan import plan
-from optim.cli.compress import How, carry_out, in_a_line, only_planned
+from optim.cli.compress import How, carry_out, only_planned
 from optim.recipes.meetings import sections
 from optim.recipes.schema import Recipe
 
@@ -21,7 +22,9 @@ def several(recipe: Recipe, file_or_name: str | None, how: How, keep: bool = Fal
     name = Path(file_or_name).stem if file_or_name else "-".join(named)
     job = plan(recipe, name, how, keep)
     if not only_planned(job.as_dict(), how, _show_plan):
-        carry_out(", ".join(named), lambda step: steps.carry_out(job, step), how, _facts)
+        carry_out(
+            ", ".join(named), partial(steps.carry_out, job), how, _facts, against=recipe.model
+        )
 
 
 def _show_plan(plan: dict[str, Any]) -> None:
@@ -40,7 +43,5 @@ def _show_plan(plan: dict[str, Any]) -> None:
 
 
 def _facts(report: dict[str, Any]) -> list[str]:
-    found = report["evaluation"]
     facts = [ui.size(report["output_bytes"] or 0), ui.seconds(report["seconds"])]
-    facts += [f"and {report['exported']}"] if report["exported"] else []
-    return [*facts, in_a_line(found)] if found else facts
+    return [*facts, f"and {report['exported']}"] if report["exported"] else facts

@@ -1,20 +1,23 @@
 """Carry out a recipe of several sections: each step on what the one before it has written.
 
-The steps' folders lie in the workspace of the output, and the last one becomes the artifact: its
-small files then speak of all steps (restate.py), it is measured, and takes its name in one rename.
+The steps' folders lie in the workspace of the output, and what the last one has made becomes the
+artifact: its small files then speak of all steps (restate.py), it is measured, and takes its name.
 """
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optim.cli.apply.plan import Job, only
 from optim.cli.apply.restate import restate
-from optim.recipes.errors import OptimError
 from optim.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from optim.runtime.storage.workspace import Prove
 
 Progress = Callable[[int, int, str], None]
 
@@ -31,7 +34,6 @@ class Report:
     resumed: bool
     """Whether an earlier run has done a part: seconds and memory are then of the rest."""
     steps: dict[str, Any]
-    evaluation: dict[str, Any] | None
     notes: list[str]
 
     def as_dict(self) -> dict[str, Any]:
@@ -39,57 +41,78 @@ class Report:
         return asdict(self)
 
 
-def carry_out(job: Job, progress: Progress) -> Report:
-    """Do what is not done yet. Raises OptimError as the steps do."""
-    from optim.runtime.storage.manifest import Manifest, read_manifest
-    from optim.runtime.system.memory import peak_bytes
+def carry_out(job: Job, progress: Progress, /, *, prove: "Prove | None") -> Report:
+    """Do what is not done yet; `prove` measures the artifact, and its export.
+
+    Raises OptimError as the steps do.
+    """
+    from optim.runtime.storage.manifest import Cost, Manifest, read_manifest
 
     start, reports, resumed = time.monotonic(), dict[str, Any](), True
     if job.how.force or not job.is_there:
-        resumed = _make(job, progress, reports)
+        resumed = _make(job, progress, prove, reports)
     if job.exported is not None:
-        source, place = str(job.output), str(job.exported)
-        made = only(job.recipe, "export", source, place)
+        made = only(job.recipe, "export", str(job.output), str(job.exported))
         reports["export"] = _export(made, job, _said("export", progress))
-    manifest = read_manifest(job.output) or Manifest()
+    manifest, cost = read_manifest(job.output) or Manifest(), Cost.since(start)
     return Report(
         output=str(job.output),
         exported=None if job.exported is None else str(job.exported),
         output_bytes=manifest.bytes,
-        seconds=time.monotonic() - start,
-        peak_memory_bytes=peak_bytes(),
+        seconds=cost.seconds,
+        peak_memory_bytes=cost.peak_memory_bytes,
         resumed=resumed,
         steps=reports,
-        evaluation=manifest.evaluation,
         notes=list(dict.fromkeys(n for report in reports.values() for n in report["notes"])),
     )
 
 
-def _make(job: Job, progress: Progress, reports: dict[str, Any]) -> bool:
+def _make(job: Job, progress: Progress, prove: "Prove | None", reports: dict[str, Any]) -> bool:
     """Make the artifact; whether a step of it was there already."""
+    from optim.runtime.storage.manifest import Cost
     from optim.runtime.storage.workspace import KEPT, Workspace, identity
     from optim.runtime.system.hashes import text_sha256
 
+    start = time.monotonic()
     what = identity(job.original, job.stated, _text(job))
-    workspace = Workspace(job.output, what, job.how.force, job.original)
-    with workspace:
+    with Workspace(job.output, what, job.how.force, job.original) as workspace:
         folder = workspace.folder / KEPT / text_sha256(repr(what))[:12]
         folder.mkdir(parents=True, exist_ok=True)
-        resumed = bool(workspace.done) or any(folder.iterdir())
-        if not workspace.done:
-            _run_steps(job, folder, progress, reports)
-            _finish(job, folder, progress, reports, resumed)
-            # From here the folder is whole: a run that is killed has only to give it its name.
-            workspace.commit({"tensors": {}})
-        last = folder / job.steps[-1]
-        if last.is_dir():
-            workspace.files.rmdir()
-            os.replace(last, workspace.files)
-        for step in job.steps[:-1]:
-            if job.keep and (folder / step).is_dir():
-                os.replace(folder / step, job.kept(step))
-        workspace.publish()
-    return resumed
+        workspace.resumed = any(folder.iterdir())
+        _run_steps(job, folder, progress, reports)
+        for path in (folder / job.steps[-1]).iterdir():
+            _link(path, workspace.files / path.name)
+        restate(workspace.files, [folder / step for step in job.steps], job)
+        workspace.publish(_then_keep(prove, folder, job), Cost.since(start))
+    return workspace.resumed
+
+
+def _then_keep(prove: "Prove | None", folder: Path, job: Job) -> "Prove | None":
+    """`prove`, and then the steps' folders are put beside the output, if that is asked for."""
+
+    def keep() -> None:
+        if job.keep:
+            shutil.rmtree(folder / job.steps[-1])
+            os.replace(folder, job.kept)
+
+    if prove is None:
+        keep()
+        return None
+
+    def measure(files: Path) -> dict[str, Any] | None:
+        found = prove(files)
+        keep()
+        return found
+
+    return measure
+
+
+def _link(path: Path, place: Path) -> None:
+    """The same file under another name; a copy where the disk has no such links."""
+    try:
+        os.link(path, place)
+    except OSError:
+        shutil.copyfile(path, place)
 
 
 def _text(job: Job) -> str | None:
@@ -111,28 +134,6 @@ def _run_steps(job: Job, folder: Path, progress: Progress, reports: dict[str, An
             recipe = only(job.recipe, step, source, str(place))
             reports[step] = STEPS[step](recipe, job, _said(step, progress))
         source = str(place)
-
-
-def _finish(
-    job: Job, folder: Path, progress: Progress, reports: dict[str, Any], resumed: bool
-) -> None:
-    """Let the last step's folder speak of all, and measure it against the original."""
-    from optim.runtime.measure.proof import prove
-    from optim.runtime.storage.manifest import Cost
-    from optim.runtime.storage.record import record
-
-    last = folder / job.steps[-1]
-    restate(last, [folder / step for step in job.steps], job)
-    if not job.how.evaluate:
-        return
-    costs = [(r["seconds"], r["peak_memory_bytes"]) for r in reports.values()]
-    if not resumed:
-        seconds, peaks = zip(*costs, strict=True)
-        record(last, cost=Cost(seconds=sum(seconds), peak_memory_bytes=max(peaks)))
-    try:
-        prove(last, str(job.recipe.model), _said("measuring", progress), **_place(job))
-    except OptimError as problem:
-        reports["measuring"] = {"notes": [f"not measured: {problem.message}"]}
 
 
 def _said(step: str, progress: Progress) -> Progress:

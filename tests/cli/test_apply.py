@@ -127,8 +127,9 @@ def test_a_run_that_was_stopped_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr("optim.export.run.export", stop)
         assert run(*words) == 130
-    kept = {"out", "out.quantize", "out.prune"}
+    kept = {"out", "out.steps"}
     assert {path.name for path in tmp_path.iterdir()} == kept
+    assert {path.name for path in (tmp_path / "out.steps").iterdir()} == {"quantize", "prune"}
     words = tuple(word for word in words if word != "--keep-steps")
     assert run(*words) == 0  # the export is left to do
     assert {path.name for path in tmp_path.iterdir()} == kept | {"out-compressed-tensors"}
