@@ -17,7 +17,7 @@ from optim.quant import awq, gptq
 from optim.quant.attempts import Attempt, replace
 from optim.quant.fold import Probe, discover, family_groups, fold_checked, query_repeats
 from optim.quant.grid import Grid
-from optim.quant.guide import BlockGuide, Guide
+from optim.quant.guide import Costs, Guide
 from optim.quant.observe import GRAM_BYTES, Inputs, leaders_of, observe
 from optim.quant.rounding import NearestLinear, RoundedLinear, round_linear, round_rows, row_groups
 from optim.quant.solver import Solved, Task
@@ -33,6 +33,8 @@ from optim.runtime.walk.walk import HiddenStates, StoredLinear, linear_at, linea
 PROBE_TOKENS = 512
 WIDE_BYTES = 256 * 2**20
 INNER = EXPERT_PARTS[2]
+Way = tuple[Mapping[str, str], Mapping[str, Tensor] | None]
+"""How a block is solved: linears that share one Gram matrix by its first, and tokens' weights."""
 STARVED = 0.125  # an expert that saw fewer tokens than this share of its inputs is rounded plainly
 
 
@@ -76,10 +78,9 @@ class BlockSolver:
         probe = Probe(hidden.to(expected), expected, lambda: self.walk.run(i, block, hidden))
         own, untouched, held_back = linears(block), Attempt.of(block, {}, []), None
         if self.guide is None:
-            best = self._attempt(i, block, schemes, states, leaders, probe)
+            best = self._attempt(i, block, schemes, states, (leaders, None), probe)
         else:
-            guide = self.guide.block(i, block)
-            best, held_back = self._guided(i, block, schemes, states, leaders, probe, plain, guide)
+            best, held_back = self._guided(i, block, schemes, states, leaders, probe, plain)
         best.put(block, own)
         error, notes = self._error(i, block, {}, hidden, expected), best.notes
         if not error < rounding_error:
@@ -98,32 +99,30 @@ class BlockSolver:
         leaders: Mapping[str, str],
         probe: Probe,
         plain: Mapping[str, NearestLinear],
-        guide: BlockGuide,
-    ) -> tuple[Attempt, dict[str, float] | None]:
-        """The guided attempt, or the unguided one where that costs the end loss less on held-back
-        text; and what both cost there, relative to plain rounding."""
-        own, untouched = linears(block), Attempt.of(block, {}, [])
-        cost = guide.cost(self.walk, i, block, states)
+    ) -> tuple[Attempt, Costs | None]:
+        """The block solved guided or, where that has cost the end loss more on held-back text so
+        far, unguided; and what both cost there, where that is looked at."""
+        assert self.guide is not None
+        found = self.guide.block(i, block)
         each = {name: name for name in leaders}  # linears that read the same weigh it differently
-        tried = {"guided": self._attempt(i, block, schemes, states, each, probe, guide)}
-        if guide.output is None:
-            return tried["guided"], None
-        untouched.put(block, own)
-        tried["unguided"] = self._attempt(i, block, schemes, states, leaders, probe)
-        costs = {}
-        for name, attempt in tried.items():
-            attempt.put(block, own)
-            costs[name] = cost()
-        untouched.put(block, own)
-        replace(block, plain)
-        rounding = max(cost(), 1e-30)
-        replace(block, own)
-        better = min(costs, key=costs.__getitem__)
-        costs = {name: value / rounding for name, value in costs.items()}
+        ways: dict[str, Way] = {"guided": (each, found.weights), "unguided": (leaders, None)}
+        if self.guide.checks_at(i):
+            own, untouched = linears(block), Attempt.of(block, {}, [])
+            cost, costs = found.cost(self.walk, i, block, states), {}
+            for name, way in ways.items():
+                fitted = self.guide.fitted
+                self._attempt(i, block, schemes, states, way, probe, fitted).put(block, own)
+                costs[name] = cost()
+                untouched.put(block, own)
+            replace(block, plain)
+            rounding = max(cost(), 1e-30)
+            replace(block, own)
+            self.guide.checks[i] = {k: max(c / rounding, 1e-30) for k, c in costs.items()}
+        better = "guided" if self.guide.pays else "unguided"
+        best = self._attempt(i, block, schemes, states, ways[better], probe)
         if better != "guided":
-            said = " against ".join(f"{costs[name]:.3g}" for name in ("guided", "unguided"))
-            tried[better].notes.append(f"unguided: guided costs more on held-back text, {said}")
-        return tried[better], costs
+            best.notes.append("unguided: guiding has cost more on held-back text so far")
+        return best, self.guide.checks.get(i)
 
     def _schemes(self, i: int, block: nn.Module) -> dict[str, Scheme]:
         prefix = f"{self.walk.prefix}.{i}."
@@ -155,14 +154,14 @@ class BlockSolver:
         block: nn.Module,
         schemes: Mapping[str, Scheme],
         states: HiddenStates,
-        leaders: Mapping[str, str],
+        way: Way,
         probe: Probe,
-        guide: BlockGuide | None = None,
+        fitted: int | None = None,
     ) -> Attempt:
-        """Solve the block's linears, guided or not; its norms and its linears' scales change."""
+        """Solve the block's linears on the first `fitted` windows, or all; its norms and its
+        linears' scales change."""
         notes: list[str] = []
-        weights = None if guide is None else guide.weights
-        fitted = len(states) if self.guide is None else self.guide.fitted
+        leaders, weights = way
         # Which expert runs last differs from batch to batch.
         last = None if any(".experts." in n for n in leaders) else list(leaders)[-1]
         starved = [n for n in schemes if n not in leaders]

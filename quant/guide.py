@@ -6,10 +6,12 @@ row wants Σ_t g_ti² x_t x_tᵀ instead of Σ_t x_t x_tᵀ. Groups of rows shar
 
 The gradients are those of the unquantized model, found once by the reverse walk. Where few tokens
 carry nearly all the weight, a Gram matrix of them would be fitted to these alone: weights are then
-raised to a power below 1. Some windows are held back: on them the guided block is compared with the
-unguided one, and the better is kept.
+raised to a power below 1. In every eighth block both ways are solved without some windows and
+compared on these; the blocks up to the next such check are solved the way that has been better so
+far, on all windows.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,15 +24,19 @@ from optim.runtime.walk.reverse import OUTPUT, ReverseWalk
 from optim.runtime.walk.walk import HiddenStates, StoredLinear, Walk, linears
 
 HELD_BACK, MOST_HELD_BACK = 8, 8  # one window of so many is held back, and no more than these
+CHECKED = 8  # both ways are compared in one block of so many, the first of them
 POWERS = (1.0, 0.5, 0.25, 0.0)
+Costs = dict[str, float]
+"""guided, unguided: what each costs the end loss on the windows held back, plain rounding being 1."""
 
 
 @dataclass(slots=True)
 class Guide:
-    """What the reverse walk found, block by block; `fitted` windows are to be solved on."""
+    """What the reverse walk found, block by block; a check solves on the first `fitted` windows."""
 
     found: ReverseWalk
     fitted: int
+    checks: dict[int, Costs]
 
     @classmethod
     def of(cls, task: Task, groups: int) -> "Guide":
@@ -41,16 +47,26 @@ class Guide:
         folder = task.folder / KEPT
         found = ReverseWalk(task.checkpoint, task.windows, folder, groups, held, task.walk.device)
         found.run(task.progress)
-        return cls(found, count - held)
+        checks = {i: done["held_back"] for i, done in enumerate(task.done) if "held_back" in done}
+        return cls(found, count - held, checks)
+
+    def checks_at(self, i: int) -> bool:
+        """Whether both ways are to be compared in block i."""
+        return i % CHECKED == 0 and self.fitted < len(self.found.windows)
+
+    @property
+    def pays(self) -> bool:
+        """Whether guiding has been better so far: by the mean of the logarithms of its costs."""
+        ratios = (math.log(c["guided"] / c["unguided"]) for c in self.checks.values())
+        return sum(ratios) <= 0
 
     def block(self, i: int, block: nn.Module) -> "BlockGuide":
         """Weights of the tokens at each linear of block i, and the gradient at its output."""
         squares = self.found.block(i)
-        output = squares.pop(OUTPUT, None)
-        tokens = self.fitted * self.found.windows.shape[1]
-        mean = torch.stack([s[:tokens].nanmean() for s in squares.values()]).nanmean()
+        output = squares.pop(OUTPUT, torch.empty(0))
+        mean = torch.stack([s.nanmean() for s in squares.values()]).nanmean()
         weights = {
-            name: tempered(_known(squares[name] / mean.clamp(min=1e-30)), tokens, linear)
+            name: tempered(_known(squares[name] / mean.clamp(min=1e-30)), linear)
             for name, linear in linears(block).items()
             if name in squares
         }
@@ -64,15 +80,13 @@ class BlockGuide:
     """weights `[tokens, groups]` by linear; output: the gradient of the held-back windows."""
 
     weights: dict[str, Tensor]
-    output: Tensor | None
+    output: Tensor
     fitted: int
 
     def cost(
         self, walk: Walk, i: int, block: nn.Module, states: HiddenStates
     ) -> Callable[[], float]:
         """Σ_t (g_tᵀ Δh_t)² on the held-back windows, of what is made of block i after this call."""
-        if self.output is None:
-            return lambda: 0.0
         gradient = self.output
         wanted = [walk.run(i, block, states[rows]) for rows in self._held(walk, states)]
 
@@ -97,15 +111,15 @@ def held_back(windows: int) -> int:
     return 0 if windows < 2 else min(MOST_HELD_BACK, max(1, windows // HELD_BACK))
 
 
-def tempered(weights: Tensor, tokens: int, linear: StoredLinear) -> Tensor:
-    """Weights `[all tokens, groups]` to the largest power that leaves as many effective tokens
-    (Kish) among the first `tokens` as the linear has inputs; their mean stays as it is."""
+def tempered(weights: Tensor, linear: StoredLinear) -> Tensor:
+    """Weights `[tokens, groups]` to the largest power that leaves as many effective tokens (Kish)
+    as the linear has inputs, or half of all; their mean stays as it is."""
     out = torch.empty_like(weights)
+    wanted = min(linear.in_features, len(weights) / 2)
     for k, column in enumerate(weights.T):
-        wanted = min(linear.in_features, tokens / 2)
-        power = next(p for p in POWERS if p == 0 or effective(column[:tokens] ** p) >= wanted)
+        power = next(p for p in POWERS if p == 0 or effective(column**p) >= wanted)
         shaped = column**power
-        out[:, k] = shaped * (column[:tokens].mean() / shaped[:tokens].mean().clamp(min=1e-30))
+        out[:, k] = shaped * (column.mean() / shaped.mean().clamp(min=1e-30))
     return out
 
 

@@ -148,6 +148,7 @@ class _Job:
                 windows=windows,
                 folder=workspace.folder,
                 progress=progress,
+                done=workspace.done,
             )
         )
         self.windows = self.solver.windows

@@ -3,7 +3,7 @@
 The plan and the walk over the blocks know a method by this alone; methods.py is the table.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +38,8 @@ class Task:
     """Where a solver may keep what it finds once: the next run goes on with it."""
     progress: Progress
     """(steps done, steps, words) of what a solver does before the first block."""
+    done: Sequence[Mapping[str, Any]] = ()
+    """What an unfinished run has journalled of the blocks before."""
 
 
 @dataclass(slots=True)
