@@ -33,7 +33,7 @@ def tune(
     from optim.quant.tune.train import Asked
 
     place = output or f"{source.rstrip('/')}-tuned"
-    settings = Asked(asked.epochs, asked.lr, calibration.seed)
+    settings = Asked(asked.epochs, asked.lr, seed=calibration.seed)
     run = partial(
         work,
         source,

@@ -6,7 +6,7 @@ Each step moves f by about the learning rate whatever the scale's size. Every bl
 byte a weight; of a batch's activations only those at the borders of the blocks, and one block's.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,13 @@ from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.formats.pack_quantized import SUFFIXES, Scheme, unpack
 from optim.runtime.storage.checkpoint import Checkpoint, schemes_of
 from optim.runtime.storage.dense_view import PlainView
-from optim.runtime.walk.walk import StoredLinear, Walk, linears
+from optim.runtime.walk.walk import (
+    TOKENS_PER_BATCH,
+    HiddenStates,
+    StoredLinear,
+    Walk,
+    linears,
+)
 
 LOGIT_BYTES = 256 * 2**20  # logits of one model held at a time
 
@@ -142,9 +148,9 @@ class Student:
         for name, parameter in self.norms.items():
             yield name, parameter.detach().cpu()
 
-    def hidden(self, rows: slice) -> Tensor:
+    def hidden(self, rows: Sequence[int]) -> Tensor:
         """The last block's output for windows `rows`; with gradients, borders are kept alone."""
-        x = self.embedded[rows]
+        x = self.embedded.take(rows)
         for i, block in enumerate(self.blocks):
             if torch.is_grad_enabled():
                 x = recomputed(self.walk.run, i, block, x, use_reentrant=False)
@@ -152,12 +158,23 @@ class Student:
                 x = self.walk.run(i, block, x)
         return x
 
-    def divergence(self, teacher: Walk, wanted: Tensor, rows: slice, learn: bool) -> float:
+    def divergence(
+        self, teacher: Walk, wanted: HiddenStates, rows: Sequence[int], learn: bool
+    ) -> float:
         """KL(teacher || student), nats a token, over windows `rows`; adds gradients to `learn`.
 
-        `wanted` `[n, t, hidden]` is the teacher's last block's output for them.
+        `wanted` is the teacher's last block's output for every window.
         """
-        ids = self.windows[rows]
+        step = max(1, TOKENS_PER_BATCH // self.windows.shape[1])
+        parts = [rows[k : k + step] for k in range(0, len(rows), step)]
+        return sum(
+            self._divergence(teacher, wanted, part, len(part) / len(rows), learn) for part in parts
+        )
+
+    def _divergence(
+        self, teacher: Walk, wanted: HiddenStates, rows: Sequence[int], share: float, learn: bool
+    ) -> float:
+        ids, given = self.windows[list(rows)], wanted.take(rows)
         with torch.set_grad_enabled(learn):
             out = self.hidden(rows)
         end = out.detach().requires_grad_(learn)
@@ -167,10 +184,11 @@ class Student:
         for start in range(0, ids.shape[1], step):
             part = slice(start, start + step)
             with torch.no_grad():
-                sure = teacher.logits(ids[:, part], wanted[:, part]).log_softmax(-1)
+                sure = teacher.logits(ids[:, part], given[:, part]).log_softmax(-1)
             with torch.set_grad_enabled(learn):
                 logs = self.walk.logits(ids[:, part], end[:, part]).log_softmax(-1)
-                loss = F.kl_div(logs, sure, reduction="sum", log_target=True) / ids.numel()
+                loss = F.kl_div(logs, sure, reduction="sum", log_target=True)
+                loss = loss * (share / ids.numel())
                 if learn:
                     loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())

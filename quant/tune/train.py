@@ -7,7 +7,7 @@ were no better it ends. The state is saved then too: a killed run goes on from t
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from optim.runtime.storage.workspace import disk_error
 from optim.runtime.system.files import sync
 from optim.runtime.walk.walk import HiddenStates, Walk
 
-BATCH = 4  # windows of a step
 NORM_RATE = 3.0  # of the scales' rate, relative to a norm's own size
 PATIENCE = 2
 Progress = Callable[[int, int, str], None]
@@ -28,10 +27,11 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """How to train: passes over the text, the highest learning rate, the seed of the order."""
+    """How to train: passes over the text, the highest learning rate, windows of a step, the order's seed."""
 
     epochs: int = 3
     lr: float = 1e-3
+    batch: int = 4
     seed: int = 0
 
 
@@ -54,7 +54,7 @@ class Trainer:
         if not measured:
             measured = [self._measure(fitted)]
             best = self._copy()
-        steps = math.ceil(fitted / BATCH)
+        steps = math.ceil(fitted / self.asked.batch)
         total = self.asked.epochs * steps
         for epoch in range(len(measured) - 1, self.asked.epochs):
             if len(measured) - 1 - measured.index(min(measured)) >= PATIENCE:
@@ -75,28 +75,25 @@ class Trainer:
     def _order(self, epoch: int, fitted: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.asked.seed + epoch)
         order = torch.randperm(fitted, generator=generator).tolist()
-        return [order[k : k + BATCH] for k in range(0, fitted, BATCH)]
+        step = self.asked.batch
+        return [order[k : k + step] for k in range(0, fitted, step)]
 
     def _step(self, optimizer: torch.optim.Optimizer, rows: list[int], share: float) -> float:
         """One step on windows `rows` at `share` of the rate; their KL before it."""
         for group in optimizer.param_groups:
             group["lr"] = group["highest"] * share
         optimizer.zero_grad()
-        losses = [self._divergence(slice(row, row + 1), learn=True) for row in rows]
-        for parameter in self.student.parameters().values():
-            if parameter.grad is not None:  # experts that no token was routed to have none
-                parameter.grad /= len(rows)
+        loss = self._divergence(rows, learn=True)
         optimizer.step()
-        return sum(losses) / len(losses)
+        return loss
 
-    def _divergence(self, rows: slice, learn: bool) -> float:
-        return self.student.divergence(self.teacher, self.wanted[rows], rows, learn)
+    def _divergence(self, rows: Sequence[int], learn: bool) -> float:
+        return self.student.divergence(self.teacher, self.wanted, rows, learn)
 
     def _measure(self, fitted: int) -> float:
         """KL on the held-back windows; of a single window, on itself."""
         first = fitted if fitted < len(self.wanted) else 0
-        rows = [slice(k, k + 1) for k in range(first, len(self.wanted))]
-        return sum(self._divergence(row, learn=False) for row in rows) / len(rows)
+        return self._divergence(range(first, len(self.wanted)), learn=False)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         rate = self.asked.lr

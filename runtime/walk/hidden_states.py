@@ -1,5 +1,6 @@
 """Hidden states on disk, between one block and the next."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,6 +32,10 @@ class HiddenStates:
             file.seek(start * self._row)
             file.readinto(data)
         return torch.frombuffer(data, dtype=self.dtype).view(stop - start, *self.shape[1:])
+
+    def take(self, rows: Sequence[int]) -> Tensor:
+        """These windows, in this order."""
+        return torch.cat([self[row : row + 1] for row in rows])
 
     def __setitem__(self, rows: slice, value: Tensor) -> None:
         start = rows.indices(len(self))[0]
