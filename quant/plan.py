@@ -36,7 +36,7 @@ COST_OF_FEW_BITS = {
 }
 GUIDE_COSTS = (
     "guide loss first walks the model forwards and backwards over the text ({:.2f} GB of disk), "
-    "then solves each block twice and keeps what costs less on held-back text"
+    "then solves one block of eight both ways and goes on as costs less on held-back text"
 )
 AUTO_GROUPS = (128, 64, 32, 16)
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)

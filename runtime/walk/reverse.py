@@ -148,8 +148,9 @@ class ReverseWalk:
                 read = tokens_read(block, name)
 
                 def take(g: Tensor) -> None:
-                    parts = g.flatten(0, -2).square().tensor_split(self.groups, -1)
-                    means = torch.stack([part.mean(-1) for part in parts], -1).cpu()
+                    parts = g.flatten(0, -2).tensor_split(self.groups, -1)
+                    norms = [part.norm(dim=-1).square() / part.shape[-1] for part in parts]
+                    means = torch.stack(norms, -1).cpu()
                     kept = found.setdefault(name, torch.full((total, self.groups), torch.nan))
                     kept[tokens][slice(None) if read is None else read.cpu()] = means
 

@@ -11,7 +11,7 @@ its stored bytes. Compressing a model larger than memory and evaluating one are 
 
 import copy
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +95,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         linear: StoredLinear = ctx.linear
-        out = g.new_zeros(*g.shape[:-1], linear.in_features)
-        for rows in linear.slices():
-            out += g[..., rows] @ linear.dense(rows).to(g.dtype)
-        return out, None
+        parts = (g[..., rows] @ linear.dense(rows).to(g.dtype) for rows in linear.slices())
+        return reduce(Tensor.add_, parts), None
 
 
 class Experts(nn.ModuleList):
