@@ -7,29 +7,32 @@ Without it, or with `--calibration`, calibration comes from built-in or other te
 `evaluation` (its first 10 windows), text B is builtin:eval (chats, code, several languages).
 "Taken back" is the share of plain rounding's loss of log-likelihood that a form recovers.
 
-The form `llm-compressor` is that package's own AWQ on the same tokens, where it is installed.
+A form that ends in `+tune` goes on from the form before it with `optim tune` on the same tokens.
+The forms `llm-compressor` (its AWQ) and `auto-round` (200 iterations) are those packages' own work
+on the same tokens, where they are installed; seconds of each form are printed as it is made.
 """
 
 import argparse
-import importlib.util
 import json
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from quality_peers import PEERS, installed, timed
 
 from optim.quant.run import plan, quantize
+from optim.quant.tune.run import tune
+from optim.quant.tune.train import Asked
 from optim.recipes.build import build_recipe
+from optim.recipes.schema import Calibration
 from optim.runtime.measure.quality import Evaluation, evaluate_windows
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.text.windows import calibration_windows, evaluation_windows
 
-PEER = "llm-compressor"
+TUNE = "+tune"
 FORMS = {
     "rtn": {"quantize.method": "rtn"},
     "gptq": {"quantize.method": "gptq"},
@@ -64,57 +67,24 @@ def make(
 ) -> Checkpoint:
     """One artifact; prints what it cost. `sets`: keys of the forms that are fitted to text."""
     out = folder / f"{form}-{bits}{'-sym' if sym else ''}"
+    if out.is_dir():  # a tuned form has needed it
+        return open_checkpoint(str(out))
+    if form.endswith(TUNE):
+        before = make(form.removesuffix(TUNE), bits, sym, windows, folder, sets).folder
+        with timed(out.name):
+            text = Calibration(num_samples=len(windows), seq_len=windows.shape[1])
+            tune(str(before), "demo", str(out), text, Asked(), said_nothing, windows=windows)
+        return open_checkpoint(str(out))
     keys = {"model": "demo", "output": str(out), "quantize.bits": bits, "quantize.sym": sym}
     fitted = [] if form == "rtn" else list(sets)
     recipe = build_recipe(None, keys | {"quantize.group_size": 64} | FORMS[form], fitted)
-    start, cpu = time.monotonic(), time.process_time()
-    given = None if form == "rtn" else windows
-    quantize(plan(recipe), lambda at, total, text: None, given)
-    wall, used = time.monotonic() - start, time.process_time() - cpu
-    print(f"# {out.name}: {wall:.0f} s wall, {used:.0f} s CPU", flush=True)
+    with timed(out.name):
+        quantize(plan(recipe), said_nothing, None if form == "rtn" else windows)
     return open_checkpoint(str(out))
 
 
-def make_peer(bits: int, sym: bool, windows: torch.Tensor, folder: Path) -> Checkpoint:
-    """llm-compressor's AWQ with the settings of its examples, at our group size."""
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from datasets import Dataset
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.awq import AWQModifier
-    from llmcompressor.pipelines.cache import IntermediatesCache
-    from transformers import AutoModelForCausalLM
-
-    if not torch.cuda.is_available():  # it pins memory for a device that is not there
-        IntermediatesCache.pin_memory = lambda *args, **kwargs: None
-    source, out = folder / "plain", folder / f"llm-compressor-{bits}"
-    if not source.is_dir():
-        write_plain(open_checkpoint("demo"), source)
-    args = QuantizationArgs(num_bits=bits, symmetric=sym, strategy="group", group_size=64)
-    scheme = {"group_0": QuantizationScheme(targets=["Linear"], weights=args)}
-    rows = {"input_ids": windows.tolist(), "attention_mask": torch.ones_like(windows).tolist()}
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    start, cpu = time.monotonic(), time.process_time()
-    oneshot(
-        model=model,
-        dataset=Dataset.from_dict(rows),
-        recipe=[AWQModifier(ignore=["lm_head"], config_groups=scheme)],
-        max_seq_length=windows.shape[1],
-        num_calibration_samples=len(windows),
-    )
-    model.save_pretrained(out, save_compressed=True)
-    wall, used = time.monotonic() - start, time.process_time() - cpu
-    print(f"# {out.name}: {wall:.0f} s wall, {used:.0f} s CPU", flush=True)
-    open_checkpoint("demo").write_sidecars(out)
-    return open_checkpoint(str(out))
-
-
-def write_plain(checkpoint: Checkpoint, folder: Path) -> None:
-    """The model as an ordinary Hugging Face folder."""
-    folder.mkdir()
-    tensors = {checkpoint.disk_name(n): checkpoint.read(n) for n in checkpoint.tensors}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(checkpoint.config))
-    checkpoint.write_sidecars(folder)
+def said_nothing(_at: int, _total: int, _text: str) -> None:
+    """No progress is shown."""
 
 
 def row(name: str, text: str, found: Evaluation, lost: float) -> dict[str, object]:
@@ -140,9 +110,9 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--sym", action="store_true")
     parser.add_argument("--set", action="append", default=[], help="as quantize.damping=0.3")
-    peer = [PEER] if importlib.util.find_spec("llmcompressor") else []
-    known = [*FORMS, *peer]
-    parser.add_argument("--forms", nargs="+", default=known, choices=known)
+    tuned = [form + TUNE for form in FORMS if form != "rtn"]
+    known = [*FORMS, *tuned, *installed()]
+    parser.add_argument("--forms", nargs="+", default=[*FORMS, *installed()], choices=known)
     options = parser.parse_args()
     calibration, evaluations = texts(options.windows, options.calibration, options.samples)
     base = open_checkpoint("demo")
@@ -150,8 +120,9 @@ def main() -> None:
         for bits in options.bits:
             made = {}
             for form in dict.fromkeys(["rtn", *options.forms]):
-                if form == PEER:
-                    made[form] = make_peer(bits, options.sym, calibration, Path(folder))
+                if form in PEERS:
+                    out = PEERS[form].make(bits, options.sym, calibration, Path(folder))
+                    made[form] = open_checkpoint(str(out))
                 else:
                     made[form] = make(
                         form, bits, options.sym, calibration, Path(folder), options.set
