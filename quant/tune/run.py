@@ -72,10 +72,12 @@ def tune(
     device: str = "auto",
     threads: int | None = None,
     prove: Prove | None = None,
+    windows: Tensor | None = None,
 ) -> Tuned:
     """Train the scales and norms of `source` towards the outputs of `against`.
 
-    `prove` measures the result before it gets its name.
+    `windows` int64 `[n, length]` are tokens to use in place of `calibration`'s. `prove` measures
+    the result before it gets its name.
 
     Raises OptimError: 2 for a source that has no packed linears or is of another model, 4 where
     the machine gave out (the same command goes on).
@@ -87,7 +89,8 @@ def tune(
     _check(artifact, base, against)
     size = sum(info.nbytes for info in artifact.tensors.values())
     check_output(Path(output), force, 3 * size, [*artifact.places, *calibration.places])
-    windows = windows_for(calibration, artifact.tokenizer())
+    if windows is None:
+        windows = windows_for(calibration, artifact.tokenizer())
     recipe = {"tune": asdict(asked), "calibration": calibration.model_dump(mode="json")}
     what = identity(artifact, recipe, tokens_sha256(windows)) | {"against": base.fingerprint()}
     workspace = Workspace(Path(output), what, force, artifact)
