@@ -4,9 +4,12 @@ Exit codes: 0 done, 1 explained failure, 2 bad usage, recipe or input, 3 a check
 4 this machine lacks something, 130 Ctrl-C. `OPTIM_DEBUG=1` shows the traceback of any error.
 """
 
+import atexit
 import errno
 import os
 import sys
+import threading
+from typing import NoReturn
 
 from optim.recipes.errors import MACHINE, OptimError
 
@@ -17,16 +20,37 @@ piece of a step to the next. Where cores are shared, a thread that spins takes t
 it waits for needs. OpenMP reads this when torch is imported."""
 
 
+def command() -> NoReturn:
+    """The program: `main`, and out. Python would first take torch apart for a third of a second."""
+    code = main()
+    threading._shutdown()  # type: ignore[attr-defined]  # what Python does at its end
+    atexit._run_exitfuncs()
+    try:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+    except BrokenPipeError:
+        code = _reader_left()
+    except OSError as problem:
+        code = _explain(problem)
+    os._exit(code)
+
+
 def main() -> int:
     """Run the command of `sys.argv`; returns the exit code."""
     for name, value in WAITING.items():
         os.environ.setdefault(name, value)
     for stream in (sys.stdout, sys.stderr):
         getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
-    from optim.cli.app import app
+    first = sys.argv[1] if len(sys.argv) > 1 else ""
+    if first == "run":
+        from optim.runtime.system.torch_import import map_library
+
+        map_library()
+    from optim.cli.app import program
     from optim.cli.defaults import defaults
 
     try:
+        app = program(first)
         made = defaults(app)
         app(prog_name="optim", **({"default_map": made} if made else {}))
     except SystemExit as stop:

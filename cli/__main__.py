@@ -1,7 +1,5 @@
 """`python -m optim.cli`."""
 
-import sys
+from optim.cli import command
 
-from optim.cli import main
-
-sys.exit(main())
+command()

@@ -142,6 +142,9 @@ def load(source: str, options: RunOptions) -> tuple[Sampling, Policy, Model]:
 
 
 def _loaded(source: str, options: RunOptions) -> tuple[Sampling, Policy, Model]:
+    from optim.runtime.system.torch_import import import_torch
+
+    import_torch()
     from optim.runtime.system.free_cores import Meter
 
     meter = Meter()
@@ -151,6 +154,7 @@ def _loaded(source: str, options: RunOptions) -> tuple[Sampling, Policy, Model]:
     from optim.runtime.engine.load import load_model
     from optim.runtime.engine.sampling import Sampling
     from optim.runtime.storage.open import open_checkpoint
+    from optim.runtime.text import chat_template
 
     Sampling(**options.sampling)
     lookup(options.speculate)
@@ -159,6 +163,8 @@ def _loaded(source: str, options: RunOptions) -> tuple[Sampling, Policy, Model]:
     checkpoint = open_checkpoint(source)
     sampling = _sampling(checkpoint.folder, options.sampling)
     ui.status(f"loading {checkpoint.name} ...")
+    if not options.raw:
+        chat_template.begin()
     model = load_model(
         checkpoint,
         device=options.device,
@@ -198,9 +204,9 @@ def _share(free: int | None) -> None:
 
 
 def _open(source: str, options: RunOptions) -> Session:
+    sampling, policy, model = load(source, options)
     from optim.runtime.engine.session import Session
 
-    sampling, policy, model = load(source, options)
     return Session(
         model,
         system=_utf8(options.system, "the system prompt"),

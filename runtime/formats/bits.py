@@ -18,6 +18,8 @@ def pack_rows(values: Tensor, bits: int) -> Tensor:
     """uint8 [rows, n] with values below 2**bits -> int32 [rows, ceil(n*bits/32)]."""
     rows, count = values.shape
     padded = values if count % 8 == 0 else torch.nn.functional.pad(values, (0, -count % 8))
+    if 8 % bits == 0:
+        return _joined(padded, bits, words(count, bits))
     octets = padded.reshape(rows, -1, 8)
     width = max(octets.shape[1] * bits, words(count, bits) * 4)
     stream = torch.zeros(rows, width, dtype=torch.uint8, device=values.device)
@@ -59,6 +61,19 @@ def _spread(stream: Tensor, bits: int) -> Tensor:
         wide |= byte << i * (8 - bits)
     wide &= mask
     return wide.view(torch.uint8)
+
+
+def _joined(values: Tensor, bits: int, count: int) -> Tensor:
+    """uint8 [rows, n] -> int32 [rows, count]: the inverse of `_spread`; n a multiple of 8.
+
+    Neighbours become one byte of twice the bits, until a byte is full.
+    """
+    joined = values.reshape(-1)
+    while bits < 8:
+        pairs = joined.view(torch.int16)
+        joined, bits = (pairs | pairs >> (8 - bits)).to(torch.uint8), 2 * bits
+    stream = joined.view(values.shape[0], -1)
+    return torch.nn.functional.pad(stream, (0, 4 * count - stream.shape[1])).view(torch.int32)
 
 
 def _pieces(bits: int) -> list[tuple[int, int, int]]:

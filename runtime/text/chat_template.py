@@ -1,8 +1,8 @@
 """Chat templates: where a model folder keeps its own, and how it is rendered.
 
 A template is a jinja program that came with the model: it runs in jinja's sandbox, in a process
-whose time and memory are bounded (template_worker.py). The process is started at the first chat
-and answers all that follow.
+whose time and memory are bounded (template_worker.py). The process is started at the first chat,
+or by `begin`, and answers all that follow.
 """
 
 import atexit
@@ -107,14 +107,25 @@ def _end() -> None:
 atexit.register(_end)
 
 
+def begin() -> None:
+    """Start the process, which takes a moment, before it is needed."""
+    with _lock:
+        _worker()
+
+
+def _worker() -> _Worker:
+    if _workers and _workers[0].owner != os.getpid():
+        _workers.clear()
+    if not _workers:
+        _workers.append(_Worker())
+    return _workers[0]
+
+
 def _ask(request: bytes) -> dict[str, str] | None:
     with _lock:
-        if _workers and _workers[0].owner != os.getpid():
-            _workers.clear()
-        if not _workers:
-            _workers.append(_Worker())
+        worker = _worker()
         try:
-            reply = _workers[0].ask(request)
+            reply = worker.ask(request)
         except BaseException:  # Ctrl-C: the reply that is still to come belongs to nobody
             _end()
             raise

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import typer
 
-from optim.cli.app import app
+from optim.cli.app import program
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("recipes", "runtime", "quant", "prune", "export", "cli")
@@ -23,7 +23,7 @@ OTHERS = {  # options of other programs that messages and calls name
 
 def commands() -> dict[str, set[str]]:
     """Each command's options."""
-    main: Any = typer.main.get_command(app)
+    main: Any = typer.main.get_command(program())
     found = {name: options(command) for name, command in main.commands.items()}
     recipe = main.commands["recipe"].commands
     return found | {f"recipe {name}": options(command) for name, command in recipe.items()}

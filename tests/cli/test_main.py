@@ -7,8 +7,8 @@ import sys
 import pytest
 
 import optim.cli
-from optim.cli import app as app_module
-from optim.recipes.errors import OptimError
+from optim.cli.app import program
+from optim.recipes.errors import MACHINE, OptimError
 
 Captured = pytest.CaptureFixture[str]
 COMMANDS = ["quantize", "run", "inspect", "eval", "bench", "doctor", "list", "pull", "rm", "recipe"]
@@ -58,7 +58,8 @@ def test_every_help_has_an_example(
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from optim.cli.app import app; import optim.cli.ui, optim.cli.recipe; "
+        "import sys; from optim.cli.app import program; program(); "
+        "import optim.cli.ui, optim.cli.recipe; "
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'prompt_toolkit'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )
@@ -89,7 +90,7 @@ def raising(monkeypatch: pytest.MonkeyPatch, problem: BaseException) -> int:
     def fail(**_: object) -> None:
         raise problem
 
-    monkeypatch.setattr(app_module, "app", fail)
+    monkeypatch.setattr("optim.cli.app.program", lambda _first: fail)
     return optim.cli.main()
 
 
@@ -146,6 +147,35 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     ran = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(writer)
     assert (ran.returncode, ran.stderr) == (1, "")
+
+
+def test_a_full_disk_is_said_at_the_end_too() -> None:
+    command = [sys.executable, "-m", "optim.cli", "recipe", "schema"]
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert ran.returncode == MACHINE and ran.stderr.startswith("error: the disk is full")
+
+
+def test_what_is_left_for_the_end_is_done() -> None:
+    """`command` leaves without taking Python apart, but not without what was registered."""
+    code = (
+        "import atexit, threading, time, optim.cli; "
+        "atexit.register(lambda: print('registered')); "
+        "late = threading.Thread(target=lambda: (time.sleep(0.2), print('thread'))); "
+        "optim.cli.main = lambda: late.start() or 3; "
+        "optim.cli.command()"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stdout.split()) == (3, ["thread", "registered"]), ran.stderr
+
+
+@pytest.mark.parametrize("first", ["run", "list", "-V", "--version"])
+def test_a_command_without_a_recipe_reads_no_schema(first: str) -> None:
+    code = "import sys; from optim.cli.app import program; app = program(sys.argv[1]); "
+    code += "assert 'pydantic' not in sys.modules; print(len(app.registered_groups))"
+    ran = subprocess.run([sys.executable, "-c", code, first], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert len(program("quantize").registered_groups) > int(ran.stdout)
 
 
 def test_threads_that_wait_sleep_in_every_command() -> None:

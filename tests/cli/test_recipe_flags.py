@@ -11,7 +11,7 @@ import pytest
 import typer
 from pydantic import Field
 
-from optim.cli.app import app
+from optim.cli.app import program
 from optim.cli.recipe_flags import with_keys
 from optim.recipes import keys as module
 from optim.recipes.keys import READS, keys
@@ -32,7 +32,7 @@ def options(command: Any) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_what_can_be_typed_is_what_it_was(name: str) -> None:
-    made: Any = typer.main.get_command(app)
+    made: Any = typer.main.get_command(program())
     assert options(made.commands[name]) == json.loads(BEFORE.read_text())[name]
 
 

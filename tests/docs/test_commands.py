@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from optim.cli.app import app
+from optim.cli.app import program
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -49,7 +49,7 @@ def parse(arguments: list[str]) -> None:
 
     A command named without arguments is a mention: it must exist.
     """
-    command = typer.main.get_command(app)
+    command = typer.main.get_command(program())
     name = "optim"
     parent = None
     while True:

@@ -196,3 +196,56 @@ int optim_linear(const Linear *l, const float *x, float *y, int64_t tokens, int 
     }
     return 0;
 }
+
+/* A weight on its way to the blocks above. A row is `stored` bytes: an input each, or two of 4 bits. */
+typedef struct {
+    const uint8_t *from;
+    uint32_t *to;
+    int64_t outputs, stored, words; /* words of a row, padded */
+    int bits, packed;
+    uint8_t flip; /* of 8-bit inputs */
+} Repack;
+
+/* 4 half-bytes of a word, a byte each. */
+INLINE uint32_t apart(uint32_t word) {
+    const uint32_t pairs = (word & 0xff) | (word & 0xff00) << 8;
+    return (pairs | pairs << 4) & 0x0f0f0f0f;
+}
+
+/* The word of 4 or 8 inputs that `piece`, 4 or 8 bytes of a row, holds. */
+INLINE uint32_t repacked(const Repack *r, uint64_t piece) {
+    const uint32_t first = (uint32_t)piece, second = (uint32_t)(piece >> 32);
+    if (r->packed) return apart(first) | apart(first >> 16) << 4;
+    return r->bits == 4 ? first | second << 4 : first;
+}
+
+static void repack_blocks(void *job, int64_t from, int64_t end) {
+    const Repack *r = job;
+    const int64_t each = r->packed || r->bits == 8 ? 4 : 8, whole = r->stored / each;
+    const uint64_t flips = r->flip * 0x0101010101010101u;
+    for (int64_t block = from; block < end; block++) {
+        uint32_t *to = r->to + block * r->words * ROWS;
+        memset(to, 0, (size_t)(r->words * ROWS) * sizeof *to);
+        for (int64_t i = 0; i < ROWS && block * ROWS + i < r->outputs; i++) {
+            const uint8_t *row = r->from + (block * ROWS + i) * r->stored;
+            uint64_t piece = 0;
+            for (int64_t k = 0; k < whole; k++) {
+                memcpy(&piece, row + k * each, each == 8 ? 8 : 4);
+                to[k * ROWS + i] = repacked(r, piece ^ flips);
+            }
+            const int64_t left = r->stored - whole * each;
+            if (!left) continue;
+            piece = 0;
+            for (int64_t b = 0; b < left; b++)
+                piece |= (uint64_t)(row[whole * each + b] ^ r->flip) << 8 * b;
+            to[whole * ROWS + i] = repacked(r, piece);
+        }
+    }
+}
+
+/* Inputs of `bits`, a byte each or `packed` as 4 bits, -> [blocks][words][ROWS]; the rest is 0. */
+void optim_repack(const uint8_t *from, uint32_t *to, int64_t outputs, int64_t stored, int64_t words,
+                  int bits, int packed, int flip, int threads, Team *team) {
+    Repack job = {from, to, outputs, stored, words, bits, packed, (uint8_t)flip};
+    share(repack_blocks, &job, (outputs + ROWS - 1) / ROWS, 8, threads, team);
+}

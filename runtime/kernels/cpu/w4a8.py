@@ -18,7 +18,6 @@ from optim.runtime.kernels.compile import NoKernel, library, team
 from optim.runtime.kernels.door import Struct, WrongTensor, address
 from optim.runtime.kernels.huge_pages import use_huge_pages
 
-SLICE = 256  # blocks of rows repacked at a time
 ALIKE = 1 << 30  # tokens at once that each get what they get alone: any
 SCALES = (torch.float32, torch.bfloat16, torch.float16)  # by their number in C
 
@@ -66,8 +65,7 @@ class Weight:
         rows, chunk = lib.optim_rows(), chunk_of(scheme)
         stored = 4 if scheme.bits <= 4 else 8
         flip = lib.optim_flip() if stored == 8 else 0
-        self.weight = _blocks(q, stored, rows, -(-self.inputs // chunk) * chunk, flip)
-        use_huge_pages(self.weight)
+        self.weight = _blocks(q, stored, -(-self.inputs // chunk) * chunk, flip)
         if scale.dtype == torch.float16 and not lib.optim_half_scales():
             scale = scale.float()
         chunks, scales = -(-self.inputs // chunk), scale.shape[1]
@@ -156,6 +154,9 @@ def load() -> ctypes.CDLL:
         ctypes.c_int,
         ctypes.c_void_p,
     ]
+    sizes = [*[ctypes.c_int64] * 3, *[ctypes.c_int] * 4]
+    lib.optim_repack.argtypes = [*[ctypes.c_void_p] * 2, *sizes, ctypes.c_void_p]
+    lib.optim_repack.restype = None
     lib.optim_name.restype = ctypes.c_char_p
     return lib
 
@@ -191,30 +192,25 @@ def _error(scheme: Scheme, generator: torch.Generator) -> float:
     return float((got - wanted).abs().max() / wanted.abs().max())
 
 
-def _blocks(q: Tensor, bits: int, rows: int, columns: int, flip: int) -> Tensor:
+def _blocks(q: Tensor, bits: int, columns: int, flip: int) -> Tensor:
     """uint8 [out, in] or words -> int32 [blocks, columns*bits/32, rows]: 4 or 8 inputs a word.
 
     A word of 4 bits has inputs 0 to 3 in the low halves of its bytes, 4 to 7 in the high ones.
     """
-    parts = torch.split(q, SLICE * rows)
-    blocks = torch.empty(-(-q.shape[0] // rows), columns * bits // 32, rows, dtype=torch.int32)
-    for part, target in zip(parts, torch.split(blocks, SLICE), strict=True):
-        if q.dtype == torch.int32:
-            padding = (0, columns // 8 - q.shape[1], 0, -part.shape[0] % rows)
-            words = torch.nn.functional.pad(_apart(part) | _apart(part >> 16) << 4, padding)
-        else:
-            padding = (0, columns - q.shape[1], 0, -part.shape[0] % rows)
-            words = torch.nn.functional.pad(part ^ flip, padding).view(torch.int32)
-            if bits == 4:
-                words = words[:, 0::2] | words[:, 1::2] << 4
-        target.copy_(words.view(-1, rows, words.shape[1]).transpose(1, 2))
+    lib, words, q = load(), columns * bits // 32, q.contiguous()
+    outputs, stored = q.shape[0], q.shape[1] * q.element_size()
+    if stored > words * (8 if q.dtype == torch.uint8 and bits == 4 else 4):
+        raise WrongTensor(f"{list(q.shape)} of {q.dtype} in {columns} columns")
+    blocks = torch.empty(
+        -(-outputs // lib.optim_rows()), words, lib.optim_rows(), dtype=torch.int32
+    )
+    use_huge_pages(blocks)  # before it is written: its pages come as large ones
+    packed = q.dtype == torch.int32
+    given = address(q, torch.int32 if packed else torch.uint8, q.numel())
+    made = address(blocks, torch.int32, blocks.numel())
+    threads = torch.get_num_threads()
+    lib.optim_repack(given, made, outputs, stored, words, bits, packed, flip, threads, team())
     return blocks
-
-
-def _apart(words: Tensor) -> Tensor:
-    """The four lowest half-bytes of int32 `words`, a byte each."""
-    pairs = (words & 0xFF) | (words & 0xFF00) << 8
-    return (pairs | pairs << 4) & 0x0F0F0F0F
 
 
 def _per_block(values: Tensor, rows: int) -> Tensor:

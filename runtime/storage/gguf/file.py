@@ -138,15 +138,17 @@ class _Reader:
 
     def _step_over_strings(self, count: int) -> None:
         """Only their lengths are looked at, a buffer at a time: a vocabulary has 10^5 of them."""
-        data, at, base = b"", 0, self.file.tell()
+        at, base, last = 0, self.file.tell(), -1
+        length_at = LENGTH.unpack_from
         for _ in range(count):
-            if at + 8 > len(data):
+            if at > last:
                 base += at
                 self.file.seek(min(base, self.size))
                 data, at = self.file.read(1 << 16), 0
-                if len(data) < 8:
+                last = len(data) - 8
+                if last < 0:
                     raise ValueError("a length reaches beyond the end of the file")
-            at += 8 + LENGTH.unpack_from(data, at)[0]
+            at += 8 + length_at(data, at)[0]
         self.file.seek(0)
         self._fits(base + at)
         self.file.seek(base + at)

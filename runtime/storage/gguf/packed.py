@@ -73,8 +73,7 @@ class PackedGguf(IntegerStore):
             return torch.tensor(shape)
         raw = self._inner.raw(name).reshape(shape[0], shape[1] // GROUP, -1)
         if key == "weight_packed":
-            q = torch.from_numpy(_codes(raw, scheme))
-            made = pack_rows(q.view(shape), scheme.bits)
+            made = _words(raw, scheme).view(shape[0], -1)
         else:
             at = 0 if key == "weight_scale" else 2
             made = torch.from_numpy(raw[:, :, at : at + 2].copy()).view(HALF).squeeze(-1)
@@ -99,14 +98,17 @@ def _infos(shape: tuple[int, ...], scheme: Scheme) -> dict[str, TensorInfo]:
     return found | ({"weight_offset": grid} if scheme.offset else {})
 
 
-def _codes(raw: Array, scheme: Scheme) -> Array:
-    """Bytes of blocks `[out, blocks, size]` -> codes `[out, blocks, 32]`."""
+def _words(raw: Array, scheme: Scheme) -> Tensor:
+    """Bytes of blocks `[out, blocks, size]` -> int32 words of their 32 codes, `bits.pack_rows`.
+
+    Of 4 bits, and the low ones of 5: byte i of 16 has the codes i and i + 16.
+    """
     at = 4 if scheme.offset else 2
     if scheme.bits == 8:
-        return np.bitwise_xor(raw[:, :, at:], np.uint8(0x80))
-    nibbles = raw[:, :, -GROUP // 2 :]
-    codes: Array = np.concatenate([nibbles & np.uint8(15), nibbles >> np.uint8(4)], axis=-1)
+        return torch.from_numpy(raw[:, :, at:] ^ np.uint8(0x80)).view(torch.int32)
+    halves = torch.from_numpy(raw[:, :, -GROUP // 2 :].copy())
+    codes = torch.cat([halves & 15, halves >> 4], -1)
     if scheme.bits == 5:
         top = np.unpackbits(raw[:, :, at : at + 4], axis=-1, bitorder="little")
-        codes |= top << np.uint8(4)
-    return codes
+        codes |= torch.from_numpy(top << np.uint8(4))
+    return pack_rows(codes.view(raw.shape[0], -1), scheme.bits)

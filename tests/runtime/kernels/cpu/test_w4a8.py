@@ -6,9 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from optim.runtime.formats.bits import pack_rows
 from optim.runtime.formats.pack_quantized import Scheme, dequantize
 from optim.runtime.kernels.compile import NoKernel
 from optim.runtime.kernels.cpu import w4a8
+from optim.runtime.kernels.door import WrongTensor
 
 
 def compiled() -> bool:
@@ -118,14 +120,25 @@ def test_eight_bit_activations_cost_less_than_one_percent(group: int) -> None:
     assert 0.001 < error < 0.0075
 
 
-@pytest.mark.parametrize(("outputs", "inputs"), [(5, 64), (33, 24), (16, 72)])
-def test_a_weight_is_repacked_from_its_words_as_from_its_integers(
-    outputs: int, inputs: int
-) -> None:
-    from optim.runtime.formats.bits import pack_rows
+@pytest.mark.parametrize(("outputs", "inputs"), [(5, 64), (33, 24), (16, 72), (7, 19)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_blocks_of_a_weight(outputs: int, inputs: int, bits: int) -> None:
+    """Made in C, from integers and from words: what is written out here."""
+    q = torch.randint(0, 1 << bits, (outputs, inputs), dtype=torch.uint8)
+    rows, columns, flip = w4a8.load().optim_rows(), -(-inputs // 64) * 64, (bits == 8) * 0x80
+    padded = torch.zeros(-(-outputs // rows) * rows, columns, dtype=torch.uint8)
+    padded[:outputs, :inputs] = q ^ flip
+    words = padded.view(torch.int32)
+    if bits == 4:
+        words = words[:, 0::2] | words[:, 1::2] << 4
+    wanted = words.view(-1, rows, words.shape[1]).transpose(1, 2)
+    assert torch.equal(w4a8._blocks(q, bits, columns, flip), wanted)
+    assert torch.equal(w4a8._blocks(q.T.contiguous().T, bits, columns, flip), wanted)
+    if bits == 4:
+        assert torch.equal(w4a8._blocks(pack_rows(q, 4), 4, columns, 0), wanted)
 
-    q = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8)
-    for rows in (4, 16):
-        for columns in (inputs, -(-inputs // 64) * 64):
-            wanted = w4a8._blocks(q, 4, rows, columns, 0)
-            assert torch.equal(w4a8._blocks(pack_rows(q, 4), 4, rows, columns, 0), wanted)
+
+def test_a_weight_wider_than_its_columns_is_refused() -> None:
+    for q, bits in ((torch.zeros(2, 72, dtype=torch.uint8), 8), (torch.zeros(2, 9).int(), 4)):
+        with pytest.raises(WrongTensor):
+            w4a8._blocks(q, bits, 64, 0)
