@@ -23,6 +23,8 @@ def map_library() -> None:
 
 def import_torch() -> None:
     """Import torch without looking for garbage among modules that all stay, now and later."""
+    if "torch" in sys.modules:
+        return
     collects = gc.isenabled()
     gc.disable()
     try:
