@@ -22,7 +22,6 @@ from optim.quant.observe import GRAM_BYTES, Inputs, leaders_of, observe
 from optim.quant.rounding import NearestLinear, RoundedLinear, round_linear, round_rows, row_groups
 from optim.quant.solver import Solved, Task
 from optim.quant.stored import block_tensors
-from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.schema import Awq, Gptq, Guided
 from optim.runtime.architecture.table import FAMILIES, Group
 from optim.runtime.formats.pack_quantized import Scheme, write_config
@@ -70,7 +69,6 @@ class BlockSolver:
         assert states is not None
         block = self.walk.block(i)
         schemes = self._schemes(i, block)
-        refuse_non_finite(block, f"{self.walk.prefix}.{i}")
         hidden = states[slice(0, max(1, PROBE_TOKENS // states.length))]
         leaders, expected = leaders_of(block, lambda: self.walk.run(i, block, hidden))
         plain = {n: self._nearest(linear_at(block, n), s) for n, s in schemes.items()}
@@ -320,7 +318,6 @@ class NearestSolver(BlockSolver):
     def solve(self, i: int, states: HiddenStates | None) -> Solved:
         """Round block i; OptimError (2) for weights that are not finite."""
         block = self.walk.block(i)
-        refuse_non_finite(block, f"{self.walk.prefix}.{i}")
         for name, scheme in self._schemes(i, block).items():
             plain = self._nearest(linear_at(block, name), scheme)
             block.set_submodule(name, plain.rounded())
@@ -365,14 +362,3 @@ def _sampled(linear: StoredLinear, grams: list[Tensor]) -> Iterator[tuple[Tensor
     step = awq.sampled_rows(linear.out_features, linear.in_features).step
     for rows, gram in zip(row_groups(linear.out_features, len(grams)), grams, strict=True):
         yield linear.dense(slice(rows.start, rows.stop, step)) * math.sqrt(step), gram
-
-
-def refuse_non_finite(block: nn.Module, prefix: str) -> None:
-    """OptimError (2), naming the tensor, for a loaded block whose weights are not finite."""
-    for name, parameter in block.named_parameters():
-        if parameter.is_floating_point() and not bool(parameter.isfinite().all()):
-            raise OptimError(
-                f"{prefix}.{name} has values that are not finite",
-                fix="the checkpoint is damaged, or was saved after an overflow: use another copy",
-                code=USAGE,
-            )

@@ -23,6 +23,7 @@ from optim.runtime.engine.sampling import Sampling
 from optim.runtime.engine.session import generate
 from optim.runtime.formats.pack_quantized import Scheme
 from optim.runtime.storage.checkpoint import Checkpoint
+from optim.runtime.storage.gate import read_finite
 from optim.runtime.storage.manifest import Cost
 from optim.runtime.storage.workspace import Prove, Workspace, identity
 from optim.runtime.system.hashes import file_sha256, tensor_sha256, tokens_sha256
@@ -159,6 +160,9 @@ class _Job:
         """Do every step that is not journalled yet."""
         done = len(self.workspace.done)
         blocks = len(self.walk)
+        if not done:
+            for name in (name for names in self.outer for name in names):
+                read_finite(self.made.checkpoint.read, name)
         states = self._states(done) if self.windows is not None and done < blocks else None
         self.hashes.clear()
         for i in range(done, blocks):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.storage.gate import OVERFLOWN
 from optim.runtime.system.files import load_json
 
 USUAL: dict[str, Any] = {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
@@ -154,6 +155,12 @@ def draw(chances: Tensor, random: torch.Generator) -> int:
     return int(torch.searchsorted(sums, point, right=True))
 
 
+def require_finite(logits: Tensor) -> None:
+    """OptimError (2) for logits with NaN, or without a largest one."""
+    if not bool(logits.max().isfinite()):
+        raise OptimError("what the model computes is not a finite number", OVERFLOWN, USAGE)
+
+
 class Sampler:
     """Draws tokens for one reply; the same seed draws the same."""
 
@@ -171,9 +178,7 @@ class Sampler:
     def __call__(self, logits: Tensor, history: Sequence[int]) -> int:
         """The next id after `history`, from `logits` `[V]`. OptimError (2) for NaN or infinity."""
         s = self._sampling
-        if not bool(logits.max().isfinite()):
-            fix = "its weights are damaged or overflow: use another copy"
-            raise OptimError("what the model computes is not a finite number", fix, USAGE)
+        require_finite(logits)
         if s.repetition_penalty != 1 and history:
             seen = torch.tensor(sorted(set(history)), device=logits.device)
             logits = penalize(logits, seen, s.repetition_penalty)

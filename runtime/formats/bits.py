@@ -34,7 +34,7 @@ def pack_rows(values: Tensor, bits: int) -> Tensor:
 def unpack_rows(packed: Tensor, bits: int, count: int) -> Tensor:
     """int32 [rows, ceil(count*bits/32)] -> uint8 [rows, count]; the inverse of `pack_rows`."""
     rows, octets = packed.shape[0], -(-count // 8)
-    stream = packed.contiguous().view(torch.uint8)
+    stream = packed.reshape(-1).contiguous().view(torch.uint8).view(rows, -1)  # of one row, too
     if 8 % bits == 0:
         return _spread(stream, bits)[:, :count].contiguous()
     if stream.shape[1] < octets * bits:

@@ -87,12 +87,13 @@ def read_config(config: Mapping[str, Any] | None) -> Static | None:
     )
     known = (
         config.get("format_version") == 1
+        and config.get("weight_bits") == 4
         and isinstance(bits, Mapping)
         and isinstance(kinds, Mapping)
-        and all(value in (4, 8) for value in bits.values())
+        and all(type(value) is int and value in (4, 8) for value in bits.values())
         and all(value in ("static", "token") for value in kinds.values())
         and isinstance(prefix, list)
-        and all(isinstance(token, int) for token in prefix)
+        and all(type(token) is int and token >= 0 for token in prefix)
         and set(bits) == set(kinds) == {"norm", "out", "down"}
     )
     if not known:

@@ -31,6 +31,7 @@ from optim.runtime.sparsity.rules import SparseWalk
 from optim.runtime.sparsity.side_file import Side, read_side
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.dense_view import PlainView
+from optim.runtime.storage.gate import OVERFLOWN
 from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.system.devices import pick_device
 from optim.runtime.system.hashes import tokens_sha256
@@ -154,6 +155,10 @@ def evaluate_windows(
         rows = torch.stack(
             [_measure(walked, reference, ids[i : i + 1], i, first) for i in range(len(ids))]
         )
+    for k, model in enumerate(models):
+        column = rows[:, k, 0] if k < len(sides) else rows[:, 0, 1]
+        if not bool(column.isfinite().all()):
+            raise OptimError(f"what {model.name} computes is not a finite number", OVERFLOWN, USAGE)
     found = [_summary(rows[:, k], windows, prompt, base is not None) for k in range(len(sides))]
     found = [replace(each, begin=tuple(begin)) for each in found]
     return [_with_skips(*pair) for pair in zip(found, sparse_walks, strict=False)]

@@ -19,6 +19,7 @@ import torch
 from optim.recipes.errors import OptimError
 from optim.runtime.cache.full import Policy
 from optim.runtime.engine.load import load_model
+from optim.runtime.engine.sampling import require_finite
 from optim.runtime.measure.job import Job
 from optim.runtime.measure.peers import LlamaCpp, Transformers
 from optim.runtime.system.devices import pick_device
@@ -94,13 +95,17 @@ class OptimEngine:
         length = self._context or prompt + new
         cache = model.new_cache(batch=batch, length=length, policy=self._policy)
         start = time.perf_counter()
-        token = model.forward(ids, cache).argmax(-1, keepdim=True)
+        logits = model.forward(ids, cache)
+        token = logits.argmax(-1, keepdim=True)
         _wait(model.device)
         middle = time.perf_counter()
         for _ in range(new):
-            token = model.forward(token, cache).argmax(-1, keepdim=True)
+            logits = model.forward(token, cache)
+            token = logits.argmax(-1, keepdim=True)
         _wait(model.device)
-        return middle - start, time.perf_counter() - middle
+        end = time.perf_counter()
+        require_finite(logits)
+        return middle - start, end - middle
 
 
 def _wait(device: torch.device) -> None:

@@ -31,6 +31,7 @@ from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.schema import CoreInfer, Prune
 from optim.runtime.architecture.shape import resolve
 from optim.runtime.architecture.table import FAMILIES, Decoder
+from optim.runtime.formats.static_int import read_config
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.storage.tensors import SIDE as SIDE
@@ -121,6 +122,9 @@ def read_side(checkpoint: Checkpoint) -> Side | None:
     path = checkpoint.folder / SIDE
     if not path.is_file():
         return None
+    if read_config(checkpoint.quantization) is not None:
+        what = f"{path} is beside static integers, which read all of their inputs"
+        raise OptimError(what, "delete the file", USAGE)
     facts, tensors = _load(path)
     known = facts.get("model")
     if known != checkpoint.sampled_fingerprint() and known != checkpoint.fingerprint():

@@ -22,7 +22,7 @@ from optim.runtime.formats import static_int
 from optim.runtime.formats.pack_quantized import SchemeOf, parse_config
 from optim.runtime.storage.companions import copy_companions
 from optim.runtime.storage.foreign.layouts import block_of
-from optim.runtime.storage.gate import Stored, admit
+from optim.runtime.storage.gate import FIX, Stored, admit
 from optim.runtime.storage.integers import IntegerStore
 from optim.runtime.storage.lossless.store import LosslessStore
 from optim.runtime.storage.names import canonical_parts, published_name
@@ -92,8 +92,11 @@ class Checkpoint:
         if shape.tied and table not in self.tensors and head in self.tensors:
             for names in (self._parts, self.tensors):  # one tensor, stored under the other's name
                 names[table] = names[head]  # type: ignore[assignment]
-        static = (self.quantization or {}).get("quant_method") == static_int.METHOD
-        stored = Stored(self.source, self.tensors, self.read, schemes_of(self), static)
+        static = static_int.read_config(self.quantization)
+        if static is not None and max(static.prefix, default=0) >= shape.vocab:
+            what = f"its prefix has the token {max(static.prefix)}, of {shape.vocab}"
+            raise OptimError(f"{self.source} is damaged: {what}", FIX, USAGE)
+        stored = Stored(self.source, self.tensors, self.read, schemes_of(self), static is not None)
         kept = admit(stored, shape, facts)
         self.left_out += tuple(self._parts[n].stored for n in self.tensors if n not in kept)
         self.tensors = {name: info for name, info in self.tensors.items() if name in kept}

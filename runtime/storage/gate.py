@@ -33,6 +33,7 @@ SCALES = (torch.bfloat16, torch.float16, torch.float32)
 COUNTS = (torch.int64, torch.int32)
 MOST_COPIES = 64  # of a channel whose step is split among several codes
 FIX = "config.json and the weights do not belong together, or a file is damaged"
+OVERFLOWN = "the checkpoint is damaged, or was saved after an overflow: use another copy"
 
 
 @dataclass(slots=True)
@@ -175,3 +176,12 @@ def _site(stored: Stored, stem: str, width: int) -> int:
             what = f"{stored.source}: {stem}index goes beyond {width} channels"
             raise OptimError(what, FIX, USAGE)
     return count
+
+
+def read_finite(read: Callable[[str], Tensor], name: str) -> Tensor:
+    """`read(name)`; OptimError (2), naming it, if it has NaN or infinity."""
+    value = read(name)
+    ends = value.aminmax() if value.dtype in FLOATS and value.numel() else ()  # NaN is both
+    if not all(bool(end.isfinite()) for end in ends):
+        raise OptimError(f"{name} has values that are not finite", OVERFLOWN, USAGE)
+    return value

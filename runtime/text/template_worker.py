@@ -20,8 +20,8 @@ MEMORY = 512 << 20
 """Bytes of address space."""
 SECONDS = 2
 """Processor time of one rendering; the process is ended where it takes more."""
-LONGEST = 32 << 20
-"""Characters of a rendered chat."""
+LONGEST = 1 << 20
+"""Characters of a rendered chat, beyond four for each byte of the request."""
 
 
 def tojson(
@@ -88,7 +88,7 @@ def answer(line: bytes) -> dict[str, str]:
         return {"error": f"it takes more than {MEMORY >> 20} MB of memory"}
     except Exception as error:  # a template can raise whatever Python can
         return {"error": str(error)[:500] or type(error).__name__}
-    if len(text) > LONGEST:
+    if len(text) > LONGEST + 4 * len(line):
         return {"error": f"it writes {len(text):,} characters"}
     return {"text": text}
 

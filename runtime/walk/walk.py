@@ -23,6 +23,7 @@ from optim.recipes.errors import OptimError
 from optim.runtime.architecture.table import FAMILIES
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.dense_view import PlainView
+from optim.runtime.storage.gate import read_finite
 from optim.runtime.system.memory import reuse_memory
 from optim.runtime.walk.hidden_states import HiddenStates as HiddenStates
 from optim.runtime.walk.skeleton import (
@@ -155,7 +156,7 @@ class Walk:
         dress: Callable[[nn.Module, str], None] | None = None,
     ) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, torch.device(device), dtype
-        self._read, self._dress = read or checkpoint.read, dress
+        self._read, self._dress = partial(read_finite, read or checkpoint.read), dress
         self.model = meta_model(checkpoint, torch.float32)
         refuse_strange(self.model, checkpoint.tensors, checkpoint.name)
         self.prefix, self.blocks = find_blocks(self.model)

@@ -1,10 +1,12 @@
 """What is made untrue: small models of every kind, whole and sound."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import exchange
 import gguf
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ TESTS = Path(__file__).parents[1]
 ARTIFACTS = TESTS / "data" / "artifacts"
 sys.path.insert(0, str(TESTS))
 
-from conftest import _save_tokenizer  # noqa: E402
+import conftest  # noqa: E402
 
 PLAIN: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -70,6 +72,19 @@ def tensors() -> dict[str, torch.Tensor]:
     return made
 
 
+def save_tokenizer(folder: Path) -> None:
+    """One token a byte, and one merge: GGUF has no vocabulary without any."""
+    conftest._save_tokenizer(folder)
+    path = folder / "tokenizer.json"
+    data = json.loads(path.read_text())
+    data["model"]["vocab"]["Hi"] = len(data["model"]["vocab"])
+    data["model"]["merges"] = [["H", "i"]]
+    path.write_text(json.dumps(data))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    write_json(folder / "tokenizer_config.json", settings | {"chat_template": template})
+
+
 def make_plain(folder: Path) -> None:
     """A dense model in two shards with an index."""
     folder.mkdir(parents=True)
@@ -80,7 +95,7 @@ def make_plain(folder: Path) -> None:
         save_file({name: whole[name] for name in names}, folder / shard, {"format": "pt"})
         index |= dict.fromkeys(names, shard)
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
-    _save_tokenizer(folder)
+    save_tokenizer(folder)
 
 
 def make_gguf(path: Path) -> None:
@@ -130,4 +145,11 @@ def make_all(root: Path) -> None:
     for folder in ARTIFACTS.iterdir():
         if folder.is_dir():
             shutil.copytree(folder, root / folder.name)
-            _save_tokenizer(root / folder.name)
+            save_tokenizer(root / folder.name)
+    for name in exchange.FOREIGN:
+        base, form = name.split("-as-")
+        (root / name).mkdir()
+        made = exchange.write(root / base, root / name, form)
+        if made.is_dir():
+            shutil.copytree(made, root / name, dirs_exist_ok=True)
+            shutil.rmtree(made)

@@ -1,7 +1,8 @@
 """Run cases in child processes, and say how each of them ended.
 
 A child is a fork of this process, in which everything is imported already: a case costs some
-milliseconds. Its processor time and address space are bounded, so no case can stop the run.
+milliseconds. Its processor time and address space are bounded, so no case can stop the run; the
+bound on the clock, which is for cases that wait, grows with what else the machine has to do.
 """
 
 import json
@@ -46,7 +47,8 @@ def run(case: Callable[[], Any]) -> Ended:
         os.close(reader)
         _child(case, writer)
     os.close(writer)
-    said = _read(reader, begin + 4 * SECONDS)
+    busy = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    said = _read(reader, begin + 4 * SECONDS * busy)
     os.close(reader)
     if said is None:
         os.kill(child, signal.SIGKILL)

@@ -321,7 +321,7 @@ def _session_case(draw: Random, kept: Path, bits: int, policy: str) -> tuple[str
 
     chat = SavedChat(model="m", messages=[{"role": "user", "content": "Hi"}])  # type: ignore[list-item]
     save(kept, chat)
-    model, made = _model(), _policy(bits, policy)
+    model, made = small_model(), _policy(bits, policy)
     cache = model.new_cache(length=64, policy=made)
     model.forward(torch.tensor([PROMPT]), cache)
     save_cache(cache_beside(kept), cache, PROMPT, "model")
@@ -348,7 +348,8 @@ def _session_case(draw: Random, kept: Path, bits: int, policy: str) -> tuple[str
 _models: list[Any] = []
 
 
-def _model() -> Any:
+def small_model() -> Any:
+    """The base `plain`, loaded once."""
     from optim.runtime.engine.load import load_model
 
     if not _models:
@@ -392,7 +393,7 @@ def batch(draw: Random, folder: Path) -> tuple[str, Case]:
     data = json.dumps(line).encode()
     if draw.random() < 0.3:
         data = data[: draw.randrange(len(data))] + draw.choice((b"\xff", b"9" * 5000, b"[" * 5000))
-    model = _model()
+    model = small_model()
 
     def case() -> None:
         from optim.runtime.engine.batch import answer_all

@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,13 +25,11 @@ import torch
 HOW = ("cases", "refused", "fine", "wrong", "unexpected", "signal", "hang", "memory")
 
 
-def one(kind: str, seed: int, root: Path) -> dict[str, Any]:
+def one(kind: str, make: Callable[..., Any], seed: int, root: Path) -> dict[str, Any]:
     """Make and run a case; returns how it ended."""
-    import kinds
-
     folder = Path(tempfile.mkdtemp(dir=root))
     try:
-        what, case = kinds.KINDS[kind](Random(f"{kind} {seed}"), folder)
+        what, case = make(Random(f"{kind} {seed}"), folder)
         ended = harness.run(case)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -44,32 +43,35 @@ def main() -> int:
     parser.add_argument("--kind", action="append", help="one of the kinds; more than once for more")
     parser.add_argument("--seed", type=int, default=0, help="of the first case")
     parser.add_argument("--only", type=int, help="run the case of this seed alone")
-    parser.add_argument("--json", action="store_true", help="one JSON line a bad case")
+    parser.add_argument("--all", action="store_true", help="a line for the good ones too")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="optim-fuzz-") as folder:
         root = Path(folder)
         os.environ["OPTIM_CACHE"] = os.environ.get("OPTIM_CACHE", str(root / "cache"))
         import bases
+        import exchange
         import kinds
 
         kinds.BASES = root / "bases"
         bases.make_all(kinds.BASES)
-        chosen = asked.kind or list(kinds.KINDS)
+        known = kinds.KINDS | exchange.EXCHANGES
+        chosen = asked.kind or list(known)
         for base in sorted(kinds.BASES.iterdir()):  # builds kernels, imports what cases need
-            kinds.use(base / "model.gguf" if base.name == "gguf" else base)
+            kinds.use(next(iter(base.glob("*.gguf")), base))
         counts = {kind: Counter[str]() for kind in chosen}
         bad = []
         for kind in chosen:
             seeds = range(asked.seed, asked.seed + asked.cases // len(chosen))
             for seed in [asked.only] if asked.only is not None else seeds:
-                found = one(kind, seed, root)
+                found = one(kind, known[kind], seed, root)
                 counts[kind][found["how"]] += 1
-                if found["how"] not in harness.GOOD or asked.only is not None:
+                if found["how"] not in harness.GOOD:
                     bad.append(found)
+                if found["how"] not in harness.GOOD or asked.only is not None or asked.all:
                     print(json.dumps(found), file=sys.stderr, flush=True)
     _show(counts)
-    return int(any(found["how"] not in harness.GOOD for found in bad))
+    return int(bool(bad))
 
 
 def _show(counts: dict[str, Counter[str]]) -> None:

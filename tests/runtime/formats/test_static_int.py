@@ -122,7 +122,16 @@ def test_config_is_read_back_and_nonsense_refused() -> None:
     static = Static(bits, kinds, True, (1, 7))
     assert read_config(static.config()) == static
     assert read_config({"quant_method": "compressed-tensors"}) is None and read_config(None) is None
-    for wrong in ({"format_version": 2}, {"activation_bits": {"norm": 5}}, {"prefix": "x"}):
+    wrongs: tuple[dict[str, object], ...] = (
+        {"format_version": 2},
+        {"weight_bits": {"a": 4}},
+        {"activation_bits": {"norm": 5}},
+        {"activation_bits": bits | {"down": 8.0}},
+        {"prefix": "x"},
+        {"prefix": [True]},
+        {"prefix": [-1]},
+    )
+    for wrong in wrongs:
         with pytest.raises(OptimError, match="not one of version 1"):
             read_config(static.config() | wrong)
 

@@ -22,6 +22,7 @@ HOSTILE = {
     "not": "{{ " + "not " * 50_000 + "1 }}",
     "if": "{% if 1 %}" * 5000 + "{% endif %}" * 5000,
     "for": "{% for a in 'ab' %}" * 30 + "{% endfor %}" * 30,
+    "long": "{% for i in range(90000) %}{{ messages | tojson }}{% endfor %}",
     "inside": "{{ self.__init__.__globals__ }}",
     "import": "{% import 'os' as os %}",
     "surprise": "{{ messages[0].content() }}",
@@ -40,6 +41,11 @@ def test_an_endless_loop_is_ended_and_the_next_chat_is_rendered() -> None:
     with pytest.raises(OptimError, match=f"more than {template_worker.SECONDS} s"):
         render_template(loop, CHAT, {})
     assert render_template("{{ messages[0].content }}", CHAT, {}) == "Hi"
+
+
+def test_a_long_chat_may_be_written_more_than_once() -> None:
+    long = [{"role": "user", "content": "word " * 500_000}]
+    assert len(render_template("{{ messages[0].content * 3 }}", long, {})) == 7_500_000
 
 
 def test_one_process_answers_all_chats() -> None:
