@@ -7,7 +7,7 @@ SEED   ?= 0
 # A machine with no NVIDIA driver gets a pinned torch first, so that nothing pulls the CUDA packages.
 TORCH  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.6' || echo 'torch==2.13.0')
 
-.PHONY: demo test fuzz sanitize test-neon conformance lint types tour clean
+.PHONY: demo test fuzz fuzz-sanitize sanitize test-neon conformance lint types tour clean
 
 $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -33,9 +33,17 @@ test: $(VENV)/.ready
 SANITIZED := tests/runtime/kernels/cpu tests/runtime/test_levels.py
 PRELOAD = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libubsan.so) \
     $(shell gcc -print-file-name=libstdc++.so)
+WATCHED = OPTIM_SANITIZE=1 LD_PRELOAD="$(PRELOAD)" \
+    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1
+# fuzzed models of the kinds whose bytes reach C kernels
+REACHING := --kind shards --kind side --kind static --kind lossless --kind session --kind foreign
 sanitize: $(VENV)/.ready
-	OPTIM_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(PRELOAD)" \
-	    $(BIN)/python -m pytest -q -s $(SANITIZED) -k "not every_machine and not neon"
+	$(WATCHED) $(BIN)/python -m pytest -q -s $(SANITIZED) -k "not every_machine and not neon"
+	$(WATCHED) $(BIN)/python tests/fuzz/run.py $(REACHING) --cases 48 --seed 1
+
+# the same with many more cases: make fuzz-sanitize CASES=600
+fuzz-sanitize: $(VENV)/.ready
+	$(WATCHED) $(BIN)/python tests/fuzz/run.py $(REACHING) --cases $(CASES) --seed $(SEED)
 
 # the ARM kernels under qemu: needs Debian's gcc-aarch64-linux-gnu and qemu-user (`make test` runs
 # them too where these are installed)

@@ -3,9 +3,11 @@
 Each case is a small sound model or file with a lie in it, and is used in a child process: it must
 end in an exact result or in an OptimError. Prints a row for each kind, then every case that ended
 otherwise with the seed that makes it again: `--kind KIND --only SEED`. Exit code 1 if there is one.
+With the sanitizers (`make fuzz-sanitize`) a report of theirs ends a case as a signal does.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import shutil
@@ -18,6 +20,7 @@ from random import Random
 from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ.pop("LD_PRELOAD", None)  # the sanitizers are for this process, not for those it starts
 
 import harness
 import torch
@@ -36,6 +39,13 @@ def one(kind: str, make: Callable[..., Any], seed: int, root: Path) -> dict[str,
     return {"kind": kind, "seed": seed, "how": ended.how, "where": ended.where, "what": what}
 
 
+def overflow() -> None:
+    """What the sanitizers must report: a byte beyond a block of memory is written."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    libc.memset(ctypes.c_void_p(libc.malloc(8)), 0, 9)
+
+
 def main() -> int:
     """Run what the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -46,6 +56,8 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="a line for the good ones too")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    if os.environ.get("OPTIM_SANITIZE") and harness.run(overflow).how != "signal":
+        sys.exit("the sanitizers do not report an overflow: start this by `make fuzz-sanitize`")
     with tempfile.TemporaryDirectory(prefix="optim-fuzz-") as folder:
         root = Path(folder)
         os.environ["OPTIM_CACHE"] = os.environ.get("OPTIM_CACHE", str(root / "cache"))
