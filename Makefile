@@ -64,7 +64,8 @@ lint: $(VENV)/.ready
 
 types: $(VENV)/.ready
 	mkdir -p .typing/optim
-	for d in cli quant prune export runtime recipes; do ln -sfn ../../$$d .typing/optim/$$d; done
+	for d in cli quant prune export runtime recipes program/__main__.py; do \
+	    ln -sfn ../../$$d .typing/optim/$${d#program/}; done
 	$(BIN)/mypy
 
 tour: $(VENV)/.ready

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import select
 import sys
+import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
     from optim.runtime.engine.load import Model
     from optim.runtime.engine.sampling import Sampling
     from optim.runtime.engine.session import Session
+    from optim.runtime.system.free_cores import Meter
 
 INTERRUPTED = 130
+LOOK_AGAIN = 0.3  # seconds
 SILENCE = 10  # seconds to wait for the first byte of a pipe when there is a prompt too
 
 
@@ -176,7 +179,7 @@ def _loaded(source: str, options: RunOptions) -> tuple[Sampling, Policy, Model]:
     for words in filter(None, (model.refused, model.advice)):
         ui.note(words)
     if options.threads is None and model.device.type == "cpu":
-        _share(meter.free_cores())
+        _share(_free_cores(meter))
     return sampling, policy, model
 
 
@@ -188,6 +191,18 @@ def _sampling(folder: Path, asked: dict[str, Any]) -> Sampling:
     if idle := [key for key in DRAWN if key in asked and sampling.temperature == 0 != asked[key]]:
         ui.note(f"temperature 0 takes the likeliest token: {', '.join(idle)} has no effect")
     return sampling
+
+
+def _free_cores(meter: Meter) -> int | None:
+    """What others leave free now: who was busy while the model was loaded may just have ended."""
+    import torch
+
+    free = meter.free_cores()
+    if free is None or free >= torch.get_num_threads():
+        return free
+    again = type(meter)()
+    time.sleep(LOOK_AGAIN)
+    return max(free, again.free_cores() or free)
 
 
 def _share(free: int | None) -> None:

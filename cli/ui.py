@@ -27,6 +27,7 @@ Step = Callable[[int, int, str], None]
 """What algorithms call: steps done, steps in all, and a few words on the step."""
 
 ETA_STEPS = 8
+SECONDS_A_LINE = 5
 WIDE = 160  # columns where there is no terminal, so that no name is cut
 
 # Names and messages may come from a stranger's file. What steers a terminal is taken out of them:
@@ -129,10 +130,19 @@ def _size_cells(row: Mapping[str, Any]) -> list[str]:
 
 @contextmanager
 def progress(title: str) -> Iterator[Step]:
-    """A bar with the time left; one line a step where standard error is no terminal."""
+    """A bar with the time left; without a terminal the last step, and one every few seconds."""
     eta = Eta()
     if notes.quiet or not notes.is_terminal:
-        yield lambda at, total, text: note(_line(title, at, total, text, eta))
+        said = eta.clock()
+
+        def line(at: int, total: int, text: str) -> None:
+            nonlocal said
+            shown, now = _line(title, at, total, text, eta), eta.clock()
+            if at == total or now - said >= SECONDS_A_LINE:
+                note(shown)
+                said = now
+
+        yield line
         return
     words = (TextColumn(f"{{task.{x}}}", markup=False) for x in ("description", "fields[text]"))
     columns = (next(words), BarColumn(), next(words))

@@ -61,7 +61,7 @@ class Work:
         self, _plan: SimpleNamespace, progress: ui.Step, *, prove: Prove | None
     ) -> SimpleNamespace:
         self.done += 1
-        progress(1, 2, "block 0")
+        progress(2, 2, "block 1")
         if self.stopped:
             raise KeyboardInterrupt
         assert prove is not None
@@ -94,7 +94,7 @@ def test_a_run_reports_and_names_the_next_command(
     out, err = capsys.readouterr()
     assert out == ""
     first, *rest = err.splitlines()
-    assert first.startswith("awq 1/2 · block 0")
+    assert first.startswith("awq 2/2 · block 1")
     assert rest == [
         "perplexity 20.000 -> 21.000 (+5.00%) · KL 0.0312 ± 0.0021 · same likeliest token 90.5%"
         " · 4 x 512 tokens of builtin:eval",

@@ -17,6 +17,7 @@ from optim.cli.run import RunOptions, run
 from optim.recipes.errors import OptimError
 from optim.runtime.engine.sampling import Sampling
 from optim.runtime.engine.session import Stats
+from optim.runtime.system.free_cores import Meter
 
 
 class FakeSession:
@@ -228,3 +229,21 @@ def test_bad_input_is_refused_before_the_model_is_loaded(
     assert caught.value.code == 2
     assert said in caught.value.message
     assert isinstance(sys.stdin, io.TextIOWrapper)
+
+
+@pytest.mark.parametrize(
+    ("seen", "free"), [([None], None), ([4], 4), ([1, 3], 3), ([2, 1], 2), ([1, None], 1)]
+)
+def test_busy_cores_are_looked_at_again(
+    seen: list[int | None], free: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another command that just ended was busy while the model was loaded."""
+
+    class Fake(Meter):
+        def free_cores(self) -> int | None:
+            return seen.pop(0)
+
+    monkeypatch.setattr(module, "LOOK_AGAIN", 0)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 4)
+    assert module._free_cores(Fake()) == free
+    assert not seen

@@ -51,14 +51,18 @@ def test_eta_follows_the_last_steps() -> None:
     assert left == pytest.approx(2 * 2.0)
 
 
-def test_progress_is_one_line_a_step_where_there_is_no_terminal(capsys: Captured) -> None:
+@pytest.mark.parametrize(("pace", "lines"), [(0, [0, 1, 2]), (3600, [2])])
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(
+    pace: int, lines: list[int], capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ui, "SECONDS_A_LINE", pace)
     with ui.progress("awq") as step:
-        step(0, 2, "layer 0")
-        step(2, 2, "layer 1 \x1b[31m")
+        for at in range(3):
+            step(at, 2, f"layer {at} \x1b[31m")
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.splitlines()[0] == "awq 0/2 · layer 0"
-    assert err.splitlines()[1].startswith("awq 2/2 · layer 1 [31m")
+    said = [line.split(" · ")[:2] for line in err.splitlines()]
+    assert said == [[f"awq {at}/2", f"layer {at} [31m"] for at in lines]
 
 
 def test_quiet_hides_notes_and_progress_but_no_error(
