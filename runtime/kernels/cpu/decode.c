@@ -122,7 +122,7 @@ static int64_t row_end(const Dense *d, int64_t piece) {
 
 static void multiply(const Run *r, const Reader *l, int64_t from, int64_t end) {
     if (l->whole)
-        optim_blocks(l->whole, &r->act, r->y, r->d->tokens, from, end);
+        optim_blocks(l->whole, &r->act, r->y, from, end);
     else if (l->dense)
         (l->dense->planes ? optim_bf12_products : optim_bf16_products)(
             l->dense, r->x, r->y, r->d->tokens, from * ROWS, row_end(l->dense, end));
@@ -288,13 +288,12 @@ static void divide(Run *r, Memory *m) {
     const int64_t widest = larger(larger(attended, d->hidden), middle);
     const int64_t given = larger(larger(attended + 2 * p->kv_heads * p->dim, d->hidden),
                                  2 * middle);
-    const int64_t rounded = widest + 64; /* whole chunks, of 16 at least */
+    const int64_t rounded = (widest + 63) / 64 * 64; /* whole chunks */
     r->stages = take(m, d->count * STAGES * sizeof(Stage));
     r->x = take(m, d->tokens * widest * sizeof(float));
     r->y = take(m, d->tokens * given * sizeof(float));
-    r->act.scales = take(m, d->tokens * (rounded / 16) * sizeof(float));
-    r->act.sums = take(m, d->tokens * (rounded / 16) * sizeof(float));
-    r->act.values = take(m, d->tokens * rounded);
+    optim_activations(&r->act, d->tokens, rounded,
+                      take(m, optim_activations(&r->act, d->tokens, rounded, NULL)));
     r->listed = take(m, d->tokens * sizeof(Listed));
     r->memory_each = (optim_listed_bytes(widest) + 63) / 64 * 64;
     r->memory = take(m, d->tokens * r->memory_each);

@@ -4,29 +4,62 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define MASK_16(left) ((__mmask16)((left) < 16 ? (1 << (left)) - 1 : 0xffff))
+#endif
+
 #define INLINE static inline __attribute__((always_inline))
 /* How Python knows that its picture of a structure is as large as C's. */
 #define SIZE_OF(type) \
     int64_t optim_sizeof_##type(void) { return sizeof(type); }
 
 /* Rounds `count` activations to 8 bits that share a scale, x = a * peak / 127, halves away from zero;
- * returns the peak. Where it is no finite, normal number the a are zero, and the scale carries what it
- * is (zero, infinity, NaN) into the sum. A constant count lets the compiler unroll. */
-INLINE float round_int8(const float *x, const int64_t count, int8_t *a) {
-    int32_t top = 0; /* the order of |x| is that of its bits: NaN ends up on top */
+ * returns the peak, and in `total` the sum of a. Where the peak is no finite, normal number the a are
+ * zero, and the scale carries what it is (zero, infinity, NaN) into the sum. A constant count lets
+ * the compiler unroll. */
+INLINE float round_int8(const float *x, const int64_t count, int8_t *a, int32_t *total) {
+#if defined(__AVX512F__)
+    __m512i top = _mm512_setzero_si512(), sum = top; /* the order of |x| is that of its bits: */
+    for (int64_t i = 0; i < count; i += 16) {        /* NaN ends up on top */
+        const __m512i word = _mm512_maskz_loadu_epi32(MASK_16(count - i), x + i);
+        top = _mm512_max_epi32(top, _mm512_and_si512(word, _mm512_set1_epi32(INT32_MAX)));
+    }
+    const int32_t most = _mm512_reduce_max_epi32(top);
+#else
+    int32_t most = 0, sum = 0;
     for (int64_t i = 0; i < count; i++) {
         int32_t word;
         memcpy(&word, x + i, 4);
-        word &= 0x7fffffff;
-        top = word > top ? word : top;
+        word &= INT32_MAX;
+        most = word > most ? word : most;
     }
+#endif
     float peak;
-    memcpy(&peak, &top, 4);
+    memcpy(&peak, &most, 4);
     const float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;
+#if defined(__AVX512F__)
+    for (int64_t i = 0; i < count; i += 16) {
+        const __mmask16 mask = MASK_16(count - i), kept = inverse == 0.0f ? 0 : mask;
+        const __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(kept, x + i), _mm512_set1_ps(inverse));
+        const __m512 sign = _mm512_and_ps(v, _mm512_set1_ps(-0.0f));
+        const __m512 half = _mm512_or_ps(sign, _mm512_set1_ps(0.5f));
+        const __m512i q = _mm512_cvttps_epi32(_mm512_add_ps(v, half));
+        sum = _mm512_add_epi32(sum, q);
+        if (count - i < 16) /* a store with a mask is slow, and slower to read */
+            _mm512_mask_cvtepi32_storeu_epi8(a + i, mask, q);
+        else
+            _mm_storeu_si128((__m128i *)(a + i), _mm512_cvtepi32_epi8(q));
+    }
+    *total = _mm512_reduce_add_epi32(sum);
+#else
     for (int64_t i = 0; i < count; i++) {
         const float v = inverse == 0.0f ? 0.0f : x[i] * inverse;
         a[i] = (int8_t)(int32_t)(v + (v >= 0 ? 0.5f : -0.5f));
+        sum += a[i];
     }
+    *total = sum;
+#endif
     return peak;
 }
 
@@ -44,17 +77,23 @@ typedef struct {
     const float *bias;        /* [blocks][ROWS] or NULL */
 } Linear;
 
+/* Tokens rounded for a linear. The first `tiled` lie in tiles, whose tokens stand side by side, a
+ * word of 4 inputs each, so that a tile is one stream; the others one after the other. */
 typedef struct {
-    int8_t *values; /* [tokens][chunks * chunk] */
-    float *scales;  /* [tokens][chunks] */
-    float *sums;    /* [tokens][chunks] */
+    int64_t tokens, tiled; /* tiled: with those that the last tile lacks, of which nothing is kept */
+    int8_t *values;        /* [tokens][chunks * chunk] */
+    float *scales;         /* [tokens][chunks] */
+    float *shares;         /* sums * scales */
+    int32_t *minus;        /* -sums of values */
 } Activations;
 
+/* Places `tokens` tokens of up to `columns` inputs, whole chunks, in `memory`, on cache lines;
+ * returns how many bytes that takes, also where there is none. */
+int64_t optim_activations(Activations *a, int64_t tokens, int64_t columns, char *memory);
 /* Token `token` of `x` [tokens][inputs], rounded for `l`. */
 void optim_round(const Linear *l, const float *x, Activations *a, int64_t token);
 /* Outputs of the blocks from..end of `l`, for all tokens: y [tokens][outputs]. */
-void optim_blocks(const Linear *l, const Activations *a, float *y, int64_t tokens, int64_t from,
-                  int64_t end);
+void optim_blocks(const Linear *l, const Activations *a, float *y, int64_t from, int64_t end);
 int optim_rows(void); /* outputs of a block */
 
 /* One linear in 4 bits held input by input, skip_int4.c. */

@@ -40,14 +40,15 @@ static inline void share(Pieces *pieces, void *job, int64_t count, int64_t each,
  * the threads has for itself. */
 enum { OF_THE_CALL, OF_ITS_CALLER, OF_THE_THREAD, SCRATCHES };
 
-/* At least so many bytes that a thread keeps from call to call; NULL if there is no memory. */
+/* At least so many bytes, on cache lines, that a thread keeps from call to call; NULL if there is no
+ * memory. */
 static inline void *scratch(int which, size_t bytes) {
     static _Thread_local void *held[SCRATCHES];
     static _Thread_local size_t size[SCRATCHES];
     if (size[which] < bytes || !held[which]) {
         free(held[which]);
-        size[which] = bytes + bytes / 4 + 64; /* what grows a little each time is not moved each time */
-        held[which] = malloc(size[which]);
+        size[which] = (bytes + bytes / 4 + 127) / 64 * 64; /* what grows a little is not moved each time */
+        held[which] = aligned_alloc(64, size[which]);
         if (!held[which]) size[which] = 0;
     }
     return held[which];

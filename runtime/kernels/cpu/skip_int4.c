@@ -38,7 +38,8 @@ INLINE float rounded(const float *x, const int64_t count, float threshold, int8_
                      int8_t *kept) {
     for (int64_t k = 0; k < count; k++)
         kept[k] = !(fabsf(x[k]) <= threshold); /* what is not a number is kept */
-    return round_int8(x, count, values);
+    int32_t total;
+    return round_int8(x, count, values, &total);
 }
 
 /* The inputs from..end above the threshold. */
