@@ -7,6 +7,10 @@ Every engine lives in a process of its own and waits; rounds go from engine to e
 else the machine does falls on all of them. Our artifacts are made by plain rounding (`-m rtn`) and
 llama.cpp's files from the demo's own GGUF: both say how fast, not how well. `--cpu-time` counts the
 CPU seconds of a process instead of the wall's: only for one thread, where others work too.
+
+`--ik PATH` adds ik_llama.cpp by its own `llama-bench`, with Q4_0 repacked (`-rtr 1 -fa 1`).
+Build it with `-DGGML_NATIVE=ON`: without, it falls back to AVX2 in silence. It knows the clock on
+the wall only; each round is a process of its own, whose load and warm-up are not counted.
 """
 
 import argparse
@@ -18,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,6 +38,7 @@ from optim.runtime.measure.speed import MARK, engines
 from optim.runtime.storage.demo import demo_file
 from optim.runtime.system.memory import peak_bytes
 
+Q4_0 = "llama.cpp Q4_0"
 FILES = {"Q4_0": 2, "Q4_1": 3, "Q4_K_M": 15}  # llama_ftype
 OURS = {
     "g64": ["--group-size", "64"],
@@ -124,6 +129,26 @@ class Remote:
         return prefill, decode
 
 
+class LlamaBench:
+    """ik_llama.cpp: a process of its `llama-bench` for each round."""
+
+    def __init__(self, program: str, path: str, threads: int) -> None:
+        flags = ["-t", str(threads), "-rtr", "1", "-fa", "1", "-r", "1", "-o", "json"]
+        self._command = [program, "-m", path, *flags]
+        self.facts = {"place": f"cpu, {threads} threads, {Path(path).name}", "load_seconds": 0.0}
+
+    def run(self, prompt: int, new: int) -> tuple[float, float]:
+        asked = ["-p", str(prompt), "-n", "0", "-gp", f"{prompt},{new}"]
+        done = subprocess.run([*self._command, *asked], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{self._command[0]} ended with {done.returncode}: {done.stderr}")
+        seconds = {row["n_gen"]: row["avg_ns"] / 1e9 for row in json.loads(done.stdout)}
+        return seconds[0], seconds[new]
+
+
+Engine = Remote | LlamaBench
+
+
 @contextmanager
 def remotes(jobs: dict[str, Job], cpu_time: bool) -> Iterator[dict[str, Remote]]:
     with ExitStack() as stack:
@@ -135,7 +160,7 @@ def remotes(jobs: dict[str, Job], cpu_time: bool) -> Iterator[dict[str, Remote]]
 
 
 def measure(
-    engines: dict[str, Remote], contexts: list[int], new: int, rounds: int
+    engines: Mapping[str, Engine], contexts: list[int], new: int, rounds: int
 ) -> dict[int, dict[str, Seconds]]:
     """Rounds in turn; the first of each context is warm-up."""
     results: dict[int, dict[str, Seconds]] = {}
@@ -198,15 +223,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--no-transformers", action="store_true")
+    parser.add_argument("--ik", metavar="PATH", help="ik_llama.cpp's llama-bench")
     parser.add_argument("--json", type=Path, help="write all results here")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         return serve(options.serve, options.cpu_time)
+    if options.ik and options.cpu_time:
+        parser.error("--ik measures by the wall's clock: leave --cpu-time out")
     contexts = [int(c) for c in options.contexts.split(",")]
     with tempfile.TemporaryDirectory() as folder:
         ours = make_artifacts(Path(folder), options.ours.split(","))
         sources = ours | make_ggufs(Path(folder))
+        if options.ik and Q4_0 not in sources:
+            parser.error("--ik runs a file that llama-cpp-python writes: install that too")
         if not options.no_transformers:
             sources["transformers bf16"] = "demo"
         report: dict[str, Any] = {
@@ -234,7 +264,10 @@ def measure_at(
         return Job(source, engine, tuple(contexts), options.new, threads=threads, device="cpu")
 
     before = os.getloadavg()
-    with remotes({n: job(n, s) for n, s in sources.items()}, options.cpu_time) as engines:
+    with remotes({n: job(n, s) for n, s in sources.items()}, options.cpu_time) as ours:
+        engines: dict[str, Engine] = dict(ours)
+        if options.ik:
+            engines["ik_llama Q4_0"] = LlamaBench(options.ik, sources[Q4_0], threads)
         for name, engine in engines.items():
             print(f"{name}: {engine.facts['place']}, load {engine.facts['load_seconds']:.1f} s")
         results = measure(engines, contexts, options.new, options.rounds)
