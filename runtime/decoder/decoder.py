@@ -210,8 +210,12 @@ class Decoder:
 
     def _hidden(self, ids: Tensor, cache: LayeredCache, end: int) -> Tensor:
         h, step = self._begin(ids, cache, end)
-        for block, layer in zip(self.blocks, cache.layers, strict=True):
-            h = block(h, layer, step)
+        call = self.one_call if len(ids) == 1 and self._steps_read(cache) else None
+        if call is not None and call.reads(cache.layers):
+            call.read(h, decode.Part(cache, step.start, ids.shape[1]), step.angles)
+        else:
+            for block, layer in zip(self.blocks, cache.layers, strict=True):
+                h = block(h, layer, step)
         cache.length += ids.shape[1]
         return h
 

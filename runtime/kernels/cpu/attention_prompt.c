@@ -23,26 +23,7 @@ enum { STRIP = 6, TILE = 64, TOKENS = 64 }; /* TOKENS: of a piece of work */
 typedef float vector __attribute__((vector_size(4 * LANES)));
 typedef float vector_at __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-typedef struct {
-    int64_t batch, tokens, heads, kv_heads, dim, rotary; /* rotary: channels that turn, or 0 */
-    int64_t capacity, start, window;                     /* window 0: everything is seen */
-    int64_t angle_stride;                                /* 0: all rows share cos and sin */
-    int64_t half;                                        /* keys and values are fp16, not float */
-    float scale, cap;                                    /* cap 0: none */
-    float *qkv;                                          /* [batch, tokens, heads + 2 kv, dim] */
-    const float *cos, *sin;                              /* [tokens, rotary] a row; sin signed */
-    void *keys, *values;                                 /* [batch kv, capacity, dim] */
-    const int64_t *padding;                              /* [batch] or NULL */
-    float *out;                                          /* [batch, tokens, heads, dim] */
-} Prompt;
-
 SIZE_OF(Prompt)
-
-typedef struct {
-    const Prompt *prompt;
-    int64_t blocks; /* of tokens, of a key head */
-    int no_memory;
-} Job;
 
 /* Of one block of rows. Rows are padded to whole strips, values to whole vectors. */
 typedef struct {
@@ -95,9 +76,7 @@ static void store_line(const Prompt *p, void *to, int64_t line, const float *x) 
             ((float *)to)[line * p->dim + i] = x[i];
 }
 
-/* Turns queries and keys of tokens from..end of all rows, and puts keys and values in the cache. */
-static void store_tokens(void *job, int64_t from, int64_t end) {
-    const Prompt *p = ((Job *)job)->prompt;
+void optim_prompt_store(const Prompt *p, int64_t from, int64_t end) {
     for (int64_t n = from; n < end; n++) {
         const int64_t row = n / p->tokens, token = n % p->tokens, d = p->dim;
         const int64_t at = row * p->angle_stride + token * p->rotary;
@@ -225,13 +204,16 @@ static void end_rows(const Rows *r) {
     }
 }
 
-static int attend_rows(Rows *r) {
+static void attend_rows(Rows *r) {
     const int64_t d = r->p->dim, rows = (TOKENS * r->group + STRIP - 1) / STRIP * STRIP;
     const int64_t used = (r->count * r->group + STRIP - 1) / STRIP * STRIP;
     r->wide = (d + LANES - 1) / LANES * LANES;
     const int64_t floats = rows * (d + r->wide + 2) + TILE * (d + r->wide);
     r->keys = scratch(OF_THE_THREAD, floats * sizeof(float));
-    if (!r->keys) return 1;
+    if (!r->keys) {
+        __atomic_store_n(r->p->no_memory, 1, __ATOMIC_RELAXED);
+        return;
+    }
     r->values = r->keys + d * TILE, r->q = r->values + TILE * r->wide, r->out = r->q + rows * d;
     r->top = r->out + rows * r->wide, r->sum = r->top + rows;
     begin_rows(r, used);
@@ -242,25 +224,30 @@ static int attend_rows(Rows *r) {
         for (int64_t row = 0; row < used; row += STRIP) strip(r, row, at, count);
     }
     end_rows(r);
-    return 0;
 }
 
-/* Blocks of rows; the last of a head first, as they see most. */
-static void some_rows(void *data, int64_t from, int64_t end) {
-    Job *job = data;
-    const Prompt *p = job->prompt;
-    for (int64_t n = from; n < end; n++) {
-        const int64_t block = job->blocks - 1 - n % job->blocks, first = block * TOKENS;
+static int64_t blocks_of(const Prompt *p) { return (p->tokens + TOKENS - 1) / TOKENS; }
+
+int64_t optim_prompt_pieces(const Prompt *p) { return p->batch * p->kv_heads * blocks_of(p); }
+
+void optim_prompt_rows(const Prompt *p, int64_t from, int64_t end) {
+    for (int64_t n = from; n < end; n++) { /* the last of a head first, as they see most */
+        const int64_t blocks = blocks_of(p), first = (blocks - 1 - n % blocks) * TOKENS;
         const int64_t left = p->tokens - first;
-        Rows r = {p, n / job->blocks, first, left < TOKENS ? left : TOKENS, p->heads / p->kv_heads};
-        if (attend_rows(&r)) __atomic_store_n(&job->no_memory, 1, __ATOMIC_RELAXED);
+        Rows r = {p, n / blocks, first, left < TOKENS ? left : TOKENS, p->heads / p->kv_heads};
+        attend_rows(&r);
     }
 }
 
+static void store_tokens(void *p, int64_t from, int64_t end) { optim_prompt_store(p, from, end); }
+
+static void some_rows(void *p, int64_t from, int64_t end) { optim_prompt_rows(p, from, end); }
+
 /* Returns nonzero if there is no memory. */
-int optim_attend_prompt(const Prompt *p, int threads, Team *team) {
-    Job job = {p, (p->tokens + TOKENS - 1) / TOKENS, 0};
-    share(store_tokens, &job, p->batch * p->tokens, 16, threads, team);
-    share(some_rows, &job, p->batch * p->kv_heads * job.blocks, 1, threads, team);
-    return job.no_memory;
+int optim_attend_prompt(Prompt *p, int threads, Team *team) {
+    int no_memory = 0;
+    p->no_memory = &no_memory;
+    share(store_tokens, p, p->batch * p->tokens, 16, threads, team);
+    share(some_rows, p, optim_prompt_pieces(p), 1, threads, team);
+    return no_memory;
 }

@@ -30,7 +30,7 @@ class CPrompt(Struct):
         *((name, ctypes.c_int64) for name in ("angle_stride", "half")),
         *((name, ctypes.c_float) for name in ("scale", "cap")),
         *((name, ctypes.c_void_p) for name in ("qkv", "cos", "sin", "keys", "values")),
-        *((name, ctypes.c_void_p) for name in ("padding", "out")),
+        *((name, ctypes.c_void_p) for name in ("padding", "out", "no_memory")),
     )
 
 

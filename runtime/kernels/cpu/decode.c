@@ -63,6 +63,7 @@ SIZE_OF(Text)
 typedef struct {
     int64_t count, hidden, tokens, texts;
     int64_t tanh_gelu; /* else silu */
+    int64_t prompt;    /* many tokens of one text, which attend as attention_prompt.c does it */
     float eps, residual;
     float *h; /* [tokens, hidden], in and out */
     Step step;
@@ -85,11 +86,12 @@ typedef struct {
     Listed *listed;  /* [tokens], of one that is not */
     char *memory;    /* [tokens, memory_each] */
     int64_t memory_each, threads;
+    int *no_memory; /* becomes 1 where there is none */
 } Run;
 
 typedef void Piece(const Run *, const Block *, int64_t from, int64_t end);
 
-enum { STAGES = 10, SPINS = 4000, ROWS = 16 /* of a dense piece */ };
+enum { STAGES = 11, SPINS = 4000, ROWS = 16 /* of a dense piece */ };
 
 static void zero_below(float *restrict x, int64_t n, float threshold) {
 #pragma omp simd
@@ -186,6 +188,34 @@ static void heads(const Run *r, const Block *b, int64_t from, int64_t end) {
     for (int64_t i = from; i < end; i++) text_head(r, b, r->d->text + i / each, i % each);
 }
 
+static Prompt prompt_of(const Run *r, const Block *b) {
+    const Step *step = &r->d->step;
+    const Text *text = r->d->text;
+    const Place *place = text->places + (b - r->d->blocks);
+    return (Prompt){
+        .batch = 1, .tokens = text->tokens, .start = text->position, .out = r->x, .qkv = r->y,
+        .heads = step->heads, .kv_heads = step->kv_heads, .dim = step->dim,
+        .rotary = b->cos ? step->rotary : 0, .cos = b->cos, .sin = b->sin, .window = b->window,
+        .capacity = place->capacity, .half = place->half, .keys = place->keys,
+        .values = place->values, .scale = step->scale, .cap = step->cap, .no_memory = r->no_memory,
+    };
+}
+
+static void store_prompt(const Run *r, const Block *b, int64_t from, int64_t end) {
+    const Prompt p = prompt_of(r, b);
+    for (int64_t t = from; t < end; t++) {
+        float *q = p.qkv + t * (p.heads + 2 * p.kv_heads) * p.dim, *k = q + p.heads * p.dim;
+        if (b->query_norm) optim_rms_norm(q, b->query_norm, q, p.heads, p.dim, r->d->eps);
+        if (b->key_norm) optim_rms_norm(k, b->key_norm, k, p.kv_heads, p.dim, r->d->eps);
+    }
+    optim_prompt_store(&p, from, end);
+}
+
+static void attend_prompt(const Run *r, const Block *b, int64_t from, int64_t end) {
+    const Prompt p = prompt_of(r, b);
+    optim_prompt_rows(&p, from, end);
+}
+
 static void begin_out(const Run *r, const Block *b, int64_t from, int64_t end) {
     read_inputs(r, &b->out, from, end);
 }
@@ -253,7 +283,13 @@ static void walk(void *data) {
     for (const Block *b = r->d->blocks; b < r->d->blocks + r->d->count; b++) {
         run_stage(r, b, s++, begin_attention, tokens);
         run_stage(r, b, s++, qkv, pieces_of(&b->qkv));
-        run_stage(r, b, s++, heads, r->d->texts * r->d->step.kv_heads);
+        if (r->d->prompt) {
+            const Prompt p = prompt_of(r, b);
+            run_stage(r, b, s++, store_prompt, tokens);
+            run_stage(r, b, s++, attend_prompt, optim_prompt_pieces(&p));
+        } else {
+            run_stage(r, b, s++, heads, r->d->texts * r->d->step.kv_heads);
+        }
         run_stage(r, b, s++, begin_out, tokens);
         run_stage(r, b, s++, out, pieces_of(&b->out));
         run_stage(r, b, s++, begin_mlp, tokens);
@@ -294,6 +330,7 @@ static void divide(Run *r, Memory *m) {
     r->y = take(m, d->tokens * given * sizeof(float));
     optim_activations(&r->act, d->tokens, rounded,
                       take(m, optim_activations(&r->act, d->tokens, rounded, NULL)));
+    if (d->prompt) return; /* with linears that are read whole */
     r->listed = take(m, d->tokens * sizeof(Listed));
     r->memory_each = (optim_listed_bytes(widest) + 63) / 64 * 64;
     r->memory = take(m, d->tokens * r->memory_each);
@@ -303,7 +340,8 @@ static void divide(Run *r, Memory *m) {
 
 /* `d->tokens` tokens through all blocks: `d->h` in and out. Returns nonzero if there is no memory. */
 int optim_decode(Decoder *d, int threads, Team *team) {
-    Run run = {.d = d, .threads = team ? threads : 1};
+    int no_memory = 0;
+    Run run = {.d = d, .threads = team ? threads : 1, .no_memory = &no_memory};
     Memory memory = {NULL, 0};
     divide(&run, &memory);
     char *held = scratch(OF_THE_CALL, memory.used + 64);
@@ -315,5 +353,5 @@ int optim_decode(Decoder *d, int threads, Team *team) {
         team(walk, &run, (unsigned)threads, 0);
     else
         walk(&run);
-    return 0;
+    return no_memory;
 }

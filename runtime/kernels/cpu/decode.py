@@ -14,7 +14,7 @@ from torch import Tensor
 
 from optim.runtime.cache.full import Layer, LayeredCache
 from optim.runtime.kernels.compile import NoKernel, library, team
-from optim.runtime.kernels.cpu import dense, skip_int4, w4a8
+from optim.runtime.kernels.cpu import attention_prompt, dense, skip_int4, w4a8
 from optim.runtime.kernels.cpu import step as cpu_step
 from optim.runtime.kernels.cpu.attention_quantized import CPacked, CSide
 from optim.runtime.kernels.cpu.bf12 import CPlanes
@@ -123,7 +123,8 @@ class CDecoder(Struct):
     NAME = "Decoder"
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("count", "hidden", "tokens", "texts", "tanh_gelu")),
+        *((name, ctypes.c_int64) for name in ("count", "hidden", "tokens", "texts")),
+        *((name, ctypes.c_int64) for name in ("tanh_gelu", "prompt")),
         *((name, ctypes.c_float) for name in ("eps", "residual")),
         ("h", ctypes.c_void_p),
         ("step", cpu_step.CStep),
@@ -164,15 +165,18 @@ class Blocks:
         self._array = (CBlock * len(weights))()
         self._blocks = list(self._array)  # what `point` keeps is kept by these
         self._sizes = sizes
+        self._whole = all(
+            isinstance(reader.weight, w4a8.Weight) and reader.threshold == skip_int4.NOTHING
+            for block in weights
+            for reader in (block.qkv, block.out, block.up, block.down)
+        )
         for block, of in zip(self._blocks, weights, strict=True):
             _fill(block, of, sizes)
         self._decoder = CDecoder(
-            count=len(weights),
             hidden=sizes.hidden,
             tanh_gelu=sizes.tanh_gelu,
             eps=sizes.eps,
             residual=sizes.residual,
-            blocks=ctypes.addressof(self._array),
         )
         self._step = step = self._decoder.step
         step.batch, step.heads, step.kv_heads, step.dim = 1, sizes.heads, sizes.kv_heads, sizes.dim
@@ -185,6 +189,31 @@ class Blocks:
         Each text gets what it would get alone, a token at a time. `angles` cos and signed sin, in
         order of the tokens, `rotary` each, of every rotary kind.
         """
+        self._show(h, parts, angles)
+        self._decoder.count, self._decoder.prompt = len(self._blocks), False
+        self._decoder.blocks = ctypes.addressof(self._array)
+        self._call()
+
+    def read(self, h: Tensor, part: Part, angles: dict[str, Angles]) -> None:
+        """The same with many tokens of one text, over weights and layers that `reads` knows.
+
+        A block a call: no longer than a user who interrupts would wait.
+        """
+        self._show(h, [part], angles)
+        text, places = self._texts[0], part.cache.places
+        assert isinstance(places, Places)
+        self._decoder.count, self._decoder.prompt = 1, True
+        for i in range(len(self._blocks)):
+            self._decoder.blocks = ctypes.addressof(self._array) + i * ctypes.sizeof(CBlock)
+            text.places = places.address + i * ctypes.sizeof(CPlace)
+            self._call()
+
+    def reads(self, layers: Sequence[Layer]) -> bool:
+        """Whether `read` knows these layers, and the blocks' linears."""
+        return self._whole and all(map(attention_prompt.reads, layers))
+
+    def _show(self, h: Tensor, parts: Sequence[Part], angles: dict[str, Angles]) -> None:
+        """Let C see the tokens, and where their texts are."""
         step, sizes = self._step, self._sizes
         tokens = sum(part.count for part in parts)
         for block, weights in zip(self._blocks, self._weights, strict=True):
@@ -202,7 +231,9 @@ class Blocks:
         decoder = self._decoder
         decoder.h = address(h, torch.float32, tokens * sizes.hidden)
         decoder.tokens, decoder.texts = tokens, len(parts)
-        decoder.text = ctypes.addressof(texts)
+        decoder.text, self._texts = ctypes.addressof(texts), texts
+
+    def _call(self) -> None:
         if self._run(self._address, torch.get_num_threads(), self._team):
             raise MemoryError
 
@@ -246,9 +277,12 @@ def load() -> ctypes.CDLL:
         raise NoKernel("the kernels of a decode step do not work here")
     structs = (
         *(CDecoder, CBlock, CPlace, CText, CReader, cpu_step.CStep, CPacked, CSide),
-        *(w4a8.CLinear, skip_int4.CColumns, CPlanes, dense.CDense),
+        *(w4a8.CLinear, skip_int4.CColumns, CPlanes, dense.CDense, attention_prompt.CPrompt),
     )
-    others = "w4a8", "skip_int4", "bf16", "bf12", "step", "attention_quantized"
+    others = (
+        *("w4a8", "skip_int4", "bf16", "bf12"),
+        *("step", "attention_quantized", "attention_prompt"),
+    )
     lib = library("decode", *others, structs=structs)
     lib.optim_decode.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
     return lib

@@ -190,6 +190,26 @@ void optim_packed_scores(const Step *p, int64_t unit, const float *q, int64_t fi
 /* out [group, dim], rotated back; uses up the scores. */
 void optim_packed_mix(const Step *p, int64_t unit, float *scores, int64_t first, int64_t n,
                       float *out);
+/* Attention of many new tokens, attention_prompt.c. */
+typedef struct {
+    int64_t batch, tokens, heads, kv_heads, dim, rotary; /* rotary: channels that turn, or 0 */
+    int64_t capacity, start, window;                     /* window 0: everything is seen */
+    int64_t angle_stride;                                /* 0: all rows share cos and sin */
+    int64_t half;                                        /* keys and values are fp16, not float */
+    float scale, cap;                                    /* cap 0: none */
+    float *qkv;                                          /* [batch, tokens, heads + 2 kv, dim] */
+    const float *cos, *sin;                              /* [tokens, rotary] a row; sin signed */
+    void *keys, *values;                                 /* [batch kv, capacity, dim] */
+    const int64_t *padding;                              /* [batch] or NULL */
+    float *out;                                          /* [batch, tokens, heads, dim] */
+    int *no_memory;                                      /* becomes 1 where there is none */
+} Prompt;
+
+/* Turns queries and keys of the tokens from..end of all rows, and puts keys and values in the cache. */
+void optim_prompt_store(const Prompt *p, int64_t from, int64_t end);
+int64_t optim_prompt_pieces(const Prompt *p); /* that attention comes in, once all are stored */
+void optim_prompt_rows(const Prompt *p, int64_t from, int64_t end);
+
 /* y = x / sqrt(mean(x^2) + eps) * weight, for each row of n; y may be x. */
 void optim_rms_norm(const float *x, const float *weight, float *y, int64_t rows, int64_t n,
                     float eps);
