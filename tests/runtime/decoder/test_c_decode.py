@@ -80,6 +80,24 @@ def test_every_family(table_family: str, make_model: MakeModel) -> None:
         compare(model, decoder, steps=24)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "phi3", "granite"])
+@pytest.mark.parametrize("kind", ["full", "stream"])
+def test_prompts(family: str, kind: str, make_model: MakeModel) -> None:
+    """A prompt in one call a block, and in two parts, is what it is block by block."""
+    model = load_model(str(make_model(family)), device="cpu")
+    decoder = with_packed_linears(model, SCHEMES[0])
+    assert decoder.one_call is not None
+    torch.manual_seed(0)
+    ids, policy = torch.randint(0, 200, (1, 60)), Policy(16, kind)
+    whole, cut, slow = (model.new_cache(length=64, policy=policy) for _ in range(3))
+    assert decoder.one_call.reads(whole.layers)  # type: ignore[attr-defined]
+    got = model.forward(ids, whole)
+    model.forward(ids[:, :26], cut)
+    assert torch.equal(model.forward(ids[:, 26:], cut), got)
+    decoder.one_call = None
+    torch.testing.assert_close(got, model.forward(ids, slow), rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES[1:], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_layout(scheme: Scheme, dtype: torch.dtype, make_model: MakeModel) -> None:
