@@ -55,8 +55,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     whose mean is zero and whose variance is mean(x^2), gives the same in half the time.
     """
     if x.device.type == "cpu" and x.dtype == torch.float32:
-        if x.is_contiguous() and cpu_step.usable():
-            return cpu_step.rms_norm(x, weight, eps)
+        if cpu_step.usable():
+            return cpu_step.rms_norm(x.contiguous(), weight, eps)
         n = x.shape[-1]
         return F.layer_norm(torch.cat((x, -x), -1), (2 * n,), eps=eps)[..., :n] * weight
     return (F.rms_norm(x.float(), x.shape[-1:], eps=eps) * weight).to(x.dtype)

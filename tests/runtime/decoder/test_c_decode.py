@@ -95,7 +95,9 @@ def test_prompts(family: str, kind: str, make_model: MakeModel) -> None:
     model.forward(ids[:, :26], cut)
     assert torch.equal(model.forward(ids[:, 26:], cut), got)
     decoder.one_call = None
-    torch.testing.assert_close(got, model.forward(ids, slow), rtol=2e-3, atol=2e-3)
+    wanted = model.forward(ids, slow)
+    assert float((got - wanted).norm() / wanted.norm()) < 0.005  # an 8-bit code may be another
+    assert model.config["model_type"] not in ("qwen3", "phi3") or torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES[1:], ids=str)
