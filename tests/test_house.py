@@ -2,6 +2,7 @@
 
 import ast
 import statistics
+import os
 import subprocess
 import sys
 import zipfile
@@ -275,4 +276,9 @@ def test_the_wheel_carries_exactly_the_mapped_folders(tmp_path: Path) -> None:
     subprocess.run([*command, str(copy)], check=True, timeout=300)
     (wheel,) = tmp_path.glob("*.whl")
     packed = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
-    assert packed == {f"optim/{n}" for n in names if n.split("/")[0] in BELOW}
+    folders = {f"optim/{n}" for n in names if n.split("/")[0] in BELOW}
+    assert packed == folders | {"optim/__main__.py"}
+    unpacked = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    zipfile.ZipFile(wheel).extractall(unpacked["PYTHONPATH"])
+    for command in (["--version"], ["recipe", "show", "awq-w4"]):
+        subprocess.run([sys.executable, "-m", "optim", *command], env=unpacked, check=True)
