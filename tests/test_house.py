@@ -1,8 +1,8 @@
 """The rules of the house, read from the source: imports, sizes, and what the wheel carries."""
 
 import ast
-import statistics
 import os
+import statistics
 import subprocess
 import sys
 import zipfile
