@@ -7,7 +7,7 @@ says so.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,14 @@ from optim.quant.fold import Probe, discover, family_groups, fold_checked, query
 from optim.quant.grid import Grid
 from optim.quant.guide import Costs, Guide
 from optim.quant.observe import GRAM_BYTES, Inputs, leaders_of, observe
-from optim.quant.rounding import NearestLinear, RoundedLinear, round_linear, round_rows, row_groups
+from optim.quant.rounding import (
+    NearestLinear,
+    RoundedLinear,
+    descend_linear,
+    round_linear,
+    round_rows,
+    row_groups,
+)
 from optim.quant.solver import Solved, Task
 from optim.quant.stored import block_tensors
 from optim.recipes.schema import Awq, Gptq, Guided
@@ -34,6 +41,7 @@ WIDE_BYTES = 256 * 2**20
 INNER = EXPERT_PARTS[2]
 Way = tuple[Mapping[str, str], Mapping[str, Tensor] | None]
 """How a block is solved: linears that share one Gram matrix by its first, and tokens' weights."""
+SCARCE = 2.0  # what the damping grows by where there are as many inputs as tokens
 STARVED = 0.125  # an expert that saw fewer tokens than this share of its inputs is rounded plainly
 
 
@@ -190,7 +198,8 @@ class BlockSolver:
         for name in schemes:
             readers.setdefault(leaders[name], []).append(name)
         for leader in sorted(readers, key=lambda n: -len(inputs[n].magnitude)):
-            grams = inputs.pop(leader).grams
+            seen = inputs.pop(leader)
+            grams = seen.grams
             scale = linear_at(block, leader).in_scale
             if scale is not None:
                 for gram in grams:
@@ -199,7 +208,7 @@ class BlockSolver:
             linears_ = {n: linear_at(block, n) for n in readers[leader]}
             if grams[0].nbytes >= WIDE_BYTES:  # it needs room: nothing may linger in the heap
                 release_memory()
-            out |= self._round_readers(linears_, schemes, grams)
+            out |= self._round_readers(linears_, schemes, grams, seen.scarcity())
         return out
 
     def _round_readers(
@@ -207,14 +216,17 @@ class BlockSolver:
         readers: Mapping[str, StoredLinear],
         schemes: Mapping[str, Scheme],
         grams: list[Tensor],
+        scarcity: list[float],
     ) -> dict[str, RoundedLinear]:
         """The linears that read one input, some rows at a time; uses up `grams`, the input's."""
         used = {schemes[name] for name in readers}
         blocks = {
             s: [awq.diagonal_blocks(gram, s) if self.clip else None for gram in grams] for s in used
         }
-        damping = self.damping
-        known = grams if damping is None else [gptq.feedback(gram, damping) for gram in grams]
+        known: Sequence[gptq.Feedback | Tensor] = grams
+        if self.damping is not None:
+            damping = [self.damping + SCARCE * each for each in scarcity]
+            known = [gptq.feedback(*pair) for pair in zip(grams, damping, strict=True)]
         out = {}
         for name, linear in readers.items():
             scheme = schemes[name]
@@ -226,6 +238,9 @@ class BlockSolver:
                 return round_rows(weight, scheme, blocks[scheme][k], known[k], self.dtype)
 
             out[name] = round_linear(linear, scheme, solve, len(grams))
+        damped = [each.gram() for each in known if isinstance(each, gptq.Feedback)]
+        for name, linear in readers.items() if damped else ():
+            descend_linear(linear, out[name], damped, self.dtype)
         return out
 
     def _fold_scales(

@@ -6,9 +6,9 @@ so column k is rounded after adding what the columns after it owe:
 
     q_k = round(w_k + Σ_{j>k} e_j F_kj),   F = (L / diag L)ᵀ without its diagonal
 
-One Cholesky, in place of H, and no inverse. Columns are ordered by rising diagonal and taken from
-the last, so the most active come first ("act-order"); groups and scales are those of the unpermuted
-weight, so the format needs no column index. Rows do not touch each other.
+One Cholesky, in the memory of H, and no inverse. Columns are ordered by rising diagonal and taken
+from the last, so the most active come first ("act-order"); groups and scales are those of the
+unpermuted weight, so the format needs no column index. Rows do not touch each other.
 """
 
 from dataclasses import dataclass
@@ -27,11 +27,27 @@ TILE = 64  # rows rounded side by side: with a block's columns they stay in the 
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """order `[in]`: the permutation; factor F `[in, in]`, strictly upper; damping: as used."""
+    """order `[in]`: the permutation; damping: as used; and two matrices `[in, in]` in one.
+
+    The strict upper triangle of `factor` is F; the strict lower one and `diagonal` `[in]` are the
+    damped and permuted Gram matrix.
+    """
 
     order: Tensor
     factor: Tensor
+    diagonal: Tensor
     damping: float
+
+    def gram(self) -> Tensor:
+        """The damped Gram matrix `[in, in]`, in the memory of the factor, which is gone then."""
+        gram = self.factor.mT
+        for start in range(0, len(gram), STRIP):
+            part, after = slice(start, start + STRIP), slice(start + STRIP, None)
+            upper = gram[part, part].triu(1)
+            gram[part, part] = upper + upper.T + torch.diag(self.diagonal[part])
+            gram[after, part] = gram[part, after].T
+        _permute(gram, self.order.argsort().tolist())
+        return gram
 
 
 def feedback(gram: Tensor, damping: float) -> Feedback:
@@ -47,8 +63,12 @@ def feedback(gram: Tensor, damping: float) -> Feedback:
     mean = diagonal.mean().clamp(min=1e-20)
     while not _factor(gram, diagonal + damping * mean):
         damping *= 10
-    gram /= gram.diagonal().clone()
-    return Feedback(order, gram.tril_(-1).mT, damping)
+    for start in range(0, len(gram), STRIP):
+        part, after = slice(start, start + STRIP), slice(start + STRIP, None)
+        corner, size = gram[part, part], gram.diagonal()[part].clone()
+        corner.copy_(corner.triu(1) + corner.tril(-1) / size)
+        gram[after, part] /= size
+    return Feedback(order, gram.mT, diagonal + damping * mean, damping)
 
 
 def _permute(gram: Tensor, order: list[int]) -> None:

@@ -27,7 +27,7 @@ HELD_BACK, MOST_HELD_BACK = 8, 8  # one window of so many is held back, and no m
 CHECKED = 8  # both ways are compared in one block of so many, the first of them
 POWERS = (1.0, 0.5, 0.25, 0.0)
 Costs = dict[str, float]
-"""guided, unguided: what each costs the end loss on the windows held back, plain rounding being 1."""
+"""guided, unguided: what each costs the end loss on held-back windows, plain rounding being 1."""
 
 
 @dataclass(slots=True)

@@ -21,12 +21,19 @@ GRAM_STRIP = 288  # columns a strip of a symmetric Gram matrix has
 class Inputs:
     """What a linear reads: grams XᵀX / n `[in, in]`, mean |x| `[in]`, tokens seen.
 
-    There is one gram; guided, one for each group of the linear's rows, of weighted tokens.
+    There is one gram; guided, one for each group of the linear's rows, of weighted tokens. `shares`
+    are the sums of those weights and of their squares, `[2, groups]`.
     """
 
     grams: list[Tensor]
     magnitude: Tensor
     tokens: int
+    shares: Tensor
+
+    def scarcity(self) -> list[float]:
+        """Inputs over effective tokens (Kish: (Σ w)² / Σ w²), of each gram."""
+        effective = self.shares[0].square() / self.shares[1].clamp(min=1e-30)
+        return (len(self.magnitude) / effective.clamp(min=1)).tolist()
 
 
 class _AllSeen(Exception):
@@ -93,17 +100,21 @@ def observe(
 
 def _add(found: dict[str, Inputs], name: str, x: Tensor, shares: Tensor | None) -> None:
     """Tokens x `[n, in]` to what was seen of a linear, weighed by `shares` `[n, groups]`."""
+    if shares is None:
+        shares = x.new_ones(len(x), 1)
+        weighted = [x]
+    else:
+        weighted = [x * column[:, None].sqrt() for column in shares.T]
     if name not in found:
         zeros = torch.zeros(x.shape[1], device=x.device)
-        grams = 1 if shares is None else shares.shape[1]
-        found[name] = Inputs(
-            [zeros.new_zeros(len(zeros), len(zeros)) for _ in range(grams)], zeros, 0
-        )
+        grams = [zeros.new_zeros(len(zeros), len(zeros)) for _ in weighted]
+        found[name] = Inputs(grams, zeros, 0, zeros.new_zeros(2, len(grams)))
     seen = found[name]
-    for k, gram in enumerate(seen.grams):
-        add_gram(gram, x if shares is None else x * shares[:, k, None].sqrt())
+    for gram, rows in zip(seen.grams, weighted, strict=True):
+        add_gram(gram, rows)
     seen.magnitude += x.abs().sum(0)
     seen.tokens += len(x)
+    seen.shares += torch.stack((shares.sum(0), shares.square().sum(0)))
 
 
 def add_gram(gram: Tensor, x: Tensor) -> None:

@@ -1,11 +1,12 @@
 """Round a linear some rows at a time: plainly, or with all that is known of its inputs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from optim.quant import awq, gptq
+from optim.quant.descent import descend
 from optim.quant.grid import Grid, make_grid, nearest, ranges, restore, round_to
 from optim.quant.refit import refit_scales
 from optim.runtime.formats.pack_quantized import Scheme
@@ -71,13 +72,30 @@ def round_linear(
     place = linear.weight.device
     q = torch.empty(shape, dtype=torch.uint8, device=place)
     scale, zero = (torch.empty(shape[0], scheme.groups(shape[1]), device=place) for _ in "sz")
-    step = max(1, ROW_BYTES // (4 * linear.in_features))
-    for k, part in enumerate(row_groups(shape[0], groups)):
-        for start in range(part.start, part.stop, step):
-            rows = slice(start, min(start + step, part.stop))
-            q[rows], grid = solve(rows, k)
-            scale[rows], zero[rows] = grid.scale, grid.zero
+    for rows, k in _parts(linear, groups):
+        q[rows], grid = solve(rows, k)
+        scale[rows], zero[rows] = grid.scale, grid.zero
     return RoundedLinear(q, Grid(scale, zero, scheme), linear.dense_bias())
+
+
+def descend_linear(
+    linear: StoredLinear, rounded: RoundedLinear, grams: list[Tensor], dtype: torch.dtype
+) -> None:
+    """Move the integers and scales of `rounded` downhill, each group of rows on its gram."""
+    grid = rounded.grid
+    for rows, k in _parts(linear, len(grams)):
+        part = Grid(grid.scale[rows], grid.zero[rows], grid.scheme)
+        q = rounded.weight[rows].float()
+        q, part = descend(linear.dense(rows), q, part, grams[k], dtype)
+        rounded.weight[rows], grid.scale[rows] = q.to(torch.uint8), part.scale
+
+
+def _parts(linear: StoredLinear, groups: int) -> Iterator[tuple[slice, int]]:
+    """The rows of a linear some at a time, with the group of rows that they are of."""
+    step = max(1, ROW_BYTES // (4 * linear.in_features))
+    for k, part in enumerate(row_groups(linear.out_features, groups)):
+        for start in range(part.start, part.stop, step):
+            yield slice(start, min(start + step, part.stop)), k
 
 
 def round_rows(
@@ -90,8 +108,7 @@ def round_rows(
     """Rows of a weight `[rows, in]` -> (integers as bytes, grid): clip if there are `blocks`.
 
     Rounding is with error feedback if that is `known`; else that is the Gram matrix, and the scales
-    are refitted to the plain integers. (After feedback a refit gained nothing on held-back text:
-    benchmarks/NOTES.md.)
+    are refitted to the plain integers.
     """
     if blocks is not None:
         grid = awq.search_clip(weight, blocks, scheme, dtype)

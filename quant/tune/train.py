@@ -27,7 +27,7 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """How to train: passes over the text, the highest learning rate, windows of a step, the order's seed."""
+    """How to train: passes over the text, highest rate, windows of a step, seed of the order."""
 
     epochs: int = 3
     lr: float = 1e-3
