@@ -41,7 +41,7 @@ WIDE_BYTES = 256 * 2**20
 INNER = EXPERT_PARTS[2]
 Way = tuple[Mapping[str, str], Mapping[str, Tensor] | None]
 """How a block is solved: linears that share one Gram matrix by its first, and tokens' weights."""
-SCARCE = 2.0  # what the damping grows by where there are as many inputs as tokens
+SCARCE = 2.0  # with sweeps the damping grows by this times inputs over effective tokens
 STARVED = 0.125  # an expert that saw fewer tokens than this share of its inputs is rounded plainly
 
 
@@ -58,6 +58,7 @@ class BlockSolver:
         self.clip, self.damping = clip, damping
         section = task.recipe.quantize
         self.guide: Guide | None = None
+        self.sweeps = section.sweeps if isinstance(section, Guided) else 0
         if isinstance(section, Guided) and section.guides:
             self.guide = Guide.of(task, section.guide_groups)
 
@@ -225,7 +226,8 @@ class BlockSolver:
         }
         known: Sequence[gptq.Feedback | Tensor] = grams
         if self.damping is not None:
-            damping = [self.damping + SCARCE * each for each in scarcity]
+            more = SCARCE if self.sweeps else 0.0
+            damping = [self.damping + more * each for each in scarcity]
             known = [gptq.feedback(*pair) for pair in zip(grams, damping, strict=True)]
         out = {}
         for name, linear in readers.items():
@@ -238,9 +240,10 @@ class BlockSolver:
                 return round_rows(weight, scheme, blocks[scheme][k], known[k], self.dtype)
 
             out[name] = round_linear(linear, scheme, solve, len(grams))
-        damped = [each.gram() for each in known if isinstance(each, gptq.Feedback)]
-        for name, linear in readers.items() if damped else ():
-            descend_linear(linear, out[name], damped, self.dtype)
+        if self.sweeps:
+            damped = [each.gram() if isinstance(each, gptq.Feedback) else each for each in known]
+            for name, linear in readers.items():
+                descend_linear(linear, out[name], damped, self.sweeps, self.dtype)
         return out
 
     def _fold_scales(

@@ -14,19 +14,18 @@ from torch import Tensor
 from optim.quant.grid import Grid, restore, spread
 from optim.quant.refit import refit_scales
 
-ROUNDS = 2
 BLOCK = 128  # columns whose slope is computed at a time
 TILE = 64  # rows moved side by side
 
 
 def descend(
-    weight: Tensor, q: Tensor, grid: Grid, gram: Tensor, dtype: torch.dtype
+    weight: Tensor, q: Tensor, grid: Grid, gram: Tensor, sweeps: int, dtype: torch.dtype
 ) -> tuple[Tensor, Grid]:
     """(integers, grid) of rows with no larger output error; integers float32 `[rows, in]`.
 
     weight `[rows, in]`, gram `[in, in]`. Integers and scales move in turn, the zero points stay.
     """
-    for _ in range(ROUNDS):
+    for _ in range(sweeps):
         q = sweep(weight, q, grid, gram)
         grid = refit_scales(weight, q, grid, gram, dtype)
     return q, grid

@@ -79,14 +79,18 @@ def round_linear(
 
 
 def descend_linear(
-    linear: StoredLinear, rounded: RoundedLinear, grams: list[Tensor], dtype: torch.dtype
+    linear: StoredLinear,
+    rounded: RoundedLinear,
+    grams: list[Tensor],
+    sweeps: int,
+    dtype: torch.dtype,
 ) -> None:
     """Move the integers and scales of `rounded` downhill, each group of rows on its gram."""
     grid = rounded.grid
     for rows, k in _parts(linear, len(grams)):
         part = Grid(grid.scale[rows], grid.zero[rows], grid.scheme)
         q = rounded.weight[rows].float()
-        q, part = descend(linear.dense(rows), q, part, grams[k], dtype)
+        q, part = descend(linear.dense(rows), q, part, grams[k], sweeps, dtype)
         rounded.weight[rows], grid.scale[rows] = q.to(torch.uint8), part.scale
 
 

@@ -113,6 +113,9 @@ class Guided(Rounding):
     guide_groups: Annotated[int, SET_ONLY] = Field(
         default=1, ge=1, le=64, description="parts of a linear's rows that guide loss tells apart"
     )
+    sweeps: int = Field(
+        default=0, ge=0, le=64, description="times that integers and scales are moved once rounded"
+    )
 
     @property
     def guides(self) -> bool:

@@ -1,5 +1,9 @@
 """Integers moved after feedback: never a larger output error, and the two forms of the loop."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +14,9 @@ from optim.quant import descent, gptq
 from optim.quant.descent import descend, sweep
 from optim.quant.grid import Grid, nearest, restore
 from optim.runtime.formats.pack_quantized import Scheme
+
+MakeModel = Callable[..., Path]
+Compress = Callable[..., Any]
 
 
 def _gram(columns: int, seed: int) -> Tensor:
@@ -37,7 +44,7 @@ def test_never_worse(bits: int, size: int, symmetric: bool, columns: int, seed: 
     weight = torch.randn(6, columns, generator=torch.Generator().manual_seed(seed))
     gram = _gram(columns, seed)
     q, grid = nearest(weight, Scheme(bits, size, symmetric), torch.bfloat16)
-    after, new = descend(weight, q, grid, gram, torch.bfloat16)
+    after, new = descend(weight, q, grid, gram, 2, torch.bfloat16)
     energy = ((weight @ gram) * weight).sum(-1)
     before = _error(weight, q, grid, gram)
     assert bool((_error(weight, after, new, gram) <= before + 1e-5 * energy).all())
@@ -52,9 +59,25 @@ def test_it_goes_on_where_feedback_ends(bits: int) -> None:
     fed = gptq.feedback(gram.clone(), 0.01)
     q = gptq.round_with_feedback(weight, grid, fed)
     damped = fed.gram()
-    after, new = descend(weight, q, grid, damped, torch.bfloat16)
+    after, new = descend(weight, q, grid, damped, 2, torch.bfloat16)
     falls = _error(weight, after, new, damped).sum() / _error(weight, q, grid, damped).sum()
     assert falls < 0.95
+
+
+@pytest.mark.parametrize("keys", [{}, {"method": "gptq"}, {"compensate": False}, {"guide": "loss"}])
+def test_a_run_with_sweeps(
+    keys: dict[str, Any],
+    make_model: MakeModel,
+    compress: Compress,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At the same damping, other integers: nearer to the block's output on the text."""
+    monkeypatch.setattr("optim.quant.block_solver.SCARCE", 0.0)
+    model = make_model("llama")
+    plain = compress(model, tmp_path / "plain", bits=2, **keys)
+    swept = compress(model, tmp_path / "swept", bits=2, sweeps=2, **keys)
+    assert swept.blocks[0]["error"] < plain.blocks[0]["error"]
 
 
 def test_where_no_integer_can_move_none_does() -> None:

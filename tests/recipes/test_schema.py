@@ -30,6 +30,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "overrides": (),
         "guide": "none",
         "guide_groups": 1,
+        "sweeps": 0,
         "n_grid": 20,
         "duo": "both",
         "clip": True,
