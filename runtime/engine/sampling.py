@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ USUAL: dict[str, Any] = {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p"
 """For a model whose makers say nothing: what other local runners take, a little cooler."""
 UNSAID: dict[str, Any] = {"temperature": 1.0, "top_k": 50}
 """What transformers takes for a value that a generation_config.json leaves out."""
+Array = npt.NDArray[Any]
 Bias = tuple[tuple[int, float], ...]
 """Ids, and what is added to their logits."""
 DRAWN = ("temperature", "top_k", "top_p", "min_p")
@@ -114,45 +116,71 @@ def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return logits.index_put((seen,), torch.where(old > 0, old / penalty, old * penalty))
 
 
-def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
-    """Chances of the candidates and their ids; ids None: candidate i is id i.
+@dataclass(frozen=True, slots=True)
+class Chances:
+    """`chances` `[N]`, whatever their sum, of the `ids` `[N]`; None: id i is the i-th."""
 
-    `logits` `[V]` fp32, penalty applied; temperature above 0.
+    chances: Array
+    ids: Array | None = None
+
+    def spread(self, size: int) -> Array:
+        """The chances of all `size` ids, 1 in all."""
+        whole = np.zeros(size)
+        whole[slice(None) if self.ids is None else self.ids] = self.chances
+        whole /= whole.sum()
+        return whole
+
+
+def distribution(logits: Array, sampling: Sampling) -> Chances:
+    """What `sampling` leaves of `logits` `[V]` fp32, penalty applied; temperature above 0.
+
+    On the CPU, whatever the model is on: selecting from a vocabulary takes numpy there a tenth of
+    torch's time.
     """
-    ids = None
-    if sampling.top_k:
-        logits, ids = logits.topk(min(sampling.top_k, logits.numel()))
-    chances = torch.softmax(logits / sampling.temperature, -1)
-    if sampling.top_p < 1:
-        least = _least(chances, sampling.top_p)
-        chances = chances.masked_fill(chances < least, 0)
-    if sampling.min_p:
-        chances = chances.masked_fill(chances < sampling.min_p * chances.max(), 0)
-    return chances / chances.sum(), ids
+    ids = likeliest(logits, sampling.top_k) if sampling.top_k else None
+    if ids is not None:
+        logits = logits[ids]
+    chances: Array = torch.softmax(torch.from_numpy(logits) / sampling.temperature, -1).numpy()
+    least = _least(chances, sampling.top_p) if sampling.top_p < 1 else 0.0
+    least = max(least, sampling.min_p * float(chances.max()))
+    if not least:
+        return Chances(chances, ids)
+    kept = np.flatnonzero(chances >= least)
+    return Chances(chances[kept], kept if ids is None else ids[kept])
 
 
-def _least(chances: Tensor, share: float) -> float:
+BLOCK = 64
+
+
+def likeliest(logits: Array, count: int) -> Array:
+    """The places of the `count` largest of `logits` `[V]`, the largest first.
+
+    The `count` largest of the maxima of blocks are among the logits, so no smaller one is needed.
+    """
+    blocks = logits[: logits.size // BLOCK * BLOCK].reshape(-1, BLOCK).max(1)
+    if len(blocks) < count:
+        places = np.arange(logits.size)
+    else:
+        places = np.flatnonzero(logits >= np.partition(blocks, -count)[-count])
+    return places[np.argsort(-logits[places], kind="stable")[:count]]
+
+
+def _least(chances: Array, share: float) -> float:
     """The smallest of the likeliest `chances` `[V]` that reach `share` together.
 
     What is rarer than `(1 - share) / V` cannot be among them, since all of it is less than
-    `1 - share`: little is left to sort. numpy's sort takes a tenth of torch's on a CPU.
+    `1 - share`: little is left to sort.
     """
-    whole = chances.cpu().numpy()
-    falling = np.sort(whole[whole >= (1 - share) / whole.size])[::-1]
-    reached = np.cumsum(falling, dtype=np.float64)
-    last = min(int(np.searchsorted(reached, share)), falling.size - 1)
+    some = chances[np.flatnonzero(chances >= (1 - share) / chances.size)]
+    falling = -np.sort(-some)
+    last = min(int(np.searchsorted(_sums(falling), share)), falling.size - 1)
     return float(falling[last])
 
 
-def draw(chances: Tensor, random: torch.Generator) -> int:
-    """A place of `chances` `[N]` (at least 0, not all 0), as often as they say.
-
-    The first place whose running sum passes a point below the whole: never one without a chance.
-    (`torch.multinomial` takes ten times as long over a vocabulary.)
-    """
-    sums = chances.double().cumsum(-1)
-    point = torch.rand(1, generator=random, device=chances.device, dtype=torch.float64) * sums[-1]
-    return int(torch.searchsorted(sums, point, right=True))
+def _sums(chances: Array) -> Array:
+    """Running sums, in float64."""
+    sums: Array = torch.from_numpy(chances).cumsum(-1, dtype=torch.float64).numpy()
+    return sums
 
 
 def require_finite(logits: Tensor) -> None:
@@ -169,7 +197,7 @@ class Sampler:
     ) -> None:
         """`prompt` tokens of a history are not the answer's; `bias` is added to logits."""
         self._sampling, self._prompt, self._bias = sampling, prompt, bias
-        self._random = torch.Generator(device)
+        self._random = torch.Generator()
         if sampling.seed is None:
             self._random.seed()
         else:
@@ -184,11 +212,18 @@ class Sampler:
             logits = penalize(logits, seen, s.repetition_penalty)
         if s.presence_penalty or s.frequency_penalty or self._bias:
             logits = self._shifted(logits, history[self._prompt :])
-        if s.temperature == 0:
-            return int(logits.argmax())
-        chances, ids = distribution(logits, s)
-        drawn = draw(chances, self._random)
-        return drawn if ids is None else int(ids[drawn])
+        values = logits.float().cpu().numpy()
+        return self._draw(distribution(values, s)) if s.temperature else int(values.argmax())
+
+    def _draw(self, of: Chances) -> int:
+        """One of them, as often as they say.
+
+        The first whose running sum passes a point below the whole: never one without a chance.
+        """
+        sums = _sums(of.chances)
+        point = float(torch.rand(1, generator=self._random, dtype=torch.float64)) * sums[-1]
+        place = int(np.searchsorted(sums, point, side="right"))
+        return place if of.ids is None else int(of.ids[place])
 
     def _shifted(self, logits: Tensor, answer: Sequence[int]) -> Tensor:
         """`logits` `[V]` with what the sampling adds to some, and takes from those of `answer`."""

@@ -16,7 +16,7 @@ from optim.runtime.engine.sampling import (
     Sampling,
     default_sampling,
     distribution,
-    draw,
+    likeliest,
     own_sampling,
     penalize,
 )
@@ -30,8 +30,7 @@ def _logits(seed: int, size: int = 31) -> torch.Tensor:
 
 def _full(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Chances of all ids, whatever form `distribution` returns."""
-    chances, ids = distribution(logits, sampling)
-    return chances if ids is None else torch.zeros_like(logits).scatter(0, ids, chances)
+    return torch.from_numpy(distribution(logits.numpy(), sampling).spread(len(logits))).float()
 
 
 @settings(max_examples=60, deadline=None)
@@ -74,10 +73,8 @@ def test_draws_follow_the_distribution() -> None:
     count = 4000
     drawn = torch.bincount(torch.tensor([sample(logits, []) for _ in range(count)]), minlength=6)
     expected = _full(logits, sampling) * count
-    held = expected > 0
-    chi2 = ((drawn - expected)[held] ** 2 / expected[held]).sum()
-    assert drawn[~held].sum() == 0
-    assert chi2 < 22.5  # five degrees of freedom: one in 2,400; the seed is fixed
+    # five degrees of freedom: one in 2,400; the seed is fixed
+    assert chi_square(drawn, expected) < 22.5
 
 
 def test_a_seed_repeats_and_seeds_differ() -> None:
@@ -125,7 +122,7 @@ def test_nonsense_is_refused_by_name(bad: dict[str, float]) -> None:
 )
 def test_top_p_keeps_what_a_full_sort_keeps(seed: int, spread: float, share: float) -> None:
     logits = _logits(seed, 3000) * spread
-    kept = distribution(logits, Sampling(temperature=1, top_p=share))[0] > 0
+    kept = _full(logits, Sampling(temperature=1, top_p=share)) > 0
     chances = torch.softmax(logits, -1).double()
     falling, places = chances.sort(descending=True)
     wanted = int((falling.cumsum(-1) - falling < share - 1e-6).sum())
@@ -134,9 +131,23 @@ def test_top_p_keeps_what_a_full_sort_keeps(seed: int, spread: float, share: flo
 
 
 def test_what_has_no_chance_is_never_drawn() -> None:
-    random = torch.Generator().manual_seed(0)
-    chances = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0])
-    assert {draw(chances, random) for _ in range(500)} == {1, 3}
+    sample = Sampler(Sampling(temperature=1, seed=0), CPU)
+    logits = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0]).log()
+    assert {sample(logits, []) for _ in range(500)} == {1, 3}
+
+
+@given(st.integers(0, 1000), st.integers(1, 400), st.sampled_from([31, 64, 300, 5000]))
+def test_the_likeliest_come_first(seed: int, count: int, size: int) -> None:
+    logits = _logits(seed, size).round(decimals=1)  # some are alike
+    falling = logits.sort(descending=True).values[:count]
+    assert torch.equal(logits[likeliest(logits.numpy(), count)], falling)
+
+
+def chi_square(drawn: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of counts; what has no chance must not have come."""
+    held = expected > 0
+    assert drawn[~held].sum() == 0
+    return float(((drawn - expected)[held] ** 2 / expected[held]).sum())
 
 
 @pytest.mark.parametrize(
