@@ -122,6 +122,15 @@ def neon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Neon]:
     made.close()
 
 
+def blocks(q: Tensor, bits: int, columns: int, flip: int) -> Tensor:
+    """What `w4a8._blocks` makes of bytes, with NEON's rows."""
+    padding = (0, columns - q.shape[1], 0, -q.shape[0] % ROWS)
+    words = torch.nn.functional.pad(q ^ flip, padding).view(torch.int32)
+    if bits == 4:
+        words = words[:, 0::2] | words[:, 1::2] << 4
+    return words.view(-1, ROWS, words.shape[1]).transpose(1, 2).contiguous()
+
+
 @pytest.fixture
 def arm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights laid out for NEON."""
@@ -133,6 +142,7 @@ def arm(monkeypatch: pytest.MonkeyPatch) -> None:
         optim_columns_run=None,
     )
     monkeypatch.setattr(w4a8, "load", lambda: facts)
+    monkeypatch.setattr(w4a8, "_blocks", blocks)
     monkeypatch.setattr(skip_int4, "load", lambda: facts)
     monkeypatch.setattr(skip_dense, "load", lambda: SimpleNamespace(optim_sparse=None))
 
@@ -159,11 +169,11 @@ def test_the_driver_knows_its_kernels(neon: Neon) -> None:
 @pytest.mark.parametrize("group", [16, 32, 64, -1])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_packed_linear(neon: Neon, arm: None, bits: int, group: int, symmetric: bool) -> None:
-    scheme = Scheme(bits, group, symmetric)
+    scheme, tokens = Scheme(bits, group, symmetric), 13  # a tile, four, and one
     parts, bias = integers(21, 192, scheme), torch.randn(21)
     weight = w4a8.Weight(*parts, scheme, bias)
-    x, y = torch.randn(5, 192), torch.empty(5, 21)
-    assert neon("optim_linear", weight.layer, x, y, 5, 1, None) & 0xFFFFFFFF == 0
+    x, y = torch.randn(tokens, 192), torch.empty(tokens, 21)
+    assert neon("optim_linear", weight.layer, x, y, tokens, 1, None) & 0xFFFFFFFF == 0
     close(y, w4a8.reference(x, *parts, scheme) + bias)
 
 
