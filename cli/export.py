@@ -1,5 +1,6 @@
 """`optim export`: a model in the form of another program."""
 
+from functools import partial
 from typing import Any
 
 from optim.cli import ui
@@ -38,7 +39,7 @@ def work(recipe: Recipe, how: How) -> None:
         trust_remote_code=how.trust_remote_code,
     )
     if not only_planned(made.as_dict(), how, _show_plan):
-        carry_out("export", lambda step, **_: export(made, step), how, _facts)
+        carry_out("export", partial(export, made), how, _facts, against=recipe.model)
 
 
 def _show_plan(plan: dict[str, Any]) -> None:

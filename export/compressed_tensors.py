@@ -2,7 +2,7 @@
 
 import torch
 
-from optim.export.exporter import Held, Plan, Progress, refuse
+from optim.export.exporter import Held, Plan, Progress, Prove, refuse
 from optim.export.folder import Unit, plain_config, write_folder
 from optim.export.integers import (
     Grid,
@@ -43,7 +43,7 @@ class CompressedTensors:
             made.append(held(grid, str(scheme), _pieces(grid, scheme), ""))
         return made
 
-    def write(self, made: Plan, progress: Progress) -> int:
+    def write(self, made: Plan, progress: Progress, prove: Prove | None = None) -> int:
         """See Exporter."""
         found = grids(made.model)
         units, schemes, plain = [], dict[str, Scheme](), list[str]()
@@ -59,7 +59,7 @@ class CompressedTensors:
         ignored = {*plain, made.checkpoint.disk_name("lm_head.weight").removesuffix(".weight")}
         config = plain_config(made)
         config["quantization_config"] = write_config(schemes, ignored)
-        return write_folder(made, units, config, progress)
+        return write_folder(made, units, config, progress, prove)
 
 
 def _scheme(model: PlainView, grid: Grid) -> Scheme:

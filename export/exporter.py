@@ -15,6 +15,7 @@ from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.schema import Export
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.dense_view import PlainView
+from optim.runtime.storage.workspace import Prove as Prove
 
 Progress = Callable[[int, int, str], None]
 STEPS = "of a step of its grid"  # how far a carried weight may move is told in these
@@ -67,8 +68,11 @@ class Exporter(Protocol):
         Raises OptimError (2) for a model, or a key, that the format or its readers cannot hold.
         """
 
-    def write(self, made: "Plan", progress: Progress) -> int:
-        """Write it whole or not at all; returns the bytes of the weights."""
+    def write(self, made: "Plan", progress: Progress, prove: Prove | None = None) -> int:
+        """Write it whole or not at all; returns the bytes of the weights.
+
+        `prove` measures what was written, before it has its name.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ other; a killed run goes on with the next one.
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.export.exporter import Plan, Progress
+from optim.export.exporter import Plan, Progress, Prove
 from optim.recipes.build import to_yaml
 from optim.recipes.schema import Recipe
 from optim.runtime.storage.card import front_matter
-from optim.runtime.storage.manifest import Manifest, made_here
+from optim.runtime.storage.manifest import Cost, Manifest, made_here
 from optim.runtime.storage.origin import CARD, origin_of
 from optim.runtime.storage.tensors import INDEX, SINGLES
 from optim.runtime.storage.workspace import (
@@ -44,13 +45,17 @@ class Unit:
 
 
 def write_folder(
-    made: Plan, units: Iterable[Unit], config: dict[str, Any], progress: Progress
+    made: Plan,
+    units: Iterable[Unit],
+    config: dict[str, Any],
+    progress: Progress,
+    prove: Prove | None,
 ) -> int:
     """Write the units, `config` and what belongs beside them; returns the bytes of the weights.
 
     Raises OptimError (4) where the disk gives out, (2) if the source changes meanwhile.
     """
-    files = list(_files(units))
+    start, files = time.monotonic(), list(_files(units))
     workspace = Workspace(made.output, _identity(made), made.force, made.checkpoint)
     with workspace:
         for i in range(len(workspace.done), len(files)):
@@ -64,7 +69,7 @@ def write_folder(
         workspace.write_manifest(manifest)
         workspace.write_text(CARD, _card(made, manifest))
         made.checkpoint.write_sidecars(workspace.files)
-        workspace.publish()
+        workspace.publish(prove, Cost.since(start))
     return manifest.bytes or 0
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.export.exporter import Held, Plan, Progress, refuse
+from optim.export.exporter import Held, Plan, Progress, Prove, refuse
 from optim.export.folder import Unit, plain_config, write_folder
 from optim.export.integers import (
     Grid,
@@ -49,7 +49,7 @@ class Mlx:
             made.append(held(grid, form, _pieces(grid, size), "; ".join(filter(None, changes))))
         return made
 
-    def write(self, made: Plan, progress: Progress) -> int:
+    def write(self, made: Plan, progress: Progress, prove: Prove | None = None) -> int:
         """See Exporter."""
         found = _grids(made.model)
         units, modules = [], {}
@@ -63,7 +63,7 @@ class Mlx:
             units.append(_unit(made, grid, size))
         config = plain_config(made) | {"dtype": "float16"}
         config.pop("torch_dtype", None)
-        return write_folder(made, units, _with(config, modules), progress)
+        return write_folder(made, units, _with(config, modules), progress, prove)
 
 
 def _grids(model: PlainView) -> dict[str, Grid]:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from optim.export.exporter import Exporter, Held, Plan, Progress, rows
+from optim.export.exporter import Exporter, Held, Plan, Progress, Prove, rows
 from optim.export.formats import FORMATS
 from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.schema import Export
@@ -77,10 +77,13 @@ def check_place(
         check_output(place, force, need, inputs)
 
 
-def export(made: Plan, progress: Progress) -> Report:
-    """Carry out a plan. Raises OptimError: 2 for input that turns out to be bad, 4 for the disk."""
+def export(made: Plan, progress: Progress, prove: Prove | None = None) -> Report:
+    """Carry out a plan; `prove` measures the result before it gets its name.
+
+    Raises OptimError: 2 for input that turns out to be bad, 4 for the disk.
+    """
     start = time.monotonic()
-    nbytes = made.exporter.write(made, progress)
+    nbytes = made.exporter.write(made, progress, prove)
     facts = made.as_dict()
     return Report(
         output=str(made.output),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from optim.export.exporter import Held, Plan, Progress
+from optim.export.exporter import Held, Plan, Progress, Prove
 from optim.export.floats import FLOATS, described, float_change
 from optim.export.folder import Unit, plain_config, write_folder
 from optim.recipes.errors import USAGE, OptimError
@@ -29,13 +29,13 @@ class Safetensors:
             raise OptimError(f"--type {name} is a type of GGUF files alone", fix, USAGE)
         return [_held(model, tensor, name) for tensor in model.tensors]
 
-    def write(self, made: Plan, progress: Progress) -> int:
+    def write(self, made: Plan, progress: Progress, prove: Prove | None = None) -> int:
         """See Exporter."""
         dtype = FLOATS[made.wanted.type or "bf16"]
         units = [_unit(made, held, dtype) for held in made.held]
         config = plain_config(made) | {"dtype": str(dtype).removeprefix("torch.")}
         config.pop("torch_dtype", None)
-        return write_folder(made, units, config, progress)
+        return write_folder(made, units, config, progress, prove)
 
 
 def _held(model: PlainView, tensor: str, name: str) -> Held:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.export.exporter import Held, Plan, Progress, refuse
+from optim.export.exporter import Held, Plan, Progress, Prove, refuse
 from optim.export.folder import plain_config, write_folder
 from optim.export.integers import (
     OTHERWISE,
@@ -81,7 +81,7 @@ class Words(ABC):
             made.append(held(grid, form, self.pieces(grid.shape, target), change))
         return made
 
-    def write(self, made: Plan, progress: Progress) -> int:
+    def write(self, made: Plan, progress: Progress, prove: Prove | None = None) -> int:
         """See Exporter."""
         found = grids(made.model)
         target = self.target(made.model, found)
@@ -99,7 +99,7 @@ class Words(ABC):
         config = plain_config(made) | {"dtype": "float16"}
         config.pop("torch_dtype", None)
         config["quantization_config"] = self.config(target)
-        return write_folder(made, units, config, progress)
+        return write_folder(made, units, config, progress, prove)
 
     def _packer(self, model: PlainView, grid: Grid, target: Target) -> Callable[[], Pieces]:
         def pack() -> Pieces:

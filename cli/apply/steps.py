@@ -53,7 +53,7 @@ def carry_out(job: Job, progress: Progress, /, *, prove: "Prove | None") -> Repo
         resumed = _make(job, progress, prove, reports)
     if job.exported is not None:
         made = only(job.recipe, "export", str(job.output), str(job.exported))
-        reports["export"] = _export(made, job, _said("export", progress))
+        reports["export"] = _export(made, job, _said("export", progress), prove)
     manifest, cost = read_manifest(job.output) or Manifest(), Cost.since(start)
     return Report(
         output=str(job.output),
@@ -168,13 +168,13 @@ def _pack(recipe: Recipe, job: Job, progress: Progress) -> dict[str, Any]:
     return pack(made, progress).as_dict()
 
 
-def _export(recipe: Recipe, job: Job, progress: Progress) -> dict[str, Any]:
+def _export(recipe: Recipe, job: Job, progress: Progress, prove: "Prove | None") -> dict[str, Any]:
     from optim.export.run import export, plan
 
     assert recipe.model is not None and recipe.export is not None
     trust, force = job.how.trust_remote_code, job.how.force
     made = plan(recipe.model, recipe.export, recipe.output, force=force, trust_remote_code=trust)
-    return export(made, progress).as_dict()
+    return export(made, progress, prove).as_dict()
 
 
 STEPS: Mapping[str, Callable[[Recipe, Job, Progress], dict[str, Any]]] = {

@@ -128,6 +128,7 @@ def export(
     recipe: flags.Recipe = None,
     print_recipe: flags.PrintRecipe = False,
     dry_run: flags.DryRun = False,
+    no_eval: flags.NoEval = False,
     force: flags.Force = False,
     threads: flags.Threads = None,
     trust_remote_code: flags.TrustCode = False,
@@ -140,7 +141,8 @@ def export(
     from optim.cli.compress import How
 
     keys |= {"model": model, "output": output}
-    how = How("cpu", threads, trust_remote_code, force, json, quiet, print_recipe, dry_run)
+    work = (print_recipe, dry_run, not no_eval)
+    how = How("cpu", threads, trust_remote_code, force, json, quiet, *work)
     command.export(recipe, keys, how)
 
 

@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFValueType as Type
 from gguf import GGUFWriter
 
-from optim.export.exporter import Held, Plan, Progress
+from optim.export.exporter import Held, Plan, Progress, Prove
 from optim.export.gguf import families, layout, tokenizer
 from optim.export.gguf.modelfile import modelfile, place_of
 from optim.export.gguf.rope import rope
@@ -55,14 +55,16 @@ class Gguf:
         found = layout.tensors(model, shape, row, wanted.type)
         return [item for tensor in found for item in layout.held(model, tensor)]
 
-    def write(self, made: Plan, progress: Progress) -> int:
+    def write(self, made: Plan, progress: Progress, prove: Prove | None = None) -> int:
         """See Exporter."""
         made.checkpoint.file_hashes()
-        unfinished = made.output.with_name(made.output.name + ".unfinished")
+        unfinished = made.output.with_name(f"{made.output.stem}.unfinished{self.suffix}")
         try:
             made.output.parent.mkdir(parents=True, exist_ok=True)
             nbytes = _write(made, unfinished, progress)
             sync(unfinished)
+            if prove is not None:
+                prove(unfinished)  # the file has no place for what is found: the report has it
             made.checkpoint.require_unchanged()
             if made.wanted.modelfile:
                 replace_text(place_of(made.output), modelfile(made.checkpoint, made.output))

@@ -75,9 +75,9 @@ def claims(
     found = list(_files(model, manifest, progress))
     if any(claim.holds is False for claim in found):
         return found  # of other bytes nothing else can be said
-    base = against or _base(manifest)
-    found += _source(manifest, base)
-    return [*found, *_quality(source, manifest, base, (device, threads), progress)]
+    made_from, judge = _bases(manifest)
+    found += _source(manifest, against or made_from)
+    return [*found, *_quality(source, manifest, against or judge, (device, threads), progress)]
 
 
 def _files(model: Checkpoint, manifest: Manifest, progress: Progress) -> Iterator[Claim]:
@@ -109,10 +109,15 @@ def _files(model: Checkpoint, manifest: Manifest, progress: Progress) -> Iterato
         yield Claim("packed tensors", len(manifest.shapes), told, not wrong)
 
 
-def _base(manifest: Manifest) -> str | None:
-    """What the manifest calls the model that it was made from."""
-    known = (manifest.evaluation or {}).get("against") or (manifest.recipe or {}).get("model")
-    return known if isinstance(known, str) else None
+def _bases(manifest: Manifest) -> tuple[str | None, str | None]:
+    """What the manifest calls the model that it was made from, and the one it was measured against.
+
+    An export of an artifact may be measured against what that was made from.
+    """
+    model, judge = (manifest.recipe or {}).get("model"), (manifest.evaluation or {}).get("against")
+    names = model or judge, judge or model
+    made_from, against = (name if isinstance(name, str) else None for name in names)
+    return made_from, against
 
 
 def _source(manifest: Manifest, base: str | None) -> Iterator[Claim]:

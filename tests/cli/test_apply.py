@@ -69,10 +69,9 @@ def test_its_recipe_makes_the_same_bytes(
     assert run("apply", made / "recipe.yaml", "-o", "out", "--quiet") == 0
     for name in ("out", "out-compressed-tensors"):
         first, second = contents(made.with_name(name)), contents(tmp_path / name)
-        if name == "out":  # the seconds that it took
-            told = [json.loads(files.pop("optim.json")) for files in (first, second)]
-            assert {**told[0], "cost": 0} == {**told[1], "cost": 0}
-            del first["README.md"], second["README.md"]
+        told = [json.loads(files.pop("optim.json")) for files in (first, second)]
+        assert {**told[0], "cost": 0} == {**told[1], "cost": 0}  # the seconds that it took
+        del first["README.md"], second["README.md"]
         assert first == second
 
 
@@ -83,6 +82,14 @@ def test_every_number_of_its_card_holds(made: Path, capfd: pytest.CaptureFixture
     assert {"kl", "bits per weight", "bytes of the side file", "packed tensors"} <= {
         claim["name"] for claim in claims
     }
+
+
+def test_the_export_is_measured_too(made: Path, monkeypatch, capfd) -> None:
+    monkeypatch.chdir(made.parent)
+    assert run("verify", "out-compressed-tensors", "--json", "--quiet") == 0
+    claims = {claim["name"]: claim for claim in json.loads(capfd.readouterr().out)["claims"]}
+    assert claims["source"]["holds"] and claims["kl"]["holds"]
+    assert "## What it cost" in Path("out-compressed-tensors/README.md").read_text()
 
 
 def test_it_runs_and_skips_what_the_step_before_packing_did(made: Path, tmp_path: Path) -> None:

@@ -275,6 +275,17 @@ def test_what_is_refused_says_why(make_model: Make, tmp_path: Path, capfd) -> No
     assert "is what is read" in capfd.readouterr().err
 
 
+def test_the_file_itself_is_measured(make_model: Make, tmp_path: Path, capfd) -> None:
+    out = tmp_path / "out.gguf"
+    words = ("export", make_model("llama"), "-o", out, "--type", "q8_0", "--pre", "gpt-2", "--json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["optim", *map(str, words)])
+        assert main() == 0
+    found = json.loads(capfd.readouterr().out)["evaluation"]
+    assert 0 < found["kl"] < 0.01 and found["against"] == str(make_model("llama"))
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def test_a_stopped_run_leaves_nothing(tmp_path: Path) -> None:
     made = plan(str(OLD / "awq4"), Export(format="gguf"), str(tmp_path / "out.gguf"))
 
