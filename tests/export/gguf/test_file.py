@@ -275,14 +275,18 @@ def test_what_is_refused_says_why(make_model: Make, tmp_path: Path, capfd) -> No
     assert "is what is read" in capfd.readouterr().err
 
 
-def test_the_file_itself_is_measured(make_model: Make, tmp_path: Path, capfd) -> None:
+def test_the_file_itself_is_measured_before_it_has_its_name(
+    make_model: Make, tmp_path: Path
+) -> None:
     out = tmp_path / "out.gguf"
-    words = ("export", make_model("llama"), "-o", out, "--type", "q8_0", "--pre", "gpt-2", "--json")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["optim", *map(str, words)])
-        assert main() == 0
-    found = json.loads(capfd.readouterr().out)["evaluation"]
-    assert 0 < found["kl"] < 0.01 and found["against"] == str(make_model("llama"))
+    seen = []
+
+    def prove(path: Path) -> None:
+        seen.append((len(open_checkpoint(str(path)).tensors), out.exists()))
+
+    wanted = Export(format="gguf", type="q8_0", pre="gpt-2")
+    export(plan(str(make_model("llama")), wanted, str(out)), lambda *_: None, prove)
+    assert seen == [(len(open_checkpoint(str(make_model("llama"))).tensors), False)]
     assert list(tmp_path.iterdir()) == [out]
 
 
