@@ -102,7 +102,9 @@ def test_another_base_is_not_the_source(made: Path, make_model: Make, capfd: Cap
 def test_what_cannot_be_measured_is_said(made: Path, tmp_path: Path, capfd: Captured) -> None:
     gone = changed(made, tmp_path / "a", "against", str(tmp_path / "gone"), inside="evaluation")
     code, found = verdicts(capfd, gone)
-    assert code == 0 and found["source"] is None and found["kl"] is None and found["files"]
+    assert code == 0 and found["kl"] is None and found["source"] and found["files"]
+    lost = changed(made, tmp_path / "d", "model", str(tmp_path / "gone"), inside="recipe")
+    assert verdicts(capfd, lost)[1]["source"] is None
     # A stranger's manifest makes no file of this machine be read.
     text = changed(made, tmp_path / "b", "text", "/etc/passwd", inside="evaluation")
     assert verdicts(capfd, text)[1]["perplexity"] is None
