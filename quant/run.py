@@ -161,8 +161,10 @@ class _Job:
         done = len(self.workspace.done)
         blocks = len(self.walk)
         if not done:
+            checkpoint = self.made.checkpoint
             for name in (name for names in self.outer for name in names):
-                read_finite(self.made.checkpoint.read, name)
+                if name in checkpoint.tensors:  # a tied head is the embedding
+                    read_finite(checkpoint.read, name)
         states = self._states(done) if self.windows is not None and done < blocks else None
         self.hashes.clear()
         for i in range(done, blocks):
