@@ -15,7 +15,9 @@ import torch
 from optim.runtime.engine.drafts import lookup
 from optim.runtime.engine.load import Model, load_model
 from optim.runtime.engine.sampling import Sampling
-from optim.runtime.engine.session import generate
+from optim.runtime.engine.scheduler import write
+from optim.runtime.engine.sequence import Request, Sequence
+from optim.runtime.engine.slots import Slots
 
 ROWS, CONTEXTS, ROUNDS = (1, 2, 4, 8), (64, 1024), 16
 NEW = 96  # tokens of a reply
@@ -88,12 +90,13 @@ def speculation(model: Model) -> None:
                 ids = model.tokenizer.chat([{"role": "user", "content": prompt}])
                 texts = {}
                 for how in spent:
-                    tokens = generate(model, ids, sampling, drafts=lookup(how))
-                    said = [next(tokens)]  # the prompt is read, and not counted
-                    start = time.process_time()
-                    said += tokens
+                    asked = Request(ids, sampling)
+                    text = Sequence(model, asked, model.max_context, drafts=lookup(how))
+                    for _ in write(text, Slots(model, 1, model.max_context)):
+                        if text.count == 1:  # the prompt is read, and not counted
+                            start = time.process_time()
                     spent[how] += time.process_time() - start
-                    texts[how] = said
+                    texts[how] = text.history
                 same += texts["off"] == texts["lookup"] == texts["auto"]
             gains = ", ".join(f"{how} {spent['off'] / spent[how]:.2f}x" for how in spent)
             print(f"{drawn} {kind}: {gains}; identical: {same} of {len(prompts)}", flush=True)

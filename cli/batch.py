@@ -184,7 +184,7 @@ def run_batch(
 
     Returns the exit code: 1 if any line could not be answered, 130 if Ctrl-C stopped it.
     """
-    from optim.runtime.engine.batch import answer_all
+    from optim.runtime.engine.scheduler import answer_all
 
     jobs = [prepare(number, data, model, how) for number, data in lines]
     for job in jobs:
@@ -196,15 +196,11 @@ def run_batch(
     with _output(output) as out, ui.progress("batch") as step:
         try:
             head = _write(out, waiting, next(waiting, None))
-            done = 0
             step(0, len(asked), f"{len(asked)} prompts")
-            for answers in answer_all(
-                model, requests, context=how.context, size=size, policy=policy
-            ):
-                for place, answer in answers.items():
-                    asked[place][0].row.update(_row(answer, requests[place]))
+            answers = answer_all(model, requests, context=how.context, size=size, policy=policy)
+            for done, (place, answer) in enumerate(answers, 1):
+                asked[place][0].row.update(_row(answer, requests[place]))
                 head = _write(out, waiting, head)
-                done += len(answers)
                 step(done, len(asked), "")
         except KeyboardInterrupt:
             return 130

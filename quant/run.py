@@ -20,7 +20,9 @@ from optim.recipes.errors import OptimError
 from optim.recipes.schema import Recipe
 from optim.runtime.engine.load import Model, load_model
 from optim.runtime.engine.sampling import Sampling
-from optim.runtime.engine.session import generate
+from optim.runtime.engine.scheduler import write
+from optim.runtime.engine.sequence import Request, Sequence
+from optim.runtime.engine.slots import Slots
 from optim.runtime.formats.pack_quantized import Scheme
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.gate import read_finite
@@ -115,13 +117,17 @@ def _generator(checkpoint: Checkpoint, device: str) -> Generate:
     """A sampler (prompt ids, count, seed) -> new ids, that loads the model when first called."""
     loaded: list[Model] = []
 
-    def write(prompt: list[int], count: int, seed: int) -> list[int]:
+    def written(prompt: list[int], count: int, seed: int) -> list[int]:
         if not loaded:
             loaded.append(load_model(checkpoint, device=device))
         sampling = Sampling(temperature=1.0, top_p=0.95, max_tokens=count, seed=seed)
-        return list(generate(loaded[0], prompt, sampling))
+        model = loaded[0]
+        text = Sequence(model, Request(prompt, sampling), model.max_context)
+        for _ in write(text, Slots(model, 1, model.max_context)):
+            pass
+        return text.history[len(prompt) :]
 
-    return write
+    return written
 
 
 class _Job:

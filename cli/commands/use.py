@@ -75,6 +75,7 @@ def serve(
     context: flags.Context = None,
     kv_bits: flags.KvBits = 16,
     kv_memory: flags.KvMemory = None,
+    speculate: flags.Speculate = "auto",
     api_key_file: flags.KeyFile = None,
     no_key: flags.NoKey = False,
     exact: flags.Exact = False,
@@ -92,6 +93,6 @@ def serve(
     )
     running = RunOptions(
         context=context, kv_bits=kv_bits, threads=threads, device=device, exact=exact,
-        quiet=quiet, as_json=json,
+        quiet=quiet, as_json=json, speculate=speculate,
     )  # fmt: skip
     raise typer.Exit(command.serve(model, options, running))

@@ -61,6 +61,7 @@ class Asker:
     slots: Slots
     name: str
     defaults: Sampling
+    speculate: str = "off"
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _words: Any = None
 
@@ -78,6 +79,7 @@ class Asker:
             raise Refused(400, f"{error.message}{fix}", "invalid_value") from None
 
     def _sequences(self, body: Body) -> list[Sequence]:
+        from optim.runtime.engine.drafts import lookup
         from optim.runtime.engine.sequence import Sequence
 
         prompts = self._prompts(body)
@@ -90,6 +92,7 @@ class Asker:
             for number in range(body.n):
                 request = self._request(body, ids, number)
                 sequence = Sequence(self.model, request, self.slots.context, self._grammar(body))
+                sequence.drafts = lookup(self.speculate)
                 if not self.slots.ever_fits(sequence):
                     what = "this text could never fit the memory for keys and values"
                     raise Refused(400, f"{what}: give a smaller max_tokens", "context_too_large")

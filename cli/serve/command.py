@@ -57,7 +57,8 @@ def serve(source: str, options: ServeOptions, running: RunOptions) -> int:
     key = _key(options)
     with _listening(options) as listener:
         sampling, policy, model = load(source, running)
-        plan = _Plan(options, key, model, sampling, policy, model.context(running.context))
+        context = model.context(running.context)
+        plan = _Plan(options, key, model, sampling, policy, context, running.speculate)
         return asyncio.run(_serve(plan, listener, running.as_json))
 
 
@@ -71,6 +72,7 @@ class _Plan:
     sampling: Sampling
     policy: Policy
     context: int
+    speculate: str
 
 
 def _key(options: ServeOptions) -> str | None:
@@ -120,8 +122,9 @@ async def _serve(plan: _Plan, listener: socket.socket, as_json: bool) -> int:
     name = options.name or model.checkpoint.name
     state = _State(options.grace)
     queue = 4 * options.slots if options.queue is None else options.queue
-    engine = Engine(Scheduler(model, slots), queue, options.patience, state.broke)
-    service = Service(engine, Asker(model, slots, name, plan.sampling), ui.note)
+    asker = Asker(model, slots, name, plan.sampling, plan.speculate)
+    engine = Engine(Scheduler(slots), queue, options.patience, state.broke)
+    service = Service(engine, asker, ui.note)
     hosts = None if options.host in ANYWHERE else (*LOOPBACK, options.host.lower())
     guard = Guard(application(service), hosts, plan.key, engine.metrics.requests)
     config = uvicorn.Config(

@@ -169,4 +169,7 @@ class Engine:
         if sequence.begun:
             self.metrics.prompt_tokens += len(sequence.request.ids)
             self.metrics.cached_tokens += sequence.cached
+            if sequence.drafts is not None:
+                self.metrics.drafted_tokens += sequence.drafts.drafted
+                self.metrics.accepted_tokens += sequence.drafts.accepted
             self._seconds += 0.2 * (time.monotonic() - sequence.begun - self._seconds)

@@ -37,6 +37,8 @@ class Metrics:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     new_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     steps: int = 0
     first_token: Histogram = field(default_factory=Histogram)
     between_tokens: Histogram = field(default_factory=Histogram)
@@ -50,7 +52,8 @@ class Metrics:
         ]
         lines.append("# TYPE optim_texts_total counter")
         lines += [f'optim_texts_total{{reason="{r}"}} {n}' for r, n in sorted(self.ended.items())]
-        for name in ("prompt_tokens", "cached_tokens", "new_tokens", "steps"):
+        counts = ("prompt_tokens", "cached_tokens", "new_tokens", "steps")
+        for name in (*counts, "drafted_tokens", "accepted_tokens"):
             lines += [
                 f"# TYPE optim_{name}_total counter",
                 f"optim_{name}_total {getattr(self, name)}",

@@ -5,7 +5,7 @@ and `[B, kv_heads, N, D]` on a GPU, as fused attention wants them. Where a CPU h
 keys lie transposed (`[B * kv_heads, D, N]`): a query times all keys is one plain matrix product.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -37,16 +37,11 @@ class Policy:
                 raise OptimError(f"no cache has the {name} {value!r}", f"known: {listing}", USAGE)
 
 
-Reading = Callable[[int], None]
-"""Told how many positions a cache holds before each chunk of a prompt; may raise to stop there."""
-
-
 class Cache(Protocol):
     """What generation knows of a cache: how much it has seen, may see, and how to cut it back."""
 
     length: int
     limit: int
-    reading: Reading | None
 
     def truncate(self, length: int) -> None:
         """Forget from position `length` on; look at `length` for what is left."""
@@ -286,7 +281,6 @@ class StaticCache:
     padding: Tensor | None = None
     capacity: int = field(default=0)
     prefix: int = 0
-    reading: Reading | None = None
     seen: Tensor | None = None
     """The tokens held `[B, length]`, where a longer text may have to be read again."""
     long: bool = False

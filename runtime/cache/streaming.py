@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.cache.full import CHUNK, Layer, Reading, restored, states
+from optim.runtime.cache.full import CHUNK, Layer, restored, states
 
 SINKS = 4
 SMALLEST = 16  # positions a cache must have
@@ -42,7 +42,6 @@ class StreamCache:
     limit: int = 1 << 62
     padding: Tensor | None = None
     sinks: list[Tensor] = field(default_factory=list)  # their keys, before anything was forgotten
-    reading: Reading | None = None
     places: object = field(default=None, repr=False)
 
     @property

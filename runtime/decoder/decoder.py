@@ -7,7 +7,7 @@
 with norms before, after or around, in sequence or in parallel, as the family says.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -174,20 +174,37 @@ class Decoder:
         if self.crossing is not None:
             ids = self._from_the_start(ids, cache, self.crossing)
         end = min(cache.length + ids.shape[1], cache.span) + self.prefix_length
-        few = len(ids) == 1 and ids.shape[1] <= (1 if self._scaled else STEPS)
-        if few and self._steps_read(cache):
-            if cache.reading is not None:
-                cache.reading(cache.length)
+        if self._few(ids, cache):
             h = self._steps([(cache, ids[0].tolist())], end)[0]
             return self._rows(h)[None] if all_logits else self._rows(h[-1:])
         logits = []
         for chunk in torch.split(ids, min(CHUNK, cache.step), 1):
-            if cache.reading is not None:
-                cache.reading(cache.length)
             h = self._hidden(chunk, cache, end)
             if all_logits:
                 logits.append(self._logits(h))
         return torch.cat(logits, 1)[:, -asked:] if all_logits else self._logits(h[:, -1:])[:, 0]
+
+    def read(self, ids: Tensor, cache: LayeredCache, piece: int) -> Generator[None, None, Tensor]:
+        """fp32 logits `[1, vocab]` after `ids` `[1, T]`, which are read `piece` tokens at a time.
+
+        There is a pause after each block of each piece: other caches may go on in it, and this one
+        may be left there, with the pieces that it has.
+        """
+        if self.crossing is not None:
+            ids = self._from_the_start(ids, cache, self.crossing)
+        end = min(cache.length + ids.shape[1], cache.span) + self.prefix_length
+        for part in torch.split(ids, min(piece, cache.step), 1):
+            if self._few(part, cache):
+                h = self._steps([(cache, part[0].tolist())], end)[0][None]
+                yield
+            else:
+                h = yield from self._blocks(part, cache, end)
+        return self._logits(h[:, -1:])[:, 0]
+
+    def _few(self, ids: Tensor, cache: LayeredCache) -> bool:
+        """Whether all blocks at once, a token after the other, are the faster way for `ids`."""
+        few = len(ids) == 1 and ids.shape[1] <= (1 if self._scaled else STEPS)
+        return few and self._steps_read(cache)
 
     @property
     def crossing(self) -> int | None:
@@ -209,13 +226,24 @@ class Decoder:
         return ids
 
     def _hidden(self, ids: Tensor, cache: LayeredCache, end: int) -> Tensor:
+        blocks = self._blocks(ids, cache, end)
+        while True:
+            try:
+                next(blocks)
+            except StopIteration as done:
+                h: Tensor = done.value
+                return h
+
+    def _blocks(self, ids: Tensor, cache: LayeredCache, end: int) -> Generator[None, None, Tensor]:
+        """What the blocks make of `ids` `[B, T]`: `[B, T, hidden]`; a pause after each."""
         h, step = self._begin(ids, cache, end)
         call = self.one_call if len(ids) == 1 and self._steps_read(cache) else None
         if call is not None and call.reads(cache.layers):
-            call.read(h, decode.Part(cache, step.start, ids.shape[1]), step.angles)
+            yield from call.read(h, decode.Part(cache, step.start, ids.shape[1]), step.angles)
         else:
             for block, layer in zip(self.blocks, cache.layers, strict=True):
                 h = block(h, layer, step)
+                yield
         cache.length += ids.shape[1]
         return h
 

@@ -1,6 +1,6 @@
 """A runnable model: an artifact or a plain checkpoint behind one small interface."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, cast
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.architecture.table import FAMILIES
-from optim.runtime.cache.full import Cache, Policy, StaticCache
+from optim.runtime.cache.full import Cache, LayeredCache, Policy, StaticCache
 from optim.runtime.cache.streaming import StreamCache
 from optim.runtime.decoder.cuda_graph import GraphDecoder, cuda_graph, recordable
-from optim.runtime.decoder.decoder import Decoder, Work
+from optim.runtime.decoder.decoder import CHUNK, Decoder, Work
 from optim.runtime.decoder.linears.bf12 import prospect
 from optim.runtime.decoder.linears.source import Form
 from optim.runtime.decoder.linears.static_int import fast_product
@@ -21,6 +21,7 @@ from optim.runtime.engine.build import build
 from optim.runtime.engine.transformers_model import build_foreign
 from optim.runtime.formats.static_int import read_config
 from optim.runtime.kernels.compile import REFUSED, turned_off
+from optim.runtime.sparsity.core_decoder import CoreDecoder
 from optim.runtime.sparsity.side_file import SIDE
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.gguf.packed import with_integers
@@ -156,6 +157,31 @@ class Model:
         """
         self._check_room(cache, ids.shape[1])
         return self.decoder(ids.to(self.device), cache, all_logits)
+
+    @property
+    def one_at_a_time(self) -> bool:
+        """Whether texts cannot be written side by side: core neurons are chosen for one text."""
+        return isinstance(self.decoder, CoreDecoder)
+
+    @property
+    def piece(self) -> int:
+        """Tokens of a prompt that are read at a time: texts that share some share whole pieces."""
+        return 128 if self.device.type == "cpu" else CHUNK
+
+    @torch.inference_mode()
+    def read(self, ids: Sequence[int], cache: Cache) -> Generator[None, None, Tensor]:
+        """Logits `[1, vocab]` after a prompt, read in pieces from where `cache` is.
+
+        With pauses in which other caches may go on, but for models that read a prompt at once.
+        Raises OptimError (2) where the cache's limit would be passed.
+        """
+        self._check_room(cache, len(ids))
+        tokens = torch.tensor([ids], device=self.device)
+        if isinstance(self.decoder, Decoder):
+            blocks = self.decoder.read(tokens, cast(LayeredCache, cache), self.piece)
+            return (yield from blocks)
+        yield
+        return self.decoder(tokens, cache, False)
 
     @torch.inference_mode()
     def step_many(self, work: Sequence[tuple[Cache, Sequence[int]]]) -> list[Tensor]:

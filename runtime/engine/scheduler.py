@@ -1,20 +1,26 @@
 """Many texts at once: they come and go at every step, and each is written as if it were alone.
 
-A step reads one piece of one prompt, and gives every text that is being written its next token.
+A step gives every text that is being written its next token, and reads on in one prompt for a turn.
+A turn ends between two blocks of the model, wherever that is in the prompt: how long the others
+wait does not depend on the length of a piece, nor a text's numbers on how others took their turns.
 """
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from collections.abc import Sequence as Row
 
 import torch
 from torch import Tensor
 
 from optim.recipes.errors import OptimError
-from optim.runtime.cache.full import Cache
+from optim.runtime.cache.full import Cache, Policy
 from optim.runtime.engine.load import Model
-from optim.runtime.engine.sequence import Event, Sequence
-from optim.runtime.engine.slots import READ, Slot, Slots
+from optim.runtime.engine.sequence import Answer, Event, Request, Sequence
+from optim.runtime.engine.slots import Slot, Slots
+
+TURN = 0.04
+"""Seconds that a step reads in a prompt, and not much more: one block, at least."""
 
 
 class Scheduler:
@@ -23,11 +29,11 @@ class Scheduler:
     `submit` may be called, and `Sequence.cancelled` be set, by another thread than `step`'s.
     """
 
-    def __init__(self, model: Model, slots: Slots) -> None:
-        self.model, self.slots = model, slots
+    def __init__(self, slots: Slots) -> None:
+        self.slots, self.model = slots, slots.model
         self.waiting: deque[Sequence] = deque()
         self._running: list[Slot] = []
-        self._next: dict[Slot, int] = {}  # the token that each text's cache has not seen
+        self._reading: tuple[Slot, Generator[None, None, Tensor]] | None = None
         self.failures: list[Exception] = []
         """What ended texts as "error"; whoever steps looks, and empties it."""
         self.read_tokens = 0
@@ -51,12 +57,12 @@ class Scheduler:
         """
         events = self._dropped()
         self._admit()
-        reading = next((slot for slot in self._running if slot not in self._next), None)
-        if reading is not None:
-            events += self._guarded([reading], self._read)
-        writing = [s for s in self._running if s in self._next and not _owner(s).paused]
+        reader = self._reading[0] if self._reading else None
+        writing = [s for s in self._running if s is not reader and not _owner(s).paused]
         if writing:
             events += self._guarded(writing, self._write)
+        if reader is not None:
+            events += self._guarded([reader], self._read)
         return events
 
     def _dropped(self) -> list[Event]:
@@ -75,12 +81,15 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Begin the text that has waited longest, unless another prompt is being read."""
-        if not self.waiting or len(self._next) < len(self._running):
+        if not self.waiting or self._reading:
             return
         slot = self.slots.place(self.waiting[0])
         if slot is not None:
-            self.waiting.popleft().begun = time.monotonic()
+            sequence = self.waiting.popleft()
+            sequence.begun = time.monotonic()
             self._running.append(slot)
+            ids = sequence.request.ids[sequence.cached :]
+            self._reading = slot, self.model.read(ids, _cache(slot))
 
     def _guarded(self, slots: list[Slot], run: Callable[[list[Slot]], list[Event]]) -> list[Event]:
         """`run(slots)`; if it fails their texts end, and their caches are not used again."""
@@ -91,39 +100,62 @@ class Scheduler:
             return [self._ended(slot, "error", keep=False) for slot in slots]
 
     def _read(self, slots: list[Slot]) -> list[Event]:
-        """Read the next piece of a prompt; after the last one, write the first token."""
-        (slot,) = slots
-        ids, cache = _owner(slot).request.ids, _cache(slot)
-        start = cache.length
-        piece = ids[start : start + READ]
-        logits = self.model.forward(torch.tensor([piece]), cache)
-        self.read_tokens += len(piece)
-        if len(piece) == READ:
-            slot.read = ids[: start + READ]
-        return self._taken(slot, logits[0]) if start + len(piece) == len(ids) else []
+        """Read on in a prompt; at its end, write the first token."""
+        assert self._reading is not None
+        slot, blocks = self._reading
+        cache, end = _cache(slot), time.perf_counter() + TURN
+        before = cache.length
+        try:
+            next(blocks)
+            while time.perf_counter() < end:
+                next(blocks)
+        except StopIteration as read:
+            self._reading = None
+            return self._taken(slot, read.value)
+        finally:
+            self.read_tokens += cache.length - before
+        return []
 
     def _write(self, slots: list[Slot]) -> list[Event]:
-        """The next token of every text."""
-        work = [(_cache(slot), [self._next[slot]]) for slot in slots]
+        """The next token of every text, or several of one that is written alone."""
+        if len(slots) == 1 and _owner(slots[0]).drafts is not None:
+            return self._guess(slots[0])
+        work = [(_cache(slot), [_owner(slot).history[-1]]) for slot in slots]
         rows = self.model.step_many(work)
-        return [
-            e for slot, row in zip(slots, rows, strict=True) for e in self._taken(slot, row[-1])
-        ]
+        return [e for slot, row in zip(slots, rows, strict=True) for e in self._taken(slot, row)]
 
-    def _taken(self, slot: Slot, logits: Tensor) -> list[Event]:
-        sequence = _owner(slot)
+    def _guess(self, slot: Slot) -> list[Event]:
+        """The next tokens of a text: as many as are guessed right, and one more."""
+        sequence, cache = _owner(slot), _cache(slot)
+        drafts = sequence.drafts
+        assert drafts is not None
+        guesses = drafts.propose(sequence.history, sequence.left - 1)
+        guesses = guesses[: self.model.undoable(cache, 1 + len(guesses)) - 1]
+        start = time.perf_counter()
+        (rows,) = self.model.step_many([(cache, [sequence.history[-1], *guesses])])
+        seconds = time.perf_counter() - start
+        events = self._taken(slot, rows, guesses)
+        drafts.learn(len(guesses), len(events) - 1, seconds)
+        return events
+
+    def _taken(self, slot: Slot, rows: Tensor, guesses: Row[int] = ()) -> list[Event]:
+        """The tokens that a text draws from `rows` `[k, vocab]`, which follow k - 1 `guesses`."""
+        sequence, cache, events = _owner(slot), _cache(slot), list[Event]()
         try:
-            event = sequence.take(logits)
+            for row, guess in zip(rows, [*guesses, None], strict=True):
+                held = len(sequence.history)
+                events.append(sequence.take(row))
+                if events[-1].reason or sequence.history[-1] != guess:
+                    break
         except OptimError as problem:  # of this text alone
             self.failures.append(problem)
-            return [self._ended(slot, "error", keep=False)]
-        if event.token is not None:
-            self.written_tokens += 1
-        if event.reason:
+            return [*events, self._ended(slot, "error", keep=False)]
+        if guesses:
+            cache.truncate(held)  # the wrong ones
+        self.written_tokens += sum(event.token is not None for event in events)
+        if events[-1].reason:
             self._leave(slot)
-        else:
-            self._next[slot] = sequence.history[-1]
-        return [event]
+        return events
 
     def _ended(self, slot: Slot, reason: str, keep: bool = True) -> Event:
         event = _owner(slot).end(reason)
@@ -131,9 +163,60 @@ class Scheduler:
         return event
 
     def _leave(self, slot: Slot, keep: bool = True) -> None:
-        self._next.pop(slot, None)
+        if self._reading and self._reading[0] is slot:
+            self._reading = None
         self._running.remove(slot)
         self.slots.release(slot, keep)
+
+
+def write(sequence: Sequence, slots: Slots) -> Generator[list[Event], None, None]:
+    """Write one text with nobody beside it; yields what each step gave, raises what one fails with.
+
+    It may be closed or interrupted anywhere: its slot keeps what was read and written.
+    """
+    loop = Scheduler(slots)
+    loop.submit(sequence)
+    try:
+        while not sequence.reason:
+            events = loop.step()
+            if loop.failures:
+                raise loop.failures[0]
+            yield events
+    finally:
+        for slot in slots.slots:
+            if slot.owner is sequence:
+                _cache(slot).truncate(len(sequence.history) - 1)  # what follows may be a guess
+                slots.release(slot)
+
+
+def answer_all(
+    model: Model,
+    requests: Row[Request],
+    *,
+    context: int,
+    size: int = 8,
+    policy: Policy | None = None,
+) -> Iterator[tuple[int, Answer]]:
+    """Answer all, `size` side by side, the longest first; yields each answer with its number.
+
+    Raises what a step fails with.
+    """
+    slots = Slots(model, size, context, policy=policy)
+    loop, numbers = Scheduler(slots), dict[Sequence, int]()
+    for number in sorted(range(len(requests)), key=lambda i: -len(requests[i].ids)):
+        sequence = Sequence(model, requests[number], slots.limit)
+        numbers[sequence] = number
+        loop.submit(sequence)
+    pieces: list[list[str]] = [[] for _ in requests]
+    while not loop.idle:
+        events = loop.step()
+        if loop.failures:
+            raise loop.failures[0]
+        for event in events:
+            number = numbers[event.sequence]
+            pieces[number].append(event.piece)
+            if event.reason:
+                yield number, Answer("".join(pieces[number]), event.sequence.count, event.reason)
 
 
 def _owner(slot: Slot) -> Sequence:

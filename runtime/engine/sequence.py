@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.engine.drafts import Lookup
 from optim.runtime.engine.load import Model
 from optim.runtime.engine.sampling import Bias, Sampler, Sampling
 from optim.runtime.engine.stop_text import StopText
@@ -90,6 +91,8 @@ class Sequence:
     request: Request
     context: int
     grammar: Grammar | None = None
+    drafts: Lookup | None = None
+    """Guesses tokens ahead while the text is written alone."""
     deadline: float = float("inf")
     """On the monotonic clock: a text that has not begun by then ends as "late"."""
     cancelled: bool = False
@@ -121,6 +124,11 @@ class Sequence:
     def room(self) -> int:
         """Tokens that fit: the last one needs no place in the cache."""
         return self.context - len(self.request.ids) + 1
+
+    @property
+    def left(self) -> int:
+        """Tokens that may still be written."""
+        return min(self.request.sampling.max_tokens or self.room, self.room) - self.count
 
     @property
     def most(self) -> int:

@@ -1,8 +1,7 @@
-"""Generation: prompt in, tokens out; and a conversation that keeps its cache between turns."""
+"""A conversation that keeps its cache between turns."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from collections.abc import Set as AbstractSet
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -12,94 +11,19 @@ import torch
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.cache.full import Cache, Policy
 from optim.runtime.cache.saved import Stored, load_cache, save_cache
-from optim.runtime.engine.drafts import Lookup, lookup
+from optim.runtime.engine.drafts import lookup
 from optim.runtime.engine.load import Model
 from optim.runtime.engine.repeats import repeats
-from optim.runtime.engine.sampling import Sampler, Sampling
-from optim.runtime.engine.stop_text import StopText
+from optim.runtime.engine.sampling import Sampling
+from optim.runtime.engine.scheduler import write
+from optim.runtime.engine.sequence import Event, Request, Sequence
+from optim.runtime.engine.slots import Slots
 from optim.runtime.storage.size_table import stored
 
 Message = dict[str, str]
 Reading = Callable[[int, int], None]
 """Told, while a prompt is read, how many of its tokens are done and how many there are."""
 LOOK = 32  # tokens between two looks for a loop
-
-
-def generate(
-    model: Model,
-    ids: Sequence[int],
-    sampling: Sampling,
-    cache: Cache | None = None,
-    stop_ids: AbstractSet[int] | None = None,
-    reading: Reading | None = None,
-    drafts: Lookup | None = None,
-) -> Generator[int, None, str]:
-    """Yield the tokens that follow `ids`; the return value says why it ended.
-
-    `cache` may hold the first of `ids` already. `stop_ids` (default: the model's end tokens) end
-    the text and are not part of it: "stop". The others are "length" and "context". `reading` is
-    called before each chunk of the prompt, and may raise to stop there. `drafts` may guess tokens
-    ahead: the text is the same with any and with none.
-    Raises OptimError (2) if `ids` do not fit the context.
-    """
-    cache = cache or model.new_cache()
-    stop_ids = model.tokenizer.eos_ids if stop_ids is None else stop_ids
-    sample = Sampler(sampling, model.device, len(ids))
-    history = list(ids)
-    if reading is not None:
-        cache.reading = lambda done: reading(done, len(ids))
-    try:
-        step = _Rows([], model.forward(torch.tensor([history[cache.length :]]), cache))
-    finally:
-        cache.reading = None
-    while True:
-        held, right = len(history), 0
-        try:
-            for row, guess in zip(step.logits, [*step.guesses, None], strict=True):
-                held = len(history)
-                token = sample(row, history)
-                if token in stop_ids:
-                    return "stop"
-                right += token == guess
-                history.append(token)
-                yield token
-                if len(history) - len(ids) == sampling.max_tokens:
-                    return "length"
-                if held == cache.limit:
-                    return "context"
-                if token != guess:
-                    break
-        finally:
-            if step.guesses:
-                cache.truncate(held)  # the wrong ones
-            if drafts is not None:
-                drafts.learn(len(step.guesses), right, step.seconds)
-        left = (sampling.max_tokens or cache.limit) - (len(history) - len(ids))
-        step = _step(model, cache, history, drafts, min(left - 1, cache.limit - len(history)))
-
-
-@dataclass(slots=True)
-class _Rows:
-    """Logits after a text's last token and after each of some guesses, and what they took."""
-
-    guesses: list[int]
-    logits: Iterable[torch.Tensor]
-    seconds: float = 0.0
-
-
-def _step(
-    model: Model, cache: Cache, history: list[int], drafts: Lookup | None, most: int
-) -> _Rows:
-    """The step after `history`, whose last token the cache lacks, with at most `most` guesses."""
-    guesses = drafts.propose(history, most) if drafts is not None and most > 0 else []
-    if guesses:
-        guesses = guesses[: model.undoable(cache, 1 + len(guesses)) - 1]
-    start = perf_counter()
-    if guesses:
-        logits = model.step_many([(cache, [history[-1], *guesses])])[0]
-    else:
-        logits = model.forward(torch.tensor([history[cache.length :]]), cache)
-    return _Rows(guesses, logits, perf_counter() - start)
 
 
 @dataclass(slots=True)
@@ -153,9 +77,8 @@ class Session:
         self.sampling = sampling or Sampling()
         self.messages: list[Message] = []
         self.stats = Stats()
-        self._limits = model.context(context), policy
-        self._cache = self._empty_cache()
-        self._tokens: list[int] = []  # what the cache holds, and perhaps one more
+        self._slots = Slots(model, 1, model.context(context), policy=policy, alike=False)
+        self._slot = self._slots.slots[0]
 
     def reply(self, text: str, reading: Reading | None = None) -> Generator[str, None, None]:
         """Say `text`; yields the reply in pieces. Both become part of `messages`.
@@ -189,7 +112,14 @@ class Session:
     @property
     def limit(self) -> int:
         """So many tokens the conversation may have."""
-        return self._cache.limit
+        return self._slots.limit
+
+    @property
+    def _cache(self) -> Cache:
+        """What has been read and written; an empty one before that, or after a failure."""
+        if self._slot.cache is None:
+            self._slot.cache = self._slots.empty()
+        return self._slot.cache
 
     def info(self) -> dict[str, str]:
         """Facts to show about the model and the conversation."""
@@ -213,26 +143,22 @@ class Session:
         """
         if not self._cache.length or not isinstance(self._cache, Stored):
             return 0
-        return save_cache(path, self._cache, self._tokens, self.model.checkpoint.fingerprint())
+        return save_cache(path, self._cache, self._slot.ids, self.model.checkpoint.fingerprint())
 
     def load_cache(self, path: Path) -> str:
         """Go on from the cache in `path`; "", or why it cannot be used and all is read again."""
         with torch.inference_mode():
-            fresh, self._tokens = self._empty_cache(), []
-            self._cache = fresh
+            self._slot.clear()
+            fresh = self._cache
             if not isinstance(fresh, Stored):
                 return "this family's cache is not saved"
             if getattr(self.model.decoder, "crossing", None) is not None:
                 return "a longer text of this model has other keys"
-            self._tokens, why = load_cache(path, fresh, self.model.checkpoint.fingerprint())
+            self._slot.ids, why = load_cache(path, fresh, self.model.checkpoint.fingerprint())
         return why
 
-    def _empty_cache(self) -> Cache:
-        length, policy = self._limits
-        return self.model.new_cache(length=length, policy=policy)
-
     def _fitting(self, ids: list[int]) -> list[int]:
-        limit = self._cache.limit
+        limit = self.limit
         if not ids:
             raise OptimError("the prompt is empty", "give it some text", USAGE)
         if len(ids) > limit:
@@ -246,59 +172,35 @@ class Session:
     def _stream(
         self, ids: list[int], reading: Reading | None, exact: bool = False
     ) -> Generator[str, None, None]:
-        """Generate after `ids`, up to a stop text; the end may be half a character if `exact`."""
-        cached = self._reuse(ids)
-        self.stats = Stats(prompt_tokens=len(ids), cached_tokens=cached, stop_reason="interrupted")
-        self._tokens = list(ids)
-        text, stops = self.model.tokenizer.stream(), StopText(self.sampling.stop)
+        """Write after `ids`, up to a stop text; the end may be half a character if `exact`."""
         drafts = lookup(self.speculate)
-        tokens = generate(
-            self.model, ids, self.sampling, self._cache, reading=reading, drafts=drafts
-        )
-        with self._counting(drafts), closing(tokens):
-            while (token := self._next(tokens)) is not None:
-                if piece := stops.push(text.push(token)):
-                    yield piece
-                if stops.found:
-                    self.stats.stop_reason = "stop"
-                    return
-        left = text.flush(cut=self.stats.stop_reason != "stop" and not exact)
-        if piece := stops.push(left) + stops.flush():
-            yield piece
+        asked = Request(ids, self.sampling, exact)
+        text = Sequence(self.model, asked, self.limit, drafts=drafts)
+        self.stats = stats = Stats(prompt_tokens=len(ids), stop_reason="interrupted")
+        with closing(write(text, self._slots)) as steps:
+            while not text.reason:
+                if reading is not None and not text.count:
+                    reading(self._cache.length if text.begun else 0, len(ids))
+                start = perf_counter()
+                events = next(steps)
+                self._time(perf_counter() - start)
+                stats.cached_tokens = text.cached
+                if drafts is not None:
+                    stats.drafted_tokens, stats.accepted_tokens = drafts.drafted, drafts.accepted
+                for event in events:
+                    self._count(event)
+                    if event.piece:
+                        yield event.piece
 
-    @contextmanager
-    def _counting(self, drafts: Lookup | None) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            if drafts is not None:
-                self.stats.drafted_tokens = drafts.drafted
-                self.stats.accepted_tokens = drafts.accepted
-
-    def _reuse(self, ids: list[int]) -> int:
-        """Cut the cache back to what it shares with `ids`, at least one of which is left to run."""
-        held = self._tokens[: self._cache.length]
-        pairs = zip(held, ids[:-1], strict=False)
-        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(held), len(ids) - 1))
-        self._cache.truncate(shared)
-        return self._cache.length
-
-    def _next(self, tokens: Generator[int, None, str]) -> int | None:
-        """The next token, timed and counted; None at the end."""
-        start = perf_counter()
-        try:
-            token = next(tokens)
-        except StopIteration as end:
-            self.stats.stop_reason = end.value
-            return None
-        seconds = perf_counter() - start
+    def _time(self, seconds: float) -> None:
         if self.stats.new_tokens:
             self.stats.decode_seconds += seconds
         else:
-            self.stats.prefill_seconds = seconds
-        self.stats.new_tokens += 1
-        self._tokens.append(token)
-        stats = self.stats
+            self.stats.prefill_seconds += seconds
+
+    def _count(self, event: Event) -> None:
+        stats, text = self.stats, event.sequence
+        stats.stop_reason = event.reason or stats.stop_reason
+        stats.new_tokens += event.token is not None
         if not stats.repeats and stats.new_tokens % LOOK == 0:
-            stats.repeats = repeats(self._tokens[stats.prompt_tokens :])
-        return token
+            stats.repeats = repeats(text.history[stats.prompt_tokens :][: stats.new_tokens])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.cache.full import Policy, Reading
+from optim.runtime.cache.full import Policy
 from optim.runtime.decoder.linears.base import Linear
 from optim.runtime.decoder.linears.source import Source
 from optim.runtime.engine.loader import Loader
@@ -48,7 +48,6 @@ class ForeignCache:
     held: int = 0
     """Positions in `past`; fewer than `length` if a step was interrupted."""
     tokens: Tensor | None = None
-    reading: Reading | None = None  # a prompt is read in one piece
 
     def truncate(self, length: int) -> None:
         """Forget everything from position `length` on."""

@@ -99,13 +99,12 @@ def test_rows_go_to_a_new_file_only(optim: Run, model: str, tmp_path: Path) -> N
     assert "exists" in err
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "prompt", "json", "stream", "bits"])
+@pytest.mark.parametrize("kind", ["missing", "empty", "prompt", "json", "bits"])
 def test_bad_use_is_explained(optim: Run, model: str, tmp_path: Path, kind: str) -> None:
     path = _file(tmp_path, {"prompt": "a"}, {"prompt": "b"})
     extra = {
         "prompt": ["hello"],
         "json": ["--json"],
-        "stream": ["--kv-policy", "stream"],
         "bits": ["--kv-bits", "5"],
     }.get(kind, [])
     if kind == "missing":

@@ -396,7 +396,7 @@ def batch(draw: Random, folder: Path) -> tuple[str, Case]:
     model = small_model()
 
     def case() -> None:
-        from optim.runtime.engine.batch import answer_all
+        from optim.runtime.engine.scheduler import answer_all
 
         job = prepare(1, data, model, How("", False, Sampling(max_tokens=4), 64))
         if job.request is not None:

@@ -5,7 +5,7 @@ of bf16 weights, RMS norms and a gated feed-forward; a test runs both over every
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -194,19 +194,20 @@ class Blocks:
         self._decoder.blocks = ctypes.addressof(self._array)
         self._call()
 
-    def read(self, h: Tensor, part: Part, angles: dict[str, Angles]) -> None:
+    def read(self, h: Tensor, part: Part, angles: dict[str, Angles]) -> Generator[None, None, None]:
         """The same with many tokens of one text, over weights and layers that `reads` knows.
 
-        A block a call: no longer than a user who interrupts would wait.
+        A block a call, and a pause after each, in which other texts may go on.
         """
-        self._show(h, [part], angles)
-        text, places = self._texts[0], part.cache.places
-        assert isinstance(places, Places)
-        self._decoder.count, self._decoder.prompt = 1, True
         for i in range(len(self._blocks)):
+            self._show(h, [part], angles)
+            text, places = self._texts[0], part.cache.places
+            assert isinstance(places, Places)
+            self._decoder.count, self._decoder.prompt = 1, True
             self._decoder.blocks = ctypes.addressof(self._array) + i * ctypes.sizeof(CBlock)
             text.places = places.address + i * ctypes.sizeof(CPlace)
             self._call()
+            yield
 
     def reads(self, layers: Sequence[Layer]) -> bool:
         """Whether `read` knows these layers, and the blocks' linears."""

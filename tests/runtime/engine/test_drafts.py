@@ -1,6 +1,6 @@
 """Guesses ahead: the text is the plain one, whatever they are and however it is drawn."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -8,13 +8,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from optim.recipes.errors import OptimError
 from optim.runtime.cache.full import Policy
 from optim.runtime.engine.drafts import MOST, Lookup, lookup
 from optim.runtime.engine.load import Model, load_model
 from optim.runtime.engine.sampling import Sampling
-from optim.runtime.engine.session import Session, generate
+from optim.runtime.engine.scheduler import write
+from optim.runtime.engine.sequence import Event, Request, Sequence
+from optim.runtime.engine.session import Session
+from optim.runtime.engine.slots import Slot, Slots
 from tests.runtime.decoder.test_c_decode import SCHEMES, built, with_packed_linears
 
 MakeModel = Callable[..., Path]
@@ -36,13 +40,25 @@ def prompt(seed: int) -> list[int]:
     return (phrase * 4)[: random.randrange(9, 33)]
 
 
-def written(tokens: Generator[int, None, str]) -> tuple[list[int], str]:
-    found: list[int] = []
-    while True:
-        try:
-            found.append(next(tokens))
-        except StopIteration as end:
-            return found, end.value
+def written(
+    model: Model,
+    ids: list[int],
+    sampling: Sampling,
+    context: int = 100,
+    drafts: Lookup | None = None,
+    policy: Policy | None = None,
+) -> tuple[list[int], str, Slot]:
+    """The text that follows `ids`, why it ended, and its slot."""
+    slots = Slots(model, 1, context, policy=policy, alike=False)
+    text = Sequence(model, Request(ids, sampling), slots.limit, drafts=drafts)
+    for _ in write(text, slots):
+        pass
+    return text.history, text.reason, slots.slots[0]
+
+
+def lengths(slot: Slot) -> tuple[int, int]:
+    assert slot.cache is not None
+    return slot.cache.length, len(slot.ids)
 
 
 DRAWN = [
@@ -60,10 +76,10 @@ def test_a_hundred_texts_are_the_plain_ones(kind: str, sampling: Sampling, model
     for seed in range(PROMPTS[kind]):
         ids, drafts = prompt(seed), lookup(kind)
         assert drafts is not None
-        caches = model.new_cache(length=60), model.new_cache(length=60)
-        plain = written(generate(model, ids, sampling, caches[0]))
-        assert written(generate(model, ids, sampling, caches[1], drafts=drafts)) == plain
-        assert caches[0].length == caches[1].length
+        plain = written(model, ids, sampling, 60)
+        guessed = written(model, ids, sampling, 60, drafts)
+        assert guessed[:2] == plain[:2]
+        assert lengths(plain[2]) == lengths(guessed[2])
         drafted, accepted = drafted + drafts.drafted, accepted + drafts.accepted
     assert accepted <= drafted
     if kind == "lookup":
@@ -75,32 +91,43 @@ def test_a_hundred_texts_are_the_plain_ones(kind: str, sampling: Sampling, model
 def test_every_cache(policy: Policy, model: Model) -> None:
     for seed in range(6):
         ids, sampling = prompt(seed), Sampling(temperature=0.3, seed=1, max_tokens=150)
-        caches = [model.new_cache(length=120, policy=policy) for _ in range(2)]
-        plain = written(generate(model, ids, sampling, caches[0]))
-        drafts = Lookup(always=True)
-        assert written(generate(model, ids, sampling, caches[1], drafts=drafts)) == plain
-        states = [cache.state() for cache in caches]  # type: ignore[attr-defined]
+        plain = written(model, ids, sampling, 120, policy=policy)
+        guessed = written(model, ids, sampling, 120, Lookup(always=True), policy)
+        assert guessed[:2] == plain[:2]
+        states = [slot.cache.state() for slot in (plain[2], guessed[2])]  # type: ignore[union-attr]
         assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 @in_c
-def test_a_reply_that_is_left_keeps_what_was_heard(model: Model) -> None:
-    for heard in range(1, 25):
-        ids, cache = prompt(1), model.new_cache(length=100)
-        drafts = Lookup(always=True)
-        tokens = generate(model, ids, Sampling(max_tokens=60), cache, set(), drafts=drafts)
-        for _ in range(heard):
-            next(tokens)
-        tokens.close()
-        assert cache.length == len(ids) + heard - 1
+def test_a_step_that_is_interrupted_leaves_no_guess(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, slots = prompt(1), Slots(model, 1, 100, alike=False)
+    text = Sequence(model, Request(ids, Sampling()), 100, drafts=Lookup(always=True))
+    monkeypatch.setattr(Sequence, "take", interrupted_after(9, Sequence.take))
+    with pytest.raises(KeyboardInterrupt):
+        for _ in write(text, slots):
+            pass
+    assert text.count == 9 and text.history == written(model, ids, Sampling(max_tokens=9))[0]
+    cache = slots.slots[0].cache
+    assert cache is not None and cache.length <= len(ids) + 8
+
+
+def interrupted_after(count: int, take: Callable[..., Event]) -> Callable[..., Event]:
+    def taking(text: Sequence, logits: Tensor) -> Event:
+        if text.count == count:
+            raise KeyboardInterrupt
+        return take(text, logits)
+
+    return taking
 
 
 def test_models_outside_the_c_step_guess_nothing(make_model: MakeModel) -> None:
     model = load_model(str(make_model("opt")), device="cpu")
     drafts, sampling = Lookup(always=True), Sampling(max_tokens=40)
     ids = [5, 6, 7] * 5
-    plain = written(generate(model, ids, sampling))
-    assert written(generate(model, ids, sampling, drafts=drafts)) == plain
+    plain = written(model, ids, sampling)
+    assert written(model, ids, sampling, drafts=drafts)[:2] == plain[:2]
     assert drafts.drafted == 0
 
 

@@ -27,7 +27,7 @@ SCHEMA = {
 def test_a_schema_is_followed(make_model: Callable[..., Path], temperature: float) -> None:
     model = load_model(str(make_model("llama")), device="cpu", threads=1)
     words, tokenizer = words_of(model.tokenizer), model.tokenizer
-    loop = Scheduler(model, Slots(model, 3, 128))
+    loop = Scheduler(Slots(model, 3, 128))
     texts = []
     for seed in range(3):
         sampling = Sampling(temperature=temperature, seed=seed)

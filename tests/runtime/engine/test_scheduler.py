@@ -30,8 +30,15 @@ def text(model: Model, ids: list[int], seed: int | None = None, most: int = 12) 
     return Sequence(model, Request(ids, Sampling(max_tokens=most, **warm)), CONTEXT)
 
 
+@pytest.fixture(autouse=True)
+def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short pieces of a prompt, and a turn of one block."""
+    monkeypatch.setattr(Model, "piece", 32)
+    monkeypatch.setattr("optim.runtime.engine.scheduler.TURN", 0)
+
+
 def scheduler(model: Model, count: int = 3, **more: object) -> Scheduler:
-    return Scheduler(model, Slots(model, count, CONTEXT, **more))  # type: ignore[arg-type]
+    return Scheduler(Slots(model, count, CONTEXT, **more))  # type: ignore[arg-type]
 
 
 def finish(loop: Scheduler) -> list[Event]:
@@ -102,12 +109,14 @@ def test_a_text_that_nobody_waits_for_costs_nothing(model: Model) -> None:
     first, queued, reading = text(model, [5], most=40), text(model, [6]), text(model, HEAD)
     for sequence in (first, queued, reading):
         loop.submit(sequence)
-    loop.step()
+    for _ in range(3):  # two blocks, and the first token
+        loop.step()
     queued.cancelled = True
     assert [e.reason for e in loop.step() if e.sequence is queued] == ["cancelled"]
     first.cancelled = True
     before = first.count
-    loop.step()  # the slot is free, and the next prompt begins
+    for _ in range(3):  # the slot is free, and the next prompt begins
+        loop.step()
     assert (first.count, reading.cached, loop.read_tokens) == (before, 0, 1 + 32)
     reading.cancelled = True
     loop.step()
@@ -134,7 +143,8 @@ def test_a_paused_text_waits(model: Model) -> None:
     slow, fast = text(model, [5, 6]), text(model, [7, 8])
     for sequence in (slow, fast):
         loop.submit(sequence)
-    loop.step()
+    while not slow.count:
+        loop.step()
     written, slow.paused = slow.count, True
     finish(loop)
     assert (slow.count, fast.reason) == (written, "length")
@@ -148,7 +158,8 @@ def test_a_failure_ends_its_texts_alone(model: Model, monkeypatch: pytest.Monkey
     first, second = text(model, [5, 6]), text(model, [*HEAD, 8])
     loop.submit(first)
     loop.submit(second)
-    loop.step()
+    for _ in range(4):
+        loop.step()
     with monkeypatch.context() as patch:
         patch.setattr(Model, "step_many", lambda *_: 1 / 0)
         assert [e.reason for e in loop.step() if e.sequence is first] == ["error"]

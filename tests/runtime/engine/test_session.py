@@ -1,6 +1,6 @@
 """Generation and conversations on a tiny random model with a tokenizer of single letters."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,11 @@ from optim.recipes.errors import OptimError
 from optim.runtime.cache.full import Policy
 from optim.runtime.engine.load import Model, load_model
 from optim.runtime.engine.sampling import Sampling
-from optim.runtime.engine.session import Session, generate
+from optim.runtime.engine.scheduler import write
+from optim.runtime.engine.sequence import Request
+from optim.runtime.engine.sequence import Sequence as Text
+from optim.runtime.engine.session import Session
+from optim.runtime.engine.slots import Slots
 
 VOCAB = 64
 
@@ -60,13 +64,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return made
 
 
-def _run(tokens: Iterator[int]) -> tuple[list[int], str]:
-    out = []
-    while True:
-        try:
-            out.append(next(tokens))
-        except StopIteration as end:
-            return out, end.value
+def _run(model: Model, ids: list[int], sampling: Sampling, context: int = 96) -> Text:
+    text = Text(model, Request(ids, sampling), context)
+    for _ in write(text, Slots(model, 1, context)):
+        pass
+    return text
 
 
 def _greedy(model: Model, ids: list[int], count: int) -> list[int]:
@@ -78,27 +80,35 @@ def _greedy(model: Model, ids: list[int], count: int) -> list[int]:
     return ids[-count:]
 
 
-def test_cached_steps_equal_recomputing_everything(model: Model) -> None:
+def test_cached_steps_equal_recomputing_everything(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids = [5, 9, 30, 2]
-    tokens, reason = _run(generate(model, ids, Sampling(max_tokens=40), stop_ids=set()))
-    assert tokens == _greedy(model, ids, 40)
-    assert reason == "length"
+    monkeypatch.setattr(Letters, "eos_ids", frozenset())
+    text = _run(model, ids, Sampling(max_tokens=40))
+    assert text.history[4:] == _greedy(model, ids, 40)
+    assert text.reason == "length"
 
 
-def test_a_stop_id_ends_the_text_and_is_not_part_of_it(model: Model) -> None:
+def test_a_stop_id_ends_the_text_and_is_not_part_of_it(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids = [5, 9, 30, 2]
     wanted = _greedy(model, ids, 12)
     end = wanted[-1]
-    tokens, reason = _run(generate(model, ids, Sampling(max_tokens=50), stop_ids={end}))
-    assert (tokens, reason) == (wanted[: wanted.index(end)], "stop")
+    monkeypatch.setattr(Letters, "eos_ids", frozenset({end}))
+    text = _run(model, ids, Sampling(max_tokens=50))
+    assert (text.history[4:], text.reason) == (wanted[: wanted.index(end)], "stop")
 
 
-def test_the_end_of_the_context_ends_the_reply(model: Model) -> None:
-    cache = model.new_cache(length=10)
-    tokens, reason = _run(generate(model, [3] * 6, Sampling(), cache, stop_ids=set()))
-    assert reason == "context"
-    assert len(tokens) == 5  # four fill the context, the last needs no place
-    assert tokens == _greedy(model, [3] * 6, 5)
+def test_the_end_of_the_context_ends_the_reply(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Letters, "eos_ids", frozenset())
+    text = _run(model, [3] * 6, Sampling(), 10)
+    assert text.reason == "context"
+    assert text.count == 5  # four fill the context, the last needs no place
+    assert text.history[6:] == _greedy(model, [3] * 6, 5)
 
 
 def test_a_prompt_beyond_the_context_is_refused_with_the_fix(model: Model) -> None:
@@ -153,29 +163,30 @@ def _interrupt(*_: object) -> None:
 def test_a_prompt_is_read_in_chunks_and_may_be_stopped_between_them(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("optim.runtime.decoder.decoder.CHUNK", 8)
+    monkeypatch.setattr(Model, "piece", 8)
+    monkeypatch.setattr("optim.runtime.engine.scheduler.TURN", 0)  # a block a step, of two
     session, seen = Session(model, sampling=Sampling(max_tokens=4)), list[tuple[int, int]]()
 
     def reading(done: int, total: int) -> None:
         seen.append((done, total))
-        if len(seen) == 3:
+        if done == 16:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         next(session.reply("A" * 30, reading))
-    assert seen == [(0, 33), (8, 33), (16, 33)]
+    assert seen == [(0, 33)] * 3 + [(8, 33)] * 2 + [(16, 33)]
     assert session.messages == []
     again = "".join(session.reply("A" * 30))
     assert session.stats.cached_tokens == 16
     assert again == "".join(Session(model, sampling=Sampling(max_tokens=4)).reply("A" * 30))
-    assert len(seen) == 3  # nobody is told of another reply, nor of decode steps
+    assert len(seen) == 6  # nobody is told of another reply, nor of decode steps
 
 
 def test_a_reply_that_goes_round_in_circles_is_noticed(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = Session(model, sampling=Sampling())
-    monkeypatch.setattr("optim.runtime.engine.session.Sampler", lambda *_: lambda *_: 9)
+    monkeypatch.setattr("optim.runtime.engine.sequence.Sampler", lambda *_: lambda *_: 9)
     "".join(session.reply("HELLO"))
     assert session.stats.repeats
     monkeypatch.undo()
