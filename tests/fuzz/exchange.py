@@ -117,7 +117,7 @@ def serving(draw: Random, folder: Path) -> tuple[str, Case]:
             sequences = asker.ask(getattr(protocol, name), data).sequences
         except Refused as problem:
             raise OptimError(problem.message, problem.code) from None
-        loop = Scheduler(model, slots)
+        loop = Scheduler(slots)
         for sequence in sequences:
             loop.submit(sequence)
         for _ in range(12):
