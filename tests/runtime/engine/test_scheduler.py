@@ -14,15 +14,22 @@ from optim.runtime.engine.sampling import Sampling
 from optim.runtime.engine.scheduler import Scheduler
 from optim.runtime.engine.sequence import Event, Request, Sequence
 from optim.runtime.engine.slots import Slots
+from tests.runtime.decoder.test_c_decode import SCHEMES, built, with_packed_linears
 
 MakeModel = Callable[..., Path]
 CONTEXT = 128
 HEAD = [7 + i % 90 for i in range(70)]
 
 
-@pytest.fixture(scope="module")
-def model(make_model: MakeModel) -> Model:
-    return load_model(str(make_model("llama")), device="cpu", threads=1)
+@pytest.fixture(scope="module", params=["dense", "packed"])
+def model(make_model: MakeModel, request: pytest.FixtureRequest) -> Model:
+    """Packed: a prompt goes through a block, and steps through all, in one C call."""
+    model = load_model(str(make_model("llama")), device="cpu", threads=1)
+    if request.param == "packed":
+        if not built():
+            pytest.skip("no C compiler here")
+        with_packed_linears(model, SCHEMES[0])
+    return model
 
 
 def text(model: Model, ids: list[int], seed: int | None = None, most: int = 12) -> Sequence:
