@@ -199,8 +199,11 @@ class Blocks:
 
         A block a call, and a pause after each, in which other texts may go on.
         """
+        shown = None
         for i in range(len(self._blocks)):
-            self._show(h, [part], angles)
+            if self._texts is not shown:  # others went on in the pause
+                self._show(h, [part], angles)
+                shown = self._texts
             text, places = self._texts[0], part.cache.places
             assert isinstance(places, Places)
             self._decoder.count, self._decoder.prompt = 1, True
