@@ -201,7 +201,7 @@ class Blocks:
         """
         shown = None
         for i in range(len(self._blocks)):
-            if self._texts is not shown:  # others went on in the pause
+            if shown is None or self._texts is not shown:  # others went on in the pause
                 self._show(h, [part], angles)
                 shown = self._texts
             text, places = self._texts[0], part.cache.places
