@@ -29,6 +29,8 @@ class Asked:
     context: int | None = None
     exact: bool = False
     offload: bool = False
+    speculate: str = "off"
+    draft: str | None = None
 
 
 def bench(source: str, asked: Asked, *, as_json: bool, quiet: bool) -> None:

@@ -108,6 +108,14 @@ Speculate = Annotated[
         help="Guess tokens ahead, same text: auto (where it pays), lookup (always) or off.",
     ),
 ]
+Draft = Annotated[
+    str | None,
+    Option(
+        "--draft",
+        metavar="ARTIFACT",
+        help="A smaller artifact of the same model, which guesses tokens ahead.",
+    ),
+]
 Temperature = Annotated[
     float | None,
     Option(

@@ -52,6 +52,7 @@ class RunOptions:
     offload: bool = False
     sampling: dict[str, Any] = field(default_factory=dict)  # as Sampling names them; no None
     speculate: str = "auto"
+    draft: str | None = None
 
 
 def run(source: str, prompt: str | None, options: RunOptions) -> int:
@@ -62,6 +63,8 @@ def run(source: str, prompt: str | None, options: RunOptions) -> int:
     ui.notes.quiet = options.quiet
     talking = options.chat or (prompt is None and _at_terminal())
     text = "" if talking else _question(prompt)
+    if options.draft is not None and options.speculate != "auto":
+        raise OptimError("--draft guesses by itself", "leave --speculate out", USAGE)
     if talking and (options.as_json or options.raw):
         flag = "--json" if options.as_json else "--raw"
         raise OptimError(f"{flag} needs a prompt", fix='optim run MODEL "PROMPT"', code=USAGE)
@@ -95,8 +98,8 @@ def run_file(
         raise OptimError("--batch goes without a prompt, --chat and --json", fix, USAGE)
     if output is not None and Path(output).exists():
         raise OptimError(f"{output} exists", "choose another name, or remove it", USAGE)
-    if options.speculate == "lookup":
-        fix = "leave --speculate out: a batch fills its steps with other texts"
+    if options.speculate == "lookup" or options.draft is not None:
+        fix = "leave --speculate and --draft out: a batch fills its steps with other texts"
         raise OptimError("--batch guesses no tokens ahead", fix, USAGE)
     lines = read_lines(path)
     sampling, policy, model = load(source, options)
@@ -222,6 +225,7 @@ def _open(source: str, options: RunOptions) -> Session:
     sampling, policy, model = load(source, options)
     from optim.runtime.engine.session import Session
 
+    draft = None if options.draft is None else _draft(options.draft, options)
     return Session(
         model,
         system=_utf8(options.system, "the system prompt"),
@@ -229,7 +233,19 @@ def _open(source: str, options: RunOptions) -> Session:
         context=options.context,
         policy=policy,
         speculate=options.speculate,
+        draft=draft,
     )
+
+
+def _draft(source: str, options: RunOptions) -> Model:
+    """The model that guesses."""
+    from optim.runtime.engine.load import load_model
+
+    ui.status(f"loading {source} ...")
+    try:
+        return load_model(source, device=options.device)
+    finally:
+        ui.status()
 
 
 def _once(session: Session, text: str, options: RunOptions) -> int:

@@ -64,13 +64,19 @@ def bench(
     kv_policy: flags.KvPolicy = "full",
     exact: flags.Exact = False,
     offload: flags.Offload = False,
+    speculate: flags.Speculate = "off",
+    draft: flags.Draft = None,
     device: flags.Device = "auto",
     threads: flags.Threads = None,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
 ) -> None:
-    """Measure speed and memory, against the original and other engines."""
+    """Measure speed and memory, against the original and other engines.
+
+    With --speculate or --draft: what guessing ahead gains, over prompts of our own.
+    """
     from optim.cli import bench as command
+    from optim.cli import bench_speculation
 
     asked = command.Asked(
         against,
@@ -86,8 +92,12 @@ def bench(
         context,
         exact,
         offload,
+        speculate,
+        draft,
     )
-    command.bench(model, asked, as_json=json, quiet=quiet)
+    guessing = draft is not None or speculate != "off"
+    run = bench_speculation.bench if guessing else command.bench
+    run(model, asked, as_json=json, quiet=quiet)
 
 
 @app.command(rich_help_panel="Look", epilog="Example: optim doctor --json")

@@ -27,6 +27,7 @@ def run(
     exact: flags.Exact = False,
     offload: flags.Offload = False,
     speculate: flags.Speculate = "auto",
+    draft: flags.Draft = None,
     device: flags.Device = "auto",
     threads: flags.Threads = None,
     json: flags.Json = False,
@@ -55,7 +56,7 @@ def run(
     given = {key: value for key, value in sampling.items() if value is not None}
     options = command.RunOptions(
         *(system, raw, quiet, chat, stats, json, context, kv_bits, kv_policy, threads, device),
-        *(exact, offload, given, speculate),
+        *(exact, offload, given, speculate, draft),
     )
     if batch is None:
         raise typer.Exit(command.run(model, prompt, options))

@@ -183,6 +183,14 @@ def _sums(chances: Array) -> Array:
     return sums
 
 
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """A token that may come next, and the chances by which it was drawn; None: by no chance."""
+
+    token: int
+    chances: Chances | None = None
+
+
 def require_finite(logits: Tensor) -> None:
     """OptimError (2) for logits with NaN, or without a largest one."""
     if not bool(logits.max().isfinite()):
@@ -203,8 +211,32 @@ class Sampler:
         else:
             self._random.manual_seed(sampling.seed)
 
-    def __call__(self, logits: Tensor, history: Sequence[int]) -> int:
-        """The next id after `history`, from `logits` `[V]`. OptimError (2) for NaN or infinity."""
+    def __call__(self, logits: Tensor, history: Sequence[int], guess: Guess | None = None) -> int:
+        """The next id after `history`, from `logits` `[V]`. OptimError (2) for NaN or infinity.
+
+        As often as these logits say, whatever was guessed. A guess that was drawn by chances of its
+        own is taken as often as both allow, and what is missing then is drawn from what these
+        logits have more of (arXiv 2211.17192).
+        """
+        found = self._chances(logits, history)
+        if isinstance(found, int):
+            return found
+        if guess is None or guess.chances is None:
+            return self._draw(found)
+        size = logits.numel()
+        wanted, had = found.spread(size), guess.chances.spread(size)
+        if self._point() * had[guess.token] < wanted[guess.token]:
+            return guess.token
+        more = np.maximum(wanted - had, 0)
+        return self._draw(Chances(more) if more.any() else found)
+
+    def guess(self, logits: Tensor, history: Sequence[int]) -> Guess:
+        """The same of another model's logits: a token, and what has to be known to check it."""
+        found = self._chances(logits, history)
+        return Guess(found) if isinstance(found, int) else Guess(self._draw(found), found)
+
+    def _chances(self, logits: Tensor, history: Sequence[int]) -> Chances | int:
+        """What may come next, or the one token that does."""
         s = self._sampling
         require_finite(logits)
         if s.repetition_penalty != 1 and history:
@@ -213,7 +245,11 @@ class Sampler:
         if s.presence_penalty or s.frequency_penalty or self._bias:
             logits = self._shifted(logits, history[self._prompt :])
         values = logits.float().cpu().numpy()
-        return self._draw(distribution(values, s)) if s.temperature else int(values.argmax())
+        return distribution(values, s) if s.temperature else int(values.argmax())
+
+    def _point(self) -> float:
+        """A number below 1 and not below 0."""
+        return float(torch.rand(1, generator=self._random, dtype=torch.float64))
 
     def _draw(self, of: Chances) -> int:
         """One of them, as often as they say.
@@ -221,8 +257,7 @@ class Sampler:
         The first whose running sum passes a point below the whole: never one without a chance.
         """
         sums = _sums(of.chances)
-        point = float(torch.rand(1, generator=self._random, dtype=torch.float64)) * sums[-1]
-        place = int(np.searchsorted(sums, point, side="right"))
+        place = int(np.searchsorted(sums, self._point() * sums[-1], side="right"))
         return place if of.ids is None else int(of.ids[place])
 
     def _shifted(self, logits: Tensor, answer: Sequence[int]) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from optim.recipes.errors import OptimError
 from optim.runtime.cache.full import Cache, Policy
 from optim.runtime.engine.load import Model
+from optim.runtime.engine.sampling import Guess
 from optim.runtime.engine.sequence import Answer, Event, Request, Sequence
 from optim.runtime.engine.slots import Slot, Slots
 
@@ -129,23 +130,24 @@ class Scheduler:
         sequence, cache = _owner(slot), _cache(slot)
         drafts = sequence.drafts
         assert drafts is not None
-        guesses = drafts.propose(sequence.history, sequence.left - 1)
+        guesses = sequence.guesses()
         guesses = guesses[: self.model.undoable(cache, 1 + len(guesses)) - 1]
         start = time.perf_counter()
-        (rows,) = self.model.step_many([(cache, [sequence.history[-1], *guesses])])
+        tokens = [sequence.history[-1], *(guess.token for guess in guesses)]
+        (rows,) = self.model.step_many([(cache, tokens)])
         seconds = time.perf_counter() - start
         events = self._taken(slot, rows, guesses)
         drafts.learn(len(guesses), len(events) - 1, seconds)
         return events
 
-    def _taken(self, slot: Slot, rows: Tensor, guesses: Row[int] = ()) -> list[Event]:
+    def _taken(self, slot: Slot, rows: Tensor, guesses: Row[Guess] = ()) -> list[Event]:
         """The tokens that a text draws from `rows` `[k, vocab]`, which follow k - 1 `guesses`."""
         sequence, cache, events = _owner(slot), _cache(slot), list[Event]()
         try:
             for row, guess in zip(rows, [*guesses, None], strict=True):
                 held = len(sequence.history)
-                events.append(sequence.take(row))
-                if events[-1].reason or sequence.history[-1] != guess:
+                events.append(sequence.take(row, guess))
+                if events[-1].reason or guess is None or sequence.history[-1] != guess.token:
                     break
         except OptimError as problem:  # of this text alone
             self.failures.append(problem)

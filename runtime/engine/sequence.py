@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.engine.drafts import Lookup
+from optim.runtime.engine.drafts import Drafts
 from optim.runtime.engine.load import Model
-from optim.runtime.engine.sampling import Bias, Sampler, Sampling
+from optim.runtime.engine.sampling import Bias, Guess, Sampler, Sampling
 from optim.runtime.engine.stop_text import StopText
 from optim.runtime.text.tokenizer import Stream
 
@@ -91,7 +91,7 @@ class Sequence:
     request: Request
     context: int
     grammar: Grammar | None = None
-    drafts: Lookup | None = None
+    drafts: Drafts | None = None
     """Guesses tokens ahead while the text is written alone."""
     deadline: float = float("inf")
     """On the monotonic clock: a text that has not begun by then ends as "late"."""
@@ -141,12 +141,20 @@ class Sequence:
         """Whether it has waited too long."""
         return time.monotonic() > self.deadline
 
-    def take(self, logits: Tensor) -> Event:
-        """Draw the next token from `logits` `[V]`. OptimError (2) if they are not finite."""
+    def guesses(self) -> list[Guess]:
+        """Tokens that may come next, fewer than may still be written."""
+        assert self.drafts is not None
+        return self.drafts.propose(self.history, self.left - 1, self._sample)
+
+    def take(self, logits: Tensor, guess: Guess | None = None) -> Event:
+        """Draw the next token from `logits` `[V]`, or keep the `guess`.
+
+        OptimError (2) if they are not finite.
+        """
         raw = logits
         if self.grammar is not None:
             logits = self.grammar.mask(logits)
-        id = self._sample(logits, self.history)
+        id = self._sample(logits, self.history, guess)
         if id in self.model.tokenizer.eos_ids:
             return self.end("stop")
         self.history.append(id)

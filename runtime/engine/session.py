@@ -11,6 +11,7 @@ import torch
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.cache.full import Cache, Policy
 from optim.runtime.cache.saved import Stored, load_cache, save_cache
+from optim.runtime.engine.draft_model import ModelDrafts
 from optim.runtime.engine.drafts import lookup
 from optim.runtime.engine.load import Model
 from optim.runtime.engine.repeats import repeats
@@ -65,10 +66,13 @@ class Session:
         context: int | None = None,
         policy: Policy | None = None,
         speculate: str = "auto",
+        draft: Model | None = None,
     ) -> None:
-        """`speculate`: "auto" guesses tokens ahead where that pays, "lookup" wherever it can.
+        """`speculate`: "auto" guesses tokens ahead where that pays, "lookup" wherever it can;
+        `draft`, a smaller artifact of `model`, guesses in their place.
 
-        Raises OptimError (2) for another word than those and "off", and as `Model.context` does.
+        Raises OptimError (2) for another word than those and "off", for a `draft` that does not
+        fit, and as `Model.context` does.
         """
         self.model = model
         lookup(speculate)
@@ -79,6 +83,7 @@ class Session:
         self.stats = Stats()
         self._slots = Slots(model, 1, model.context(context), policy=policy, alike=False)
         self._slot = self._slots.slots[0]
+        self._smaller = None if draft is None else ModelDrafts(draft, model, self._slots.limit)
 
     def reply(self, text: str, reading: Reading | None = None) -> Generator[str, None, None]:
         """Say `text`; yields the reply in pieces. Both become part of `messages`.
@@ -173,7 +178,8 @@ class Session:
         self, ids: list[int], reading: Reading | None, exact: bool = False
     ) -> Generator[str, None, None]:
         """Write after `ids`, up to a stop text; the end may be half a character if `exact`."""
-        drafts = lookup(self.speculate)
+        drafts = self._smaller or lookup(self.speculate)
+        before = (drafts.drafted, drafts.accepted) if drafts is not None else (0, 0)
         asked = Request(ids, self.sampling, exact)
         text = Sequence(self.model, asked, self.limit, drafts=drafts)
         self.stats = stats = Stats(prompt_tokens=len(ids), stop_reason="interrupted")
@@ -186,7 +192,8 @@ class Session:
                 self._time(perf_counter() - start)
                 stats.cached_tokens = text.cached
                 if drafts is not None:
-                    stats.drafted_tokens, stats.accepted_tokens = drafts.drafted, drafts.accepted
+                    stats.drafted_tokens = drafts.drafted - before[0]
+                    stats.accepted_tokens = drafts.accepted - before[1]
                 for event in events:
                     self._count(event)
                     if event.piece:

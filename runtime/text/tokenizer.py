@@ -63,6 +63,12 @@ class Tokenizer:
         return int(self.backend.get_vocab_size(with_added_tokens=True))
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token and its id."""
+        found: dict[str, int] = self.backend.get_vocab(with_added_tokens=True)
+        return found
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether `chat` can be used."""
         return self.template is not None

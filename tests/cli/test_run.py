@@ -213,6 +213,7 @@ def test_chat_reads_a_pipe_line_by_line(
         (None, b"", RunOptions(chat=True, as_json=True), "--json needs a prompt"),
         (None, b"", RunOptions(chat=True, raw=True), "--raw needs a prompt"),
         ("hi", b"", RunOptions(system="be kind", raw=True), "no place for a --system prompt"),
+        ("hi", b"", RunOptions(draft="d", speculate="lookup"), "--draft guesses by itself"),
     ],
 )
 @pytest.mark.usefixtures("no_model")

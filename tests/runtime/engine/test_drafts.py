@@ -12,9 +12,9 @@ from torch import Tensor
 
 from optim.recipes.errors import OptimError
 from optim.runtime.cache.full import Policy
-from optim.runtime.engine.drafts import MOST, Lookup, lookup
+from optim.runtime.engine.drafts import MOST, Drafts, Lookup, lookup
 from optim.runtime.engine.load import Model, load_model
-from optim.runtime.engine.sampling import Sampling
+from optim.runtime.engine.sampling import Guess, Sampler, Sampling
 from optim.runtime.engine.scheduler import write
 from optim.runtime.engine.sequence import Event, Request, Sequence
 from optim.runtime.engine.session import Session
@@ -45,7 +45,7 @@ def written(
     ids: list[int],
     sampling: Sampling,
     context: int = 100,
-    drafts: Lookup | None = None,
+    drafts: Drafts | None = None,
     policy: Policy | None = None,
 ) -> tuple[list[int], str, Slot]:
     """The text that follows `ids`, why it ended, and its slot."""
@@ -114,10 +114,10 @@ def test_a_step_that_is_interrupted_leaves_no_guess(
 
 
 def interrupted_after(count: int, take: Callable[..., Event]) -> Callable[..., Event]:
-    def taking(text: Sequence, logits: Tensor) -> Event:
+    def taking(text: Sequence, logits: Tensor, guess: Guess | None = None) -> Event:
         if text.count == count:
             raise KeyboardInterrupt
-        return take(text, logits)
+        return take(text, logits, guess)
 
     return taking
 
@@ -144,9 +144,14 @@ def test_a_session_counts_them(model: Model) -> None:
         Session(model, speculate="magic")
 
 
+def proposed(drafts: Lookup, history: list[int], most: int) -> list[int]:
+    sampler = Sampler(Sampling(), torch.device("cpu"))
+    return [guess.token for guess in drafts.propose(history, most, sampler)]
+
+
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, MOST))
 def test_a_guess_is_what_followed_before(history: list[int], most: int) -> None:
-    guess = Lookup(always=True).propose(history, most)
+    guess = proposed(Lookup(always=True), history, most)
     for n in range(5, 1, -1):
         ends = [e for e in range(n, len(history)) if history[e - n : e] == history[-n:]]
         if ends and len(history) > n:
@@ -160,14 +165,14 @@ def test_told_token_by_token_or_at_once() -> None:
     history, grown = [], Lookup(always=True)
     for _ in range(200):
         history.append(random.randrange(4))
-        assert grown.propose(history, 5) == Lookup(always=True).propose(history, 5)
+        assert proposed(grown, history, 5) == proposed(Lookup(always=True), history, 5)
 
 
 def run(drafts: Lookup, slope: float, right: int, steps: int = 400) -> int:
     """How many tokens are guessed where each costs `slope` of a step and `right` are right."""
     history = [1, 2, 3] * 10
     for _ in range(steps):
-        guess = drafts.propose(history, MOST)
+        guess = proposed(drafts, history, MOST)
         drafts.learn(len(guess), min(right, len(guess)), 0.01 * (1 + slope * len(guess)))
         history.append(history[-3])
     return drafts.drafted

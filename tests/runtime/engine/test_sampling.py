@@ -143,6 +143,22 @@ def test_the_likeliest_come_first(seed: int, count: int, size: int) -> None:
     assert torch.equal(logits[likeliest(logits.numpy(), count)], falling)
 
 
+@pytest.mark.parametrize("limits", [{}, {"top_k": 4}, {"top_p": 0.8}], ids=str)
+def test_checked_guesses_follow_the_distribution(limits: dict[str, float]) -> None:
+    """Guesses of other logits, of which some have no chance at all here."""
+    sampling = Sampling(temperature=0.8, seed=5, **limits)  # type: ignore[arg-type]
+    sample, logits, others = Sampler(sampling, CPU), _logits(3, 6), _logits(4, 6)
+    drawn, taken, count = torch.zeros(6), 0, 4000
+    for _ in range(count):
+        guess = sample.guess(others, [])
+        token = sample(logits, [], guess)
+        drawn[token] += 1
+        taken += token == guess.token
+    wanted, had = _full(logits, sampling), _full(others, sampling)
+    assert chi_square(drawn, wanted * count) < 22.5
+    assert abs(taken / count - torch.minimum(wanted, had).sum()) < 0.03
+
+
 def chi_square(drawn: torch.Tensor, expected: torch.Tensor) -> float:
     """Of counts; what has no chance must not have come."""
     held = expected > 0
