@@ -62,6 +62,8 @@ def plan(
     place = Path(output or f"{name}{exporter.suffix}")
     nbytes = sum(item.nbytes for item in held)
     inputs = source.store.files if exporter.suffix else source.places
+    if (source.folder / "tokenizer.json").is_file():
+        source.tokenizer()  # one that cannot be read is not handed on
     check_place(place, exporter, force, nbytes, inputs)
     notes = tuple(_notes(source, model))
     return Plan(source, model, wanted, exporter, place, force, held, notes)

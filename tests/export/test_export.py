@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from optim.cli import main
 from optim.export.formats import FORMATS
 from optim.export.run import export, plan
+from optim.recipes.errors import OptimError
 from optim.recipes.schema import Export
 from optim.runtime.storage.dense_view import PlainView
 from optim.runtime.storage.manifest import verify
@@ -109,6 +111,16 @@ def test_what_is_refused_says_why(tmp_path: Path, capfd) -> None:
         err = capfd.readouterr().err
         assert said in err and ("fix:" in err or "must be" in err), err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "gguf"])
+def test_a_tokenizer_that_cannot_be_read_is_not_handed_on(
+    form: str, make_model: Make, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(make_model("llama"), tmp_path / "model"))
+    (folder / "tokenizer.json").write_text('{"model": {"type": "BPE" "vocab": {}}}')
+    with pytest.raises(OptimError, match=r"tokenizer\.json"):
+        plan(str(folder), Export(format=form), str(tmp_path / "out"))  # type: ignore[arg-type]
 
 
 def test_a_key_that_a_format_does_not_read_is_refused() -> None:
