@@ -136,9 +136,9 @@ def _show(facts: dict[str, Any]) -> None:
 
 def _how_run(types: list[dict[str, Any]]) -> str:
     """Which types of a GGUF file are run as the integers they are."""
-    from optim.runtime.storage.gguf.packed import SCHEMES
+    from optim.runtime.storage.gguf.packed import KINDS
 
-    kinds = {kind.name for kind in SCHEMES}
+    kinds = {kind.name for kind in KINDS}
     floats = [row["format"] for row in types if row["format"] not in {*kinds, *FLOATS}]
     if not floats:
         return "its integers are run as they are"

@@ -3,6 +3,7 @@
 import torch
 
 from optim.runtime.formats.schemes import Scheme
+from optim.runtime.storage.dense_view import PlainView
 
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 SHORT = {torch.float64: "f64", **{dtype: name for name, dtype in FLOATS.items()}}
@@ -13,11 +14,10 @@ WIDER = (  # each holds every value of those before the arrow
 )
 
 
-def described(dtype: torch.dtype, scheme: Scheme | None) -> str:
+def described(model: PlainView, name: str) -> str:
     """What a weight is stored as, in words."""
-    return (
-        str(scheme) if scheme is not None else SHORT.get(dtype, str(dtype).removeprefix("torch."))
-    )
+    dtype = model.info(name).dtype
+    return model.kept_as(name) or SHORT.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def float_change(dtype: torch.dtype, scheme: Scheme | None, to: torch.dtype) -> str:

@@ -38,6 +38,8 @@ class Grid:
     zero: Tensor | None
     """uint8 `[out, groups]`; None where it is an offset that no integer gives."""
     offset: Tensor | None
+    kept: str
+    """How it is stored, in words."""
 
     @property
     def size(self) -> int:
@@ -78,7 +80,7 @@ def _grid(model: PlainView, name: str) -> Grid:
         zero = integer_zeros(scale, offset, scheme.bits)
     elif zero is None:
         zero = torch.full(scale.shape, 1 << (scheme.bits - 1), dtype=torch.uint8)
-    return Grid(name, model.info(name).shape, scheme, scale, zero, offset)
+    return Grid(name, model.info(name).shape, scheme, scale, zero, offset, described(model, name))
 
 
 def integer_zeros(scale: Tensor, offset: Tensor, bits: int) -> Tensor | None:
@@ -130,7 +132,7 @@ def offset_change(grid: Grid, to: torch.dtype) -> str:
 def held(grid: Grid, form: str, pieces: Entries, change: str) -> Held:
     """A weight that keeps its integers."""
     nbytes = sum(math.prod(shape) * dtype.itemsize for dtype, shape in pieces.values())
-    return Held(grid.name, grid.shape, str(grid.scheme), form, nbytes, change)
+    return Held(grid.name, grid.shape, grid.kept, form, nbytes, change)
 
 
 def float_held(model: PlainView, name: str, to: torch.dtype | None) -> Held:
@@ -139,7 +141,7 @@ def float_held(model: PlainView, name: str, to: torch.dtype | None) -> Held:
     dtype = to or info.dtype
     change = float_change(info.dtype, scheme, dtype)
     nbytes = math.prod(info.shape) * dtype.itemsize
-    return Held(name, info.shape, described(info.dtype, scheme), SHORT[dtype], nbytes, change)
+    return Held(name, info.shape, described(model, name), SHORT[dtype], nbytes, change)
 
 
 def float_unit(made: Plan, name: str, to: torch.dtype | None) -> Unit:

@@ -9,6 +9,7 @@ from torch import Tensor
 from optim.export.formats import FORMATS
 from optim.export.run import refuse
 from optim.recipes.schema import Export
+from optim.runtime.formats.blocks import BLOCKS, Blocks
 from optim.runtime.formats.schemes import Scheme
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.dense_view import PlainView
@@ -30,6 +31,10 @@ class PlannedView(PlainView):
 
     def scheme(self, name: str) -> Scheme | None:
         return self.schemes.get(name.removesuffix(SUFFIX))
+
+    def blocks(self, name: str) -> Blocks | None:
+        scheme = self.scheme(name)
+        return None if scheme is None or scheme.blocks is None else BLOCKS[scheme.blocks]
 
     def grid(self, name: str) -> tuple[Tensor, Tensor | None]:
         scheme = self.scheme(name)

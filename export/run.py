@@ -56,7 +56,7 @@ def plan(
         source = open_checkpoint(source, trust_remote_code=trust_remote_code)
     exporter = FORMATS[wanted.format]
     refuse(source, wanted, exporter)
-    model = PlainView(source)
+    model = PlainView(source).with_integers()
     held = [_as_read(source, item) for item in exporter.hold(model, wanted)]
     name = f"./{source.name}-{wanted.format}" if not exporter.suffix else f"./{source.name}"
     place = Path(output or f"{name}{exporter.suffix}")

@@ -42,7 +42,7 @@ def _held(model: PlainView, tensor: str, name: str) -> Held:
     info, scheme, dtype = model.info(tensor), model.scheme(tensor), FLOATS[name]
     change = float_change(info.dtype, scheme, dtype)
     nbytes = math.prod(info.shape) * dtype.itemsize
-    return Held(tensor, info.shape, described(info.dtype, scheme), name, nbytes, change)
+    return Held(tensor, info.shape, described(model, tensor), name, nbytes, change)
 
 
 def _unit(made: Plan, held: Held, dtype: torch.dtype) -> Unit:

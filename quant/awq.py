@@ -13,7 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from optim.quant.grid import Grid, grouped, make_grid, nearest, ranges, restore
+from optim.quant.grid import Grid, block_grid, grouped, make_grid, nearest, ranges, restore
+from optim.runtime.formats import block_scales
+from optim.runtime.formats.blocks import BLOCKS
 from optim.runtime.formats.pack_quantized import Scheme
 
 SEARCH_WORK = 2**26  # rows x in^2: the scale search measures on evenly spaced rows of a linear
@@ -121,6 +123,8 @@ def search_clip(weight: Tensor, blocks: Tensor, scheme: Scheme, dtype: torch.dty
     `blocks` `[groups, size, size]`. First
     both ends are shrunk together, then each end alone around the best.
     """
+    if scheme.blocks is not None:
+        return block_grid(block_scales.fit(weight, BLOCKS[scheme.blocks], blocks), scheme)
     low, high = ranges(weight, scheme)
     best_loss = torch.full_like(low, float("inf"))
     best_low, best_high = low.clone(), high.clone()

@@ -32,6 +32,7 @@ from optim.quant.stored import block_tensors
 from optim.recipes.schema import Awq, Gptq, Guided
 from optim.runtime.architecture.table import FAMILIES, Group
 from optim.runtime.formats.pack_quantized import Scheme, write_config
+from optim.runtime.storage.foreign.blocks import blocks_config
 from optim.runtime.system.memory import release_memory
 from optim.runtime.walk.skeleton import EXPERT_PARTS
 from optim.runtime.walk.walk import HiddenStates, StoredLinear, linear_at, linears
@@ -70,8 +71,9 @@ class BlockSolver:
         return block_tensors(block, prefix, self.checkpoint, self.dtype)
 
     def config(self, schemes: Mapping[str, Scheme], ignored: Iterable[str]) -> dict[str, Any]:
-        """That of compressed-tensors."""
-        return write_config(schemes, ignored)
+        """That of compressed-tensors, or of GGUF's blocks."""
+        blocks = {name: s.blocks for name, s in schemes.items() if s.blocks is not None}
+        return blocks_config(blocks) if blocks else write_config(schemes, ignored)
 
     def solve(self, i: int, states: HiddenStates | None) -> Solved:
         """Compress block i given its inputs; OptimError (2) for weights that are not finite."""

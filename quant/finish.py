@@ -134,5 +134,7 @@ def _card(made: Plan, manifest: Manifest) -> str:
     programs, remark = runs(made.method, made.schemes)
     recipe = to_yaml(made.recipe.model_copy(update={"output": None}))
     again = "optim quantize --recipe recipe.yaml"
-    card = Card(made.output.name, about, made.method.tags, programs, remark, again, recipe)
+    blocks = any(scheme.blocks for scheme in made.schemes.values())
+    tags = ("optim",) if blocks else made.method.tags
+    card = Card(made.output.name, about, tags, programs, remark, again, recipe)
     return card_of(card, made.checkpoint)

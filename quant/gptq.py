@@ -115,34 +115,56 @@ def round_with_feedback(weight: Tensor, grid: Grid, fed: Feedback) -> Tensor:
     for start in reversed(range(0, columns, BLOCK)):
         part, after = slice(start, start + BLOCK), slice(start + BLOCK, None)
         target = torch.addmm(w[part], fed.factor[part, after], error[after])
-        block = (target, w[part], scale[part], zero[part])
-        q[part], error[part] = _round_block(*block, fed.factor[part, part], float(grid.top))
+        block = (target, w[part], scale[part], zero[part], fed.factor[part, part])
+        q[part], error[part] = _round_block(*block, float(grid.top), grid.codebook)
     out = torch.empty_like(weight)
     out[:, fed.order] = q.T
     return out
 
 
 def _round_block(
-    target: Tensor, w: Tensor, scale: Tensor, zero: Tensor, factor: Tensor, top: float
+    target: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    factor: Tensor,
+    top: float,
+    book: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if w.device.type == "cpu":
-        arrays = (t.contiguous().numpy() for t in (target, w, scale, zero, factor))
-        q, error = _round_tiles(*arrays, np.float32(top))  # type: ignore[call-arg]
+        arrays = [t.contiguous().numpy() for t in (target, w, scale, zero, factor)]
+        if book is None:
+            q, error = _round_tiles(*arrays, np.float32(top))  # type: ignore[call-arg]
+        else:
+            del arrays[3]
+            q, error = _look_up_tiles(*arrays, book.numpy())  # type: ignore[call-arg]
         return torch.from_numpy(q), torch.from_numpy(error)
-    return round_block_reference(target, w, scale, zero, factor, top)
+    return round_block_reference(target, w, scale, zero, factor, top, book)
 
 
 def round_block_reference(
-    target: Tensor, w: Tensor, scale: Tensor, zero: Tensor, factor: Tensor, top: float
+    target: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    factor: Tensor,
+    top: float,
+    book: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Columns from the last: (integers, errors) `[b, rows]`.
 
     target `[b, rows]` is the weight plus what later blocks owe; factor `[b, b]` as in `Feedback`.
+    With a codebook, integers are places in it, and there are no zero points.
     """
     target, q, error = target.clone(), torch.empty_like(w), torch.empty_like(w)
     for k in reversed(range(len(w))):
-        q[k] = (target[k] / scale[k] + zero[k]).round().clamp(0, top)
-        error[k] = w[k] - (q[k] - zero[k]) * scale[k]
+        if book is None:
+            q[k] = (target[k] / scale[k] + zero[k]).round().clamp(0, top)
+            steps = q[k] - zero[k]
+        else:
+            q[k] = torch.bucketize(target[k] / scale[k], (book[1:] + book[:-1]) / 2)
+            steps = book[q[k].long()]
+        error[k] = w[k] - steps * scale[k]
         target[:k] += factor[:k, k : k + 1] * error[k]
     return q, error
 
@@ -162,6 +184,30 @@ def _round_tiles(target, w, scale, zero, factor, top):  # type: ignore[no-untype
                 level = min(max(np.rint(value[k, r] / s + z), np.float32(0)), top)
                 q[k, first + r] = level
                 error[k, first + r] = w[k, first + r] - (level - z) * s
+            owed = error[k, first : first + here]
+            for j in range(k):
+                for r in range(here):
+                    value[j, r] += owed[r] * factor[j, k]
+    return q, error
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def _look_up_tiles(target, w, scale, factor, book):  # type: ignore[no-untyped-def]
+    columns, rows = w.shape
+    q = np.empty_like(w)
+    error = np.empty_like(w)
+    middles = (book[1:] + book[:-1]) / np.float32(2)
+    for tile in numba.prange((rows + TILE - 1) // TILE):
+        first = tile * TILE
+        here = min(TILE, rows - first)
+        value = target[:, first : first + here].copy()
+        for k in range(columns - 1, -1, -1):
+            for r in range(here):
+                x, place = value[k, r] / scale[k, first + r], 0
+                for middle in middles:
+                    place += x > middle
+                q[k, first + r] = place
+                error[k, first + r] = w[k, first + r] - book[place] * scale[k, first + r]
             owed = error[k, first : first + here]
             for j in range(k):
                 for r in range(here):

@@ -4,6 +4,9 @@ A weight `[out, in]` is cut along its input into groups; each (row, group) has o
 asymmetric, one zero point z: w ~ (q - z) s with q in 0 .. 2^bits - 1. Scales are rounded to the
 dtype they are stored in *before* anything is rounded with them, so what is solved is what is
 stored.
+
+In the grids of GGUF's blocks, z is no integer, or q is looked up in a codebook; scales are those
+that the blocks hold (formats/block_scales.py).
 """
 
 from dataclasses import dataclass
@@ -11,20 +14,36 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optim.runtime.formats import block_scales
+from optim.runtime.formats.blocks import BLOCKS
 from optim.runtime.formats.pack_quantized import Scheme
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """scale, zero `[out, groups]`, float32 holding values of the stored dtype."""
+    """scale, zero `[out, groups]`, float32 holding values of the stored dtype.
+
+    heads `[out, blocks, 1 or 2]`: what a K type's scales and offsets are integer multiples of.
+    """
 
     scale: Tensor
     zero: Tensor
     scheme: Scheme
+    heads: Tensor | None = None
 
     @property
     def top(self) -> int:
         return int(2**self.scheme.bits) - 1
+
+    @property
+    def codebook(self) -> Tensor | None:
+        """What codes stand for in steps, where that is not q - z."""
+        return None if self.scheme.blocks is None else BLOCKS[self.scheme.blocks].codebook
+
+    def rows(self, rows: slice) -> "Grid":
+        """That of some rows of the weight."""
+        heads = None if self.heads is None else self.heads[rows]
+        return Grid(self.scale[rows], self.zero[rows], self.scheme, heads)
 
 
 def grouped(weight: Tensor, scheme: Scheme) -> Tensor:
@@ -49,6 +68,8 @@ def make_grid(low: Tensor, high: Tensor, scheme: Scheme, dtype: torch.dtype) -> 
 
     A group of zeros gets scale 1: nothing divides by zero and it still rounds to zero.
     """
+    if scheme.blocks is not None:
+        return block_grid(block_scales.cover(low, high, BLOCKS[scheme.blocks]), scheme)
     top = 2**scheme.bits - 1
     span = 2 * torch.maximum(high, -low) if scheme.symmetric else high - low
     scale = (span / top).to(dtype).float()
@@ -60,9 +81,17 @@ def make_grid(low: Tensor, high: Tensor, scheme: Scheme, dtype: torch.dtype) -> 
     return Grid(scale, zero, scheme)
 
 
+def block_grid(found: block_scales.Scales, scheme: Scheme) -> Grid:
+    """Scales of GGUF's blocks as a grid."""
+    return Grid(found.scale, found.zero, scheme, found.heads)
+
+
 def round_to(weight: Tensor, grid: Grid) -> Tensor:
     """Nearest grid integers, float32 `[out, in]` with values 0 .. 2^bits - 1."""
     w = grouped(weight, grid.scheme)
+    if grid.scheme.blocks is not None:
+        kind, each = BLOCKS[grid.scheme.blocks], (grid.scale[..., None], grid.zero[..., None])
+        return block_scales.codes_of(w, *each, kind).flatten(1)
     q = (w / grid.scale[..., None]).round_().add_(grid.zero[..., None]).clamp_(0, grid.top)
     return q.flatten(1)
 
@@ -70,7 +99,9 @@ def round_to(weight: Tensor, grid: Grid) -> Tensor:
 def restore(q: Tensor, grid: Grid) -> Tensor:
     """Integers `[out, in]` -> the weights they stand for, float32."""
     w = grouped(q.float(), grid.scheme)
-    return ((w - grid.zero[..., None]) * grid.scale[..., None]).flatten(1)
+    book = grid.codebook
+    steps = w - grid.zero[..., None] if book is None else book[w.long()]
+    return (steps * grid.scale[..., None]).flatten(1)
 
 
 def nearest(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> tuple[Tensor, Grid]:

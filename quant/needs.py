@@ -8,6 +8,7 @@ from optim.quant.observe import GRAM_BYTES
 from optim.quant.solver import Method, Shapes
 from optim.recipes.schema import Guided, Recipe
 from optim.runtime.formats.bits import words
+from optim.runtime.formats.blocks import BLOCKS
 from optim.runtime.formats.pack_quantized import Scheme
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.size_table import Stored, stored
@@ -26,6 +27,11 @@ def artifact_rows(
     rows = [t for t in there if t.name.removesuffix(".weight") not in schemes]
     for module, scheme in schemes.items():
         out, columns = shapes[module]
+        if scheme.blocks is not None:
+            kind = BLOCKS[scheme.blocks]
+            packed = out * math.ceil(columns / kind.size) * kind.nbytes
+            rows.append(Stored(f"{module}.weight", str(scheme), out * columns, packed))
+            continue
         size = columns if scheme.group_size == -1 else scheme.group_size
         groups = math.ceil(columns / size)
         packed = 4 * out * words(columns, scheme.bits) + 16 + 2 * out * groups

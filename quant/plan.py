@@ -19,6 +19,7 @@ from optim.recipes.errors import MACHINE, USAGE, OptimError
 from optim.recipes.patterns import matches
 from optim.recipes.schema import Override, Recipe, Rounding
 from optim.runtime.architecture.table import FAMILIES
+from optim.runtime.formats.blocks import BLOCKS
 from optim.runtime.formats.pack_quantized import Scheme
 from optim.runtime.storage.checkpoint import Checkpoint, require_plain
 from optim.runtime.storage.join import MOST_BYTES
@@ -39,6 +40,8 @@ GUIDE_COSTS = (
     "then solves one block of eight both ways and goes on as costs less on held-back text"
 )
 AUTO_GROUPS = (128, 64, 32, 16)
+# Of inputs that 256 does not divide, as in llama-quantize.
+INSTEAD = {"q2_k": "iq4_nl", "q3_k": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -178,6 +181,8 @@ def _notes(
 def only_ours(schemes: Mapping[str, Scheme]) -> str | None:
     """What it is in a packed model that transformers refuses, if there is something."""
     formats = set(schemes.values())
+    if any(scheme.blocks for scheme in formats):
+        return "blocks of GGUF: `optim export` makes the file that llama.cpp reads"
     if mixes_experts(schemes):
         return "experts in a model of several formats"
     if all(scheme.symmetric for scheme in formats):
@@ -226,10 +231,10 @@ def assign(quantize: Rounding, shapes: Mapping[str, tuple[int, int]]) -> dict[st
     for name in shapes:
         is_head = not _in_block(name)
         if is_head and quantize.lm_head_bits:
-            found[name] = _scheme(quantize, None, bits=quantize.lm_head_bits)
+            found[name] = _scheme(quantize, None, shapes[name][1], quantize.lm_head_bits)
         elif _matches_any(quantize.targets, name) and not _matches_any(quantize.ignore, name):
             override = next((o for o in quantize.overrides if _matches_any(o.targets, name)), None)
-            found[name] = _scheme(quantize, override)
+            found[name] = _scheme(quantize, override, shapes[name][1])
     return found
 
 
@@ -241,12 +246,19 @@ def _matches_any(patterns: tuple[str, ...], name: str) -> bool:
     return any(matches(pattern, name) for pattern in patterns)
 
 
-def _scheme(quantize: Rounding, override: Override | None, bits: int | None = None) -> Scheme:
+def _scheme(
+    quantize: Rounding, override: Override | None, inputs: int, bits: int | None = None
+) -> Scheme:
     def pick(key: str) -> Any:
         value = getattr(override, key, None)
         return getattr(quantize, key) if value is None else value
 
-    return Scheme(bits or pick("bits"), pick("group_size"), pick("sym"))
+    grid = pick("grid")
+    if grid is None:
+        return Scheme(bits or pick("bits"), pick("group_size"), pick("sym"))
+    kind = BLOCKS["q8_0" if bits == 8 else grid]
+    kind = kind if inputs % kind.size == 0 else BLOCKS[INSTEAD.get(grid, grid)]
+    return Scheme(kind.bits, kind.group, not kind.offset, kind.offset, kind.name)
 
 
 def _resolve(
@@ -258,9 +270,8 @@ def _resolve(
     auto = fits[0] if fits else -1
 
     def settle(section: Any) -> Any:
-        return section.model_copy(
-            update={"group_size": auto} if section.group_size == "auto" else {}
-        )
+        open_ = section.group_size == "auto" and section.grid is None
+        return section.model_copy(update={"group_size": auto} if open_ else {})
 
     quantize = settle(recipe.quantize)
     overrides = tuple(settle(o) for o in quantize.overrides)
@@ -295,6 +306,7 @@ def _shape_problems(
         inputs = sorted({shapes[name][1] for name in names})
         fits = [g for g in (256, *AUTO_GROUPS) if all(shapes[n][1] % g == 0 for n in schemes)]
         fix = f"--group-size {fits[0]} divides all of them" if fits else "--group-size -1"
+        fix = "GGUF has no blocks for these" if schemes[names[0]].blocks else fix
         example = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
         message = (
             f"group_size {width} does not divide the inputs ({', '.join(map(str, inputs))}) of "

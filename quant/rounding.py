@@ -24,8 +24,7 @@ class RoundedLinear(StoredLinear):
 
     def dense(self, rows: slice = slice(None)) -> Tensor:
         """Rows of the weight the integers stand for, float32 `[rows, in]`."""
-        part = Grid(self.grid.scale[rows], self.grid.zero[rows], self.grid.scheme)
-        return restore(self.weight[rows], part)
+        return restore(self.weight[rows], self.grid.rows(rows))
 
 
 class NearestLinear(StoredLinear):
@@ -72,10 +71,13 @@ def round_linear(
     place = linear.weight.device
     q = torch.empty(shape, dtype=torch.uint8, device=place)
     scale, zero = (torch.empty(shape[0], scheme.groups(shape[1]), device=place) for _ in "sz")
+    heads = list[Tensor]()
     for rows, k in _parts(linear, groups):
         q[rows], grid = solve(rows, k)
         scale[rows], zero[rows] = grid.scale, grid.zero
-    return RoundedLinear(q, Grid(scale, zero, scheme), linear.dense_bias())
+        heads += [] if grid.heads is None else [grid.heads]
+    grid = Grid(scale, zero, scheme, torch.cat(heads) if heads else None)
+    return RoundedLinear(q, grid, linear.dense_bias())
 
 
 def descend_linear(
@@ -112,7 +114,7 @@ def round_rows(
     """Rows of a weight `[rows, in]` -> (integers as bytes, grid): clip if there are `blocks`.
 
     Rounding is with error feedback if that is `known`; else that is the Gram matrix, and the scales
-    are refitted to the plain integers.
+    are refitted to the plain integers, but for GGUF's grids, which are fitted before.
     """
     if blocks is not None:
         grid = awq.search_clip(weight, blocks, scheme, dtype)
@@ -121,4 +123,6 @@ def round_rows(
     if isinstance(known, gptq.Feedback):
         return gptq.round_with_feedback(weight, grid, known).to(torch.uint8), grid
     q = round_to(weight, grid)
-    return q.to(torch.uint8), refit_scales(weight, q, grid, known, dtype)
+    if scheme.blocks is None:
+        grid = refit_scales(weight, q, grid, known, dtype)
+    return q.to(torch.uint8), grid

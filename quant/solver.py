@@ -83,6 +83,8 @@ def _no_notes(recipe: Recipe, shapes: Shapes, schemes: Mapping[str, Scheme]) -> 
 
 
 def _by_grid(section: Rounding) -> str:
+    if section.grid is not None:
+        return section.grid
     group = "channel" if section.group_size == -1 else f"g{section.group_size}"
     return f"w{section.bits}{group}{'-sym' if section.sym else ''}"
 

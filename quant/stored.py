@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from optim.quant.grid import nearest
+from optim.quant.grid import Grid, nearest
 from optim.quant.rounding import RoundedLinear
+from optim.runtime.formats.block_scales import Scales, packed_rows
+from optim.runtime.formats.blocks import BLOCKS
 from optim.runtime.formats.pack_quantized import Scheme, pack
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.walk.walk import StoredLinear
@@ -39,9 +41,17 @@ def block_tensors(
 
 def packed(linear: RoundedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
     """The stored tensors of a rounded linear."""
-    grid = linear.grid
-    zero = None if grid.scheme.symmetric else grid.zero.to(torch.uint8).cpu()
-    return pack(linear.weight.detach().cpu(), grid.scale.to(dtype).cpu(), zero, grid.scheme)
+    return _packed(linear.weight.detach(), linear.grid, dtype)
+
+
+def _packed(q: Tensor, grid: Grid, dtype: torch.dtype) -> dict[str, Tensor]:
+    q, scheme = q.cpu(), grid.scheme
+    if scheme.blocks is None:
+        zero = None if scheme.symmetric else grid.zero.to(torch.uint8).cpu()
+        return pack(q, grid.scale.to(dtype).cpu(), zero, scheme)
+    heads = None if grid.heads is None else grid.heads.cpu()
+    scales = Scales(grid.scale.cpu(), grid.zero.cpu(), heads)
+    return {"weight_blocks": torch.from_numpy(packed_rows(q, scales, BLOCKS[scheme.blocks]))}
 
 
 def packed_head(
@@ -51,5 +61,6 @@ def packed_head(
     parts = [nearest(rows.float(), scheme, dtype) for rows in torch.split(weight, 8192)]
     q = torch.cat([part.to(torch.uint8) for part, _ in parts])
     scale, zero = (torch.cat([getattr(g, k) for _, g in parts]) for k in ("scale", "zero"))
-    stored = pack(q, scale.to(dtype), None if scheme.symmetric else zero.to(torch.uint8), scheme)
+    heads = [grid.heads for _, grid in parts if grid.heads is not None]
+    stored = _packed(q, Grid(scale, zero, scheme, torch.cat(heads) if heads else None), dtype)
     return {f"{module}.{key}": value for key, value in stored.items()}

@@ -26,6 +26,10 @@ VERSION = 1
 Bits = Literal[2, 3, 4, 8]
 # "auto" is the largest of 128, 64, 32 and 16 that divides every input; -1 is one group per row.
 GroupSize = Literal["auto", -1, 16, 32, 64, 128, 256]
+# Types of GGUF's blocks: bits, groups and scales are theirs.
+BlockType = Literal[
+    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"
+]
 
 
 class Calibration(Section):
@@ -60,11 +64,12 @@ class Override(Section):
     bits: Bits | None = None
     group_size: GroupSize | None = None
     sym: bool | None = None
+    grid: BlockType | None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> "Override":
-        if self.bits is None and self.group_size is None and self.sym is None:
-            raise ValueError("an override must give bits, group_size or sym")
+        if self.model_fields_set <= {"targets"}:
+            raise ValueError("an override must give bits, group_size or sym, or else a grid")
         return self
 
 
@@ -84,6 +89,10 @@ class Rounding(Section):
     sym: Annotated[bool, Spelled(("--sym/--asym",))] = Field(
         default=False, description="without or with zero points"
     )
+    grid: BlockType | None = Field(
+        default=None,
+        description="solve in the grid of GGUF's blocks, and store these: q4_0, iq4_nl, q4_k ...",
+    )
     targets: Annotated[Patterns, SET_ONLY] = Field(
         default=("Linear",), min_length=1, description="linears to quantize: names or re:PATTERN"
     )
@@ -94,8 +103,21 @@ class Rounding(Section):
         default=None, description="bits of the head, which stays as it is otherwise"
     )
     overrides: Annotated[tuple[Override, ...], Field(strict=False), SET_ONLY] = Field(
-        default=(), description="bits, group_size or sym of the linears that their targets name"
+        default=(), description="bits, group_size, sym or grid of the linears that targets name"
     )
+
+    @model_validator(mode="after")
+    def _has_one_kind_of_grid(self) -> "Rounding":
+        if self.grid is None:
+            if any(override.grid for override in self.overrides):
+                raise ValueError("an override can have a grid of GGUF where the section has one")
+            return self
+        fields = type(self).model_fields
+        given = [k for k in ("bits", "group_size", "sym") if getattr(self, k) != fields[k].default]
+        if given or not all(override.grid for override in self.overrides):
+            said = ", ".join(given) or "the overrides"
+            raise ValueError(f"grid {self.grid} has its own: {said} cannot be given beside it")
+        return self
 
 
 class Rtn(Rounding):
@@ -171,6 +193,8 @@ class MergeQuant(Rounding):
 
     @model_validator(mode="after")
     def _takes_all_linears(self) -> "MergeQuant":
+        if self.grid is not None:
+            raise ValueError("mergequant has a grid of its own; method awq solves in those of GGUF")
         if self.targets != ("Linear",) or self.ignore != ("lm_head",) or self.overrides:
             raise ValueError("mergequant quantizes all linears of a block, and the head never")
         return self

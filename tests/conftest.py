@@ -132,14 +132,14 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
-    """make_model(family, dtype=torch.bfloat16) -> a folder that no test may change."""
-    made: dict[tuple[str, torch.dtype], Path] = {}
+    """make_model(family, dtype=torch.bfloat16, **sizes) -> a folder that no test may change."""
+    made: dict[tuple[Any, ...], Path] = {}
 
-    def make(family: str, dtype: torch.dtype = torch.bfloat16) -> Path:
-        key = family, dtype
+    def make(family: str, dtype: torch.dtype = torch.bfloat16, **sizes: int) -> Path:
+        key = family, dtype, *sorted(sizes.items())
         if key not in made:
             made[key] = tmp_path_factory.mktemp(family)
-            _save_model(family, dtype, made[key])
+            _save_model(family, dtype, made[key], sizes)
             _save_tokenizer(made[key])
         return made[key]
 
@@ -175,20 +175,21 @@ def some_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _save_model(family: str, dtype: torch.dtype, folder: Path) -> None:
+def _save_model(family: str, dtype: torch.dtype, folder: Path, sizes: dict[str, int]) -> None:
     """Random weights; norms and biases are random too, and some channels stand out."""
     import transformers
 
     kind, extra = (TABLE | OUTSIDE)[family]
     torch.manual_seed(0)
-    options = {k: v for k, v in (BASE | extra).items() if v is not None}
+    options = {k: v for k, v in (BASE | extra | sizes).items() if v is not None}
     config = getattr(transformers, f"{kind}Config")(**options)
     model: Any = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for weight in model.parameters():
             noise = torch.randn_like(weight)
             weight.copy_(noise * 0.15 if weight.dim() > 1 else weight + noise * 0.2)
-        model.get_input_embeddings().weight.mul_(torch.randn(64).exp())
+        table = model.get_input_embeddings().weight
+        table.mul_(torch.randn(table.shape[1]).exp())
     model.to(dtype).save_pretrained(folder)
 
 

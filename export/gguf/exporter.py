@@ -27,7 +27,8 @@ from optim.runtime.system.files import replace_text, sync
 from optim.runtime.system.output import MARK
 
 FILE_TYPES = {Kind.F32: 0, Kind.F16: 1, Kind.Q4_0: 2, Kind.Q4_1: 3, Kind.Q8_0: 7, Kind.Q5_0: 8}
-FILE_TYPES |= {Kind.Q5_1: 9, Kind.BF16: 32}
+FILE_TYPES |= {Kind.Q5_1: 9, Kind.Q2_K: 10, Kind.Q3_K: 12, Kind.Q4_K: 15, Kind.Q5_K: 17}
+FILE_TYPES |= {Kind.Q6_K: 18, Kind.IQ4_NL: 25, Kind.BF16: 32}
 VALUES: dict[type, tuple[Type, Type | None]] = {
     str: (Type.STRING, None),
     bool: (Type.BOOL, None),

@@ -84,7 +84,7 @@ def held(model: PlainView, tensor: FileTensor) -> Iterator[Held]:
     """What becomes of each part."""
     for at, part in enumerate(tensor.parts):
         info = model.info(part)
-        source = described(info.dtype, model.scheme(part))
+        source = described(model, part)
         nbytes = tensor.nbytes // len(tensor.parts)
         change = tensor.changes[at] if tensor.changes else ""
         moved = tensor.moved[at] if tensor.moved else None
@@ -105,6 +105,9 @@ def turn(w: Tensor, heads: int) -> Tensor:
 
 
 def _part(model: PlainView, tensor: FileTensor, name: str) -> np.ndarray:
+    if tensor.moved and model.blocks(name):
+        raw = model.raw(name)
+        return turn(torch.tensor(raw), tensor.turned).numpy() if tensor.turned else raw
     if tensor.moved:
         q, scale, zero, scheme = model.integers(name)
         if tensor.turned:
@@ -136,7 +139,7 @@ def _tensor(
     turned = next((n for key, n in heads.items() if key in parts[0]), 0)
     turned = turned if row.arch in INTERLEAVED else 0
     schemes = [model.scheme(part) for part in parts]
-    kinds = {carrier(scheme, first.shape[-1]) for scheme in schemes}
+    kinds = {_carrier(model, part, first.shape[-1]) for part in parts}
     found = [] if None in kinds or len(kinds) > 1 else [_moved(model, part) for part in parts]
     moves = tuple(move for move in found if move is not None)
     if len(moves) == len(parts):
@@ -148,7 +151,15 @@ def _tensor(
     return FileTensor(name, tuple(parts), shape, kind, changes, (), turned, plus_one)
 
 
+def _carrier(model: PlainView, name: str, inputs: int) -> Kind | None:
+    """The blocks that hold a weight's integers: its own, or such as fit."""
+    own = model.blocks(name)
+    return Kind[own.name.upper()] if own else carrier(model.scheme(name), inputs)
+
+
 def _moved(model: PlainView, name: str) -> Moved | None:
+    if model.blocks(name):
+        return Moved(0, 0)
     scheme = model.scheme(name)
     assert scheme is not None
     return moved(*model.grid(name), scheme)

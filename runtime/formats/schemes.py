@@ -27,13 +27,15 @@ class Scheme:
     """How one linear is stored: `group_size` inputs share a scale (-1: a whole output channel).
 
     With an `offset` a float is added where else an integer zero point is taken away: formats of
-    others have that (GGUF, MLX), compressed-tensors does not.
+    others have that (GGUF, MLX), compressed-tensors does not. `blocks` names the type of GGUF's
+    blocks (formats/blocks.py) in which codes and scales are to be stored, if they are.
     """
 
     bits: int
     group_size: int
     symmetric: bool
     offset: bool = False
+    blocks: str | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -51,6 +53,8 @@ class Scheme:
         return inputs // size
 
     def __str__(self) -> str:
+        if self.blocks is not None:
+            return self.blocks.upper()
         size = f"g{self.group_size}" if self.group_size > 0 else "per channel"
         kind = "sym" if self.symmetric else "offset" if self.offset else "asym"
         return f"{self.bits}-bit {size} {kind}"

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from optim.runtime.formats.bits import unpack_rows
+from optim.runtime.formats.blocks import Array, Blocks
 from optim.runtime.formats.pack_quantized import SUFFIXES, Scheme, dequantize, unpack
 from optim.runtime.storage.checkpoint import Checkpoint, schemes_of
 from optim.runtime.storage.gguf.packed import with_integers
+from optim.runtime.storage.integers import IntegerStore
 from optim.runtime.storage.tensors import TensorInfo
 
 if TYPE_CHECKING:
@@ -59,6 +61,24 @@ class PlainView:
         """How the tensor of this plain name is packed; None where it is not."""
         module = self.tensors[name]
         return None if module is None else self._scheme_of(module)
+
+    def blocks(self, name: str) -> Blocks | None:
+        """The type of GGUF's blocks that a weight is stored in, if it is."""
+        module, store = self.tensors[name], self.checkpoint.store
+        if module is None or not isinstance(store, IntegerStore):
+            return None
+        return store.blocks(self.checkpoint.stored_name(f"{module}.weight_packed"))
+
+    def raw(self, name: str) -> Array:
+        """These blocks, uint8 `[out, bytes of a row]`."""
+        store = self.checkpoint.store
+        assert isinstance(store, IntegerStore), name
+        return store.raw(self.checkpoint.stored_name(f"{self.tensors[name]}.weight_packed"))
+
+    def kept_as(self, name: str) -> str | None:
+        """How a packed weight is stored, in words: `4-bit g64 sym`, `Q4_0`; None for others."""
+        kind, scheme = self.blocks(name), self.scheme(name)
+        return kind.name.upper() if kind else None if scheme is None else str(scheme)
 
     def integers(self, name: str) -> tuple[Tensor, Tensor, Tensor | None, Scheme]:
         """What a packed weight is stored as: `unpack`'s q, scale and zero, and their scheme."""

@@ -5,12 +5,20 @@ from typing import Any
 
 from optim.runtime.architecture.config import text_part
 from optim.runtime.storage.foreign.awq import Awq
+from optim.runtime.storage.foreign.blocks import METHOD as BLOCKS
+from optim.runtime.storage.foreign.blocks import InBlocks
 from optim.runtime.storage.foreign.float8 import Float8
 from optim.runtime.storage.foreign.gptq import Gptq
 from optim.runtime.storage.foreign.layout import Layout
 from optim.runtime.storage.foreign.mlx import Mlx
 
-LAYOUTS: dict[str, type[Layout]] = {"awq": Awq, "gptq": Gptq, "fp8": Float8, "mlx": Mlx}
+LAYOUTS: dict[str, type[Layout]] = {
+    "awq": Awq,
+    "gptq": Gptq,
+    "fp8": Float8,
+    "mlx": Mlx,
+    BLOCKS: InBlocks,
+}
 
 
 def block_of(config: Mapping[str, Any]) -> dict[str, Any] | None:

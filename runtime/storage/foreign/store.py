@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from optim.runtime.formats.bits import words
+from optim.runtime.formats.blocks import BLOCKS, Array, Blocks
 from optim.runtime.formats.schemes import Scheme
 from optim.runtime.storage.foreign.layout import Held, Layout, lies
 from optim.runtime.storage.integers import IntegerStore
@@ -62,6 +63,14 @@ class ForeignStore(IntegerStore):
 
     def _piece(self, where: Module, piece: str) -> Tensor:
         return self._inner.read(Part(f"{where[0]}.{piece}", where[1]))
+
+    def blocks(self, name: str) -> Blocks | None:
+        """See IntegerStore."""
+        return BLOCKS.get(self._made[name][2].kind.lower())
+
+    def raw(self, name: str) -> Array:
+        """See IntegerStore."""
+        return self._piece(self._made[name][0], "weight_blocks").numpy()
 
     def held(self, name: str) -> tuple[str, float] | None:
         """What is widened when it is read is stored smaller."""
