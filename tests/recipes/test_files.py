@@ -47,7 +47,7 @@ bad.yaml is not a valid recipe (13 problems)
 missing ), unterminated subpattern at position 0
   bad.yaml:12: quantize.clip: must be true or false (got 'off')
   bad.yaml:15: quantize.overrides.0.bits: must be 2, 3, 4 or 8 (got 'eight')
-  bad.yaml:16: quantize.overrides.1: an override must give bits, group_size or sym
+  bad.yaml:16: quantize.overrides.1: an override must give bits, group_size or sym, or else a grid
   bad.yaml:17: quantize.overrides.2.targets.0: 're:(a+)+b' repeats too much: \
 it could take forever to match
   bad.yaml:18: quantise: unknown key; did you mean 'quantize'?"""

@@ -24,6 +24,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
         "bits": 4,
         "group_size": "auto",
         "sym": False,
+        "grid": None,
         "targets": ("Linear",),
         "ignore": ("lm_head",),
         "lm_head_bits": None,
