@@ -7,7 +7,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.recipes.schema import SECTIONS, keys_of
+from optim.recipes.schema import SECTIONS, Calibration, Override, Recipe, Rounding
+from optim.recipes.section import Section
+from optim.recipes.writing import Export, Pack
 
 Path = tuple[str | int, ...]
 
@@ -112,7 +114,7 @@ def _say(details: ErrorDetails, path: Path, method: Any) -> str:
 
 
 def _unknown_key(path: Path, method: Any) -> str:
-    key, keys = str(path[-1]), keys_of(path[:-1], method)
+    key, keys = str(path[-1]), _keys_of(path[:-1], method)
     methods = SECTIONS.get(str(path[0]), {})
     owners = [name for name, model in methods.items() if key in model.model_fields]
     if len(path) == 2 and owners and method in methods:
@@ -133,3 +135,20 @@ def _show(value: Any) -> str:
         return {None: "nothing", True: "true", False: "false"}[value]
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _keys_of(path: tuple[str | int, ...], method: str | None) -> list[str]:
+    """The keys allowed under `path`; `method` is its section's, if it is a known one."""
+    section: type[Section] = Recipe
+    if path[:1] == ("calibration",):
+        section = Calibration
+    elif path[:1] == ("pack",):
+        section = Pack
+    elif path[:1] == ("export",):
+        section = Export
+    elif path[:2] == ("quantize", "overrides"):
+        section = Override
+    elif path and path[0] in SECTIONS:
+        shared = Rounding if path[0] == "quantize" else Section
+        section = SECTIONS[str(path[0])].get(method or "", shared)
+    return list(section.model_fields)

@@ -139,6 +139,12 @@ class Guided(Rounding):
         default=0, ge=0, le=64, description="times that integers and scales are moved once rounded"
     )
 
+    @model_validator(mode="after")
+    def _moves_what_it_can(self) -> "Guided":
+        if self.grid is not None and self.sweeps:
+            raise ValueError(f"sweeps move scales freely, those of grid {self.grid} are not free")
+        return self
+
     @property
     def guides(self) -> bool:
         """Whether tokens are weighed."""
@@ -378,23 +384,6 @@ class Recipe(Section):
         if (why := meetings.refusal(self)) is not None:
             raise ValueError(why)
         return self
-
-
-def keys_of(path: tuple[str | int, ...], method: str | None) -> list[str]:
-    """The keys allowed under `path`; `method` is its section's, if it is a known one."""
-    section: type[Section] = Recipe
-    if path[:1] == ("calibration",):
-        section = Calibration
-    elif path[:1] == ("pack",):
-        section = Pack
-    elif path[:1] == ("export",):
-        section = Export
-    elif path[:2] == ("quantize", "overrides"):
-        section = Override
-    elif path and path[0] in SECTIONS:
-        shared = Rounding if path[0] == "quantize" else Section
-        section = SECTIONS[str(path[0])].get(method or "", shared)
-    return list(section.model_fields)
 
 
 def json_schema() -> dict[str, Any]:

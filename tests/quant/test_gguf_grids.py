@@ -179,3 +179,10 @@ def test_the_compiled_codebook_equals_the_reference() -> None:
     same = (q == wanted).all(0)  # sums in another order turn ties
     assert same.float().mean() > 0.9
     assert torch.allclose(error[:, same], wanted_error[:, same], atol=1e-4)
+
+
+def test_sweeps_move_no_grid_of_gguf() -> None:
+    with pytest.raises(ValueError, match="sweeps move scales freely, those of grid q4_0"):
+        Recipe.model_validate(
+            {"version": 1, "quantize": {"method": "awq", "grid": "q4_0", "sweeps": 1}}
+        )
