@@ -17,7 +17,7 @@ COMMANDS = {
     "prune": ("-m", "threshold", *TEXT, "--no-eval"),
     "pack": (),
     "unpack": (),
-    "export": ("-f", "safetensors"),
+    "export": ("-f", "safetensors", "--no-eval"),
 }
 
 
