@@ -70,7 +70,7 @@ def made(model: PlainView, rows: int, pre: str | None) -> Pairs:
     if not any(fnmatchcase(n, p) for n in companions(folder) for p in TOKENIZER):
         return {"tokenizer.ggml.model": ("none", Type.STRING, None)}
     tokenizer = model.checkpoint.tokenizer()
-    facts = json.loads(tokenizer.backend.to_str())
+    facts = json.loads(tokenizer.as_json())
     kind = _kind(model, facts)
     pairs: Pairs = {"tokenizer.ggml.model": (kind, Type.STRING, None)}
     name = pre or (_rule_name(model, facts, bool(tokenizer.begin)) if kind == BYTE_LEVEL else None)

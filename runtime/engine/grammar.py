@@ -52,7 +52,7 @@ def words_of(tokenizer: Tokenizer) -> Any:
         what = "JSON schemas need the package llguidance"
         raise OptimError(what, "pip install 'optim-llm[json]'", 4) from None
     try:
-        return LLTokenizer(tokenizer.backend.to_str(), eos_token=sorted(tokenizer.eos_ids) or None)
+        return LLTokenizer(tokenizer.as_json(), eos_token=sorted(tokenizer.eos_ids) or None)
     except ValueError as error:
         what = f"llguidance does not know this tokenizer: {error}"
         raise OptimError(what, "ask without a schema", USAGE) from None

@@ -26,6 +26,7 @@ from optim.runtime.text.tokenizer_file import guarded, read_backend
 PRIVATE_USE = range(0xE000, 0xF8FF)
 LOST = "�"
 LONE_HALF = re.compile("[\ud800-\udfff]")
+MOST_TOKENS = 2**22
 BELONG = "the tokenizer and the weights are of different models: fetch both again"
 CHECK = "is it valid text, and tokenizer.json that of the model?"
 
@@ -67,6 +68,16 @@ class Tokenizer:
         """Every token and its id."""
         found: dict[str, int] = self.backend.get_vocab(with_added_tokens=True)
         return found
+
+    def as_json(self) -> str:
+        """The tokenizer as a tokenizer.json has it.
+
+        Raises OptimError (2) for an id that no vocabulary reaches: every gap below would be listed.
+        """
+        if (highest := max(self.vocabulary.values(), default=0)) > MOST_TOKENS:
+            raise OptimError(f"tokenizer.json has a token {highest}", CHECK, USAGE)
+        text: str = self.backend.to_str()
+        return text
 
     @property
     def has_chat_template(self) -> bool:

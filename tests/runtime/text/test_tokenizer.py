@@ -255,3 +255,10 @@ def test_control_tokens_in_tools_and_their_calls_stay_text() -> None:
     ids = told.chat(messages, tools=[{"description": f"say {control}"}])
     assert IM_END not in ids
     assert told.decode(ids).count(control) == 3
+
+
+def test_an_id_that_no_vocabulary_reaches_is_not_written_out() -> None:
+    backend = Backend(BPE(vocab={"a": 0, "b": 2**31}, merges=[]))
+    tokenizer = Tokenizer(backend, None, {}, None, set())
+    with pytest.raises(OptimError, match="a token 2147483648"):
+        tokenizer.as_json()
