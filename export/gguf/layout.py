@@ -21,12 +21,14 @@ from optim.export.gguf.blocks import (
     row_bytes,
 )
 from optim.export.gguf.families import PLAIN_MODEL, Row, gguf_name
+from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.architecture.shape import Shape
 from optim.runtime.formats.schemes import Scheme
 from optim.runtime.storage.dense_view import PlainView
 from optim.runtime.storage.gguf.store import INTERLEAVED, NORM_PLUS_ONE, TURNED
 
 EMBED, HEAD, ROUTER = "model.embed_tokens.weight", "lm_head.weight", "mlp.gate.weight"
+HALF = torch.finfo(torch.float16).max
 FLOAT_KINDS = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
 STORED = {dtype: kind for kind, dtype in FLOAT_KINDS.items()}
 SMALL = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1)  # too coarse for embeddings and the head
@@ -117,6 +119,11 @@ def _part(model: PlainView, tensor: FileTensor, name: str) -> np.ndarray:
     w = model.read(name)
     w = turn(w, tensor.turned) if tensor.turned else w
     w = w.float() + 1 if tensor.plus_one else w
+    if tensor.kind not in (Kind.F32, Kind.BF16) and (most := w.abs().max()) > HALF:
+        what = (
+            f"{name} has a weight of {float(most):.3g}, and {tensor.kind.name} holds 16-bit floats"
+        )
+        raise OptimError(what, "optim export --type bf16", USAGE)
     return rounded(w.view(-1, w.shape[-1]), tensor.kind)
 
 

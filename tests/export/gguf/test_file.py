@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from optim.cli import main
 from optim.export.gguf import tokenizer as tokens
@@ -111,6 +112,19 @@ def test_blocks_of_a_file_stay_what_they_are(kind: str, make_model: Make, tmp_pa
     assert before == after
     read = [row for row in made.as_dict()["weights"] if "as it is read" in row["change"]]
     assert read == []
+
+
+@pytest.mark.parametrize("kind", ["f16", "q4_0"])
+def test_weights_beyond_sixteen_bits_are_refused(
+    kind: str, make_model: Make, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(make_model("llama"), tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e30
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(OptimError, match=r"up_proj.weight has a weight of 1e\+30"):
+        written(folder, tmp_path / "m.gguf", type=kind)
+    assert not (tmp_path / "m.gguf").exists()
 
 
 def test_experts_go_into_stacks(tmp_path: Path) -> None:
