@@ -146,9 +146,7 @@ def export(
     command.export(recipe, keys, how)
 
 
-@app.command(
-    rich_help_panel="Compress", epilog="Example: optim apply small-everywhere demo -o smollm2"
-)
+@app.command(rich_help_panel="Compress", epilog="Example: optim apply everything demo -o smollm2")
 def apply(
     recipe: flags.Applied,
     model: flags.RecipeModel = None,

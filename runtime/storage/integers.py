@@ -1,5 +1,7 @@
 """Tensors that are read as pack-quantized's though they are stored otherwise."""
 
+from abc import abstractmethod
+
 from optim.runtime.formats.blocks import Array, Blocks
 from optim.runtime.formats.schemes import Scheme
 from optim.runtime.storage.tensors import Store
@@ -11,10 +13,11 @@ class IntegerStore(Store):
     schemes: dict[str, Scheme]
     """By the stored name of the linear's `weight_packed`."""
 
+    @abstractmethod
     def blocks(self, name: str) -> Blocks | None:
         """The type of GGUF's blocks in which the linear of this `weight_packed` is stored."""
-        return None
 
+    @abstractmethod
     def raw(self, name: str) -> Array:
-        """The blocks themselves, uint8 `[out, bytes of a row]`, rows in Hugging Face's order."""
-        raise NotImplementedError
+        """The blocks themselves, uint8 `[out, bytes of a row]`, rows in Hugging Face's order;
+        only of a linear for which `blocks` names a type."""

@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -59,6 +60,23 @@ def parse(arguments: list[str]) -> None:
         arguments = [*parent._protected_args, *parent.args]
         found, command, arguments = command.resolve_command(parent, arguments)
         name = str(found)
+
+
+def examples() -> list[list[str]]:
+    """The command lines that the help of the commands ends with."""
+    commands: dict[str, Any] = typer.main.get_command(program()).commands  # type: ignore[attr-defined]
+    ends = [command.epilog or "" for command in commands.values()]
+    lines = [part for end in ends for part in pipeline(end.removeprefix("Example: "))]
+    return [line[1:] for line in lines if line[:1] == ["optim"]]
+
+
+def test_examples_of_the_help_name_recipes_that_exist() -> None:
+    found = examples()
+    named = [line[1] for line in found if line[0] == "apply"]
+    named += [line[line.index("--recipe") + 1] for line in found if "--recipe" in line]
+    assert len(found) > 10 and named
+    built_in = {path.stem for path in (ROOT / "recipes").glob("*.yaml")}
+    assert built_in >= {name for name in named if not name.endswith(".yaml")}
 
 
 LINES = [(page.name, line) for page in PAGES for line in command_lines(page.read_text("utf-8"))]

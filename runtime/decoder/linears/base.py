@@ -4,6 +4,7 @@ A format's class is a `Linear` with two class methods beside (`Kind`) and a row 
 kinds.py. What it cannot do better is answered here: always right, if no faster.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -25,16 +26,16 @@ class Table(Protocol):
     def __getitem__(self, ids: Tensor, /) -> Tensor: ...
 
 
-class Linear(nn.Module):
+class Linear(nn.Module, ABC):
     """y = x W^T + b: x `[..., in]` -> y `[..., out]`, in the compute dtype."""
 
     in_features: int
     out_features: int
 
     @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes of weights that a decoded token reads, if it leaves nothing out."""
-        raise NotImplementedError
 
     @property
     def skipped_bytes(self) -> float:
