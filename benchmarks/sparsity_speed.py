@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.runtime.decoder.layers import ACTIVATIONS, MLP
+from optim.runtime.architecture.activations import ACTIVATIONS
+from optim.runtime.decoder.layers import MLP
 from optim.runtime.decoder.linears.base import MaskedLinear
 from optim.runtime.decoder.linears.dense import DenseLinear
 from optim.runtime.decoder.linears.pack_quantized import PackedLinear

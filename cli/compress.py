@@ -1,5 +1,6 @@
 """What the commands that compress share: a recipe from flags, then its plan shown, or the work."""
 
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -130,7 +131,17 @@ def carry_out(
     if how.as_json:
         ui.emit(report)
     line = [report["output"], *facts(report)]
-    ui.done(" · ".join(line), following=f"optim run {report['output']}")
+    ui.done(" · ".join(line), following=following(report["output"]))
+
+
+def following(model: str) -> str | None:
+    """What to type next: run it. None, after a line that says why, where `optim run` refuses it."""
+    from optim.runtime.engine.load import why_not
+
+    if (why := why_not(model)) is None:
+        return shlex.join(["optim", "run", model])
+    ui.note(f"`optim run` refuses it: {why}")
+    return None
 
 
 def prover(against: str | None, how: How, bar: ExitStack, report: dict[str, Any]) -> "Prove | None":

@@ -1,6 +1,7 @@
 """`optim list`, `pull` and `rm`: the models that were fetched, and what room they take."""
 
 from optim.cli import ui
+from optim.cli.compress import following
 from optim.recipes.errors import USAGE, OptimError
 
 
@@ -38,7 +39,8 @@ def pull(model: str, revision: str | None, *, quiet: bool) -> None:
 
         name, wanted = _split(model, revision)
         ui.say(str(fetch(name, wanted)))
-    ui.done(f"{model} is in the cache", following=f"optim run {model}")
+        model = f"{name}@{wanted}" if wanted else name
+    ui.done(f"{model} is in the cache", following=following(model))
 
 
 def remove(model: str, *, as_json: bool) -> None:

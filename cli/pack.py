@@ -1,5 +1,6 @@
 """`optim pack` and `optim unpack`: bf16 weights in fewer bytes without loss, and back."""
 
+import shlex
 from functools import partial
 from typing import Any
 
@@ -56,7 +57,9 @@ def unpack(model: str, output: str | None, how: How) -> None:
     rate = made["bytes"] / max(made["seconds"], 1e-9) / 1e9
     proof = f"{made['proven']} of {made['tensors']} tensors proven by their sha256"
     facts = [output, ui.size(made["bytes"]), proof, ui.seconds(made["seconds"])]
-    ui.done(" · ".join([*facts, f"{rate:.2f} GB/s"]), following=f"optim inspect {output}")
+    ui.done(
+        " · ".join([*facts, f"{rate:.2f} GB/s"]), following=shlex.join(["optim", "inspect", output])
+    )
 
 
 def _use_threads(threads: int | None) -> None:

@@ -4,6 +4,7 @@ While it trains, standard error shows losses, the zeros of every block and the t
 """
 
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -90,7 +91,8 @@ def show(outcome: dict[str, Any], source: str, as_json: bool) -> None:
     ]
     ui.table(("on held-back text", "sparse", source), rows)
     facts = [outcome["output"], f"{outcome['steps']} steps", ui.seconds(outcome["seconds"])]
-    ui.done(" · ".join(facts), following=f"optim prune {outcome['output']} -m relu-exact")
+    typed = ["optim", "prune", outcome["output"], "-m", "relu-exact"]
+    ui.done(" · ".join(facts), following=shlex.join(typed))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 from optim.export.lossless.plan import Plan
 from optim.recipes.build import to_yaml
 from optim.recipes.schema import Pack, Recipe
+from optim.runtime.engine.load import why_not
 from optim.runtime.sparsity.side_file import SIDE, carry_side
 from optim.runtime.storage.card import Card, card_of
 from optim.runtime.storage.checkpoint import Checkpoint
@@ -119,7 +120,11 @@ below {manifest.limit_bits_per_weight:.3f}."""
     remark = f"""`optim unpack {name} -o ORIGINAL` writes the original tensors, byte for
 byte. transformers finds no weights in this folder and says so; it loads what
 `optim unpack` writes."""
+    programs: tuple[str, ...] = ("optim",)
+    if why := why_not(made.checkpoint.source):
+        programs = ()
+        remark = f"`optim run` refuses it: {why}.\n\n{remark}"
     command = "pack" if recipe.quantize is None else "quantize"
     again, tags = f"optim {command} --recipe recipe.yaml", (made.pack.layout, "lossless", "optim")
     text = to_yaml(recipe.model_copy(update={"output": None}))
-    return card_of(Card(name, about, tags, ("optim",), remark, again, text, base), made.checkpoint)
+    return card_of(Card(name, about, tags, programs, remark, again, text, base), made.checkpoint)

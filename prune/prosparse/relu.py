@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from optim.prune.prosparse.losses import mean_abs
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.decoder.layers import fatrelu
+from optim.runtime.architecture.activations import fatrelu
 
 ACTIVATIONS = "act_fn", "activation_fn"  # what transformers calls it in gated blocks
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.architecture.activations import activation
 from optim.runtime.architecture.table import Decoder
 
 WIDEST = 1 << 24  # of sizes: channels, rows of a table
@@ -77,6 +78,9 @@ def resolve(config: Any, facts: Decoder) -> Shape:
         what = f"{heads} attention heads, {kv_heads} of keys and values, {hidden} channels"
         raise OptimError(f"config.json: {what} do not fit together", CHECK, USAGE)
     refuse_bidirectional(config)
+    named = str(getattr(config, facts.activation))
+    threshold = relu_threshold(getattr(config, "hidden_act_param", None))
+    activation(named, threshold)  # known, or refused
     before = _flag(config, facts.norm_before)
     return Shape(
         vocab=_size(config, "vocab_size"),
@@ -88,8 +92,8 @@ def resolve(config: Any, facts: Decoder) -> Shape:
         inner=_size(config, facts.inner),
         layers=_layers(config, facts),
         eps=_number(config, facts.eps, least=0.0),
-        activation=str(getattr(config, facts.activation)),
-        threshold=relu_threshold(getattr(config, "hidden_act_param", None)),
+        activation=named,
+        threshold=threshold,
         max_context=_size(config, "max_position_embeddings", LONGEST),
         tied=bool(config.tie_word_embeddings),
         parallel=_flag(config, facts.parallel),

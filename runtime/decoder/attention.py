@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optim.runtime.architecture.rope import rotate
 from optim.runtime.cache import device_position
 from optim.runtime.cache.attention import Rule, attend
 from optim.runtime.cache.device_position import Place
@@ -13,7 +14,6 @@ from optim.runtime.cache.full import Layer
 from optim.runtime.cache.quantized import PackedLayer
 from optim.runtime.decoder.layers import HeadNorm
 from optim.runtime.decoder.linears.base import Linear
-from optim.runtime.decoder.rope import rotate
 from optim.runtime.kernels.cpu import attention_prompt
 from optim.runtime.kernels.cpu import step as cpu_step
 

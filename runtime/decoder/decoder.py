@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.architecture.rope import Rope
 from optim.runtime.architecture.shape import Shape
 from optim.runtime.cache.device_position import Place
 from optim.runtime.cache.full import Layer, LayeredCache, Policy, StaticCache, static_layers
@@ -22,7 +23,6 @@ from optim.runtime.cache.streaming import Turn, stream_cache
 from optim.runtime.decoder.attention import Attention, Step
 from optim.runtime.decoder.layers import FeedForward, Norm
 from optim.runtime.decoder.linears.base import Linear, Table
-from optim.runtime.decoder.rope import Rope
 from optim.runtime.kernels.cpu import decode
 from optim.runtime.kernels.cpu import step as cpu_step
 

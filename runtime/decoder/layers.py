@@ -2,31 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from optim.runtime.architecture.activations import fatrelu
 from optim.runtime.decoder.linears.base import Linear
 from optim.runtime.decoder.linears.static_int import StepNorm
 from optim.runtime.kernels.cpu import step as cpu_step
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu_fast": partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-}
-
-
-def fatrelu(x: Tensor, threshold: float) -> Tensor:
-    """x where it is positive and above `threshold`, else 0 (arXiv 2402.13516, section 3.3)."""
-    return F.relu(x) if threshold <= 0 else F.threshold(x, threshold, 0.0)
 
 
 class FatRelu(nn.Module):

@@ -1,14 +1,12 @@
 """From a checkpoint to a decoder: the blocks of its family, and what stands before and after."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.architecture.activations import activation
+from optim.runtime.architecture.rope import ropes
 from optim.runtime.architecture.shape import Layer, Shape, resolve
 from optim.runtime.architecture.table import FAMILIES, Family
 from optim.runtime.architecture.table import Decoder as Facts
@@ -16,12 +14,11 @@ from optim.runtime.cache.attention import Rule
 from optim.runtime.decoder.attention import Attention
 from optim.runtime.decoder.c_decode import one_call
 from optim.runtime.decoder.decoder import Block, Decoder
-from optim.runtime.decoder.layers import ACTIVATIONS, MLP, FeedForward, Mixture, Norm, fatrelu
+from optim.runtime.decoder.layers import MLP, FeedForward, Mixture, Norm
 from optim.runtime.decoder.linears.base import Linear, Table
 from optim.runtime.decoder.linears.source import Form
 from optim.runtime.decoder.linears.static_int import static_reader
 from optim.runtime.decoder.offload import Offloaded
-from optim.runtime.decoder.rope import Rope, ropes
 from optim.runtime.engine.loader import Loader
 from optim.runtime.engine.static import complete
 from optim.runtime.kernels.cpu import step
@@ -53,6 +50,7 @@ def build(
     family = FAMILIES[checkpoint.family]
     facts = family.decoder
     shape = resolve(checkpoint.settings, facts)
+    angles = ropes(checkpoint.settings, facts, shape.head_dim)
     loader = Loader(checkpoint, device, dtype, form, side=read_side(checkpoint))
     head, weight_bytes = _own_head(loader, facts, shape), 0
     blocks: Any = Offloaded(device) if offload else []
@@ -71,7 +69,7 @@ def build(
         embed=embed,
         positions=loader.tensor(f"{facts.positions}.weight") if facts.positions else None,
         project_in=project_in,
-        ropes=_ropes(loader, facts, shape),
+        ropes={kind: rope.to(device) for kind, rope in angles.items()},
         blocks=blocks,
         norm=loader.norm(facts.norm, facts, shape.eps, family.norm_offset)
         if shape.final_norm
@@ -104,13 +102,6 @@ def _cache_dtype(loader: Loader, stored: torch.dtype) -> torch.dtype:
         return loader.dtype
     short = stored != torch.float32 and step.usable() and step.reads_half()
     return torch.float16 if short else loader.dtype
-
-
-def _ropes(loader: Loader, facts: Facts, shape: Shape) -> dict[str, Rope]:
-    if facts.positions:
-        return {}
-    made = ropes(loader.checkpoint.settings, facts, shape.head_dim)
-    return {kind: rope.to(loader.device) for kind, rope in made.items()}
 
 
 def _rounded(shape: Shape, facts: Facts, stored: torch.dtype) -> Shape:
@@ -211,7 +202,7 @@ def _mlp(loader: Loader, facts: Facts, shape: Shape, index: int) -> FeedForward:
     """The feed-forward of a block, with the rules of its side file."""
     path, rules = f"{facts.layers}.{index}", loader.rules(index)
     up, down = tuple(f"{path}.{name}" for name in facts.up), f"{path}.{facts.down}"
-    act = _activation(shape.activation, shape.threshold)
+    act = activation(shape.activation, shape.threshold)
     if rules.gate is not None and facts.gated:
         return gated_feed_forward(loader.linear, up, down, act, rules.gate)
     by_input = rules.core is not None and loader.device.type == "cpu"
@@ -236,15 +227,6 @@ def _expert(loader: Loader, facts: Facts, shape: Shape, path: str) -> MLP:
     return MLP(
         up=loader.linear(*(f"{path}.{name}" for name in up)),
         down=loader.linear(f"{path}.{down}"),
-        act=_activation(shape.activation, shape.threshold),
+        act=activation(shape.activation, shape.threshold),
         gated=facts.gated,
     )
-
-
-def _activation(name: str, threshold: float) -> Callable[[Tensor], Tensor]:
-    if name not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise OptimError(f"activation {name!r} is not known", f"known are: {known}", USAGE)
-    if name == "relu" and threshold > 0:
-        return partial(fatrelu, threshold=threshold)
-    return ACTIVATIONS[name]

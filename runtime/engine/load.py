@@ -18,12 +18,12 @@ from optim.runtime.decoder.linears.bf12 import prospect
 from optim.runtime.decoder.linears.source import Form
 from optim.runtime.decoder.linears.static_int import fast_product
 from optim.runtime.engine.build import build
-from optim.runtime.engine.transformers_model import build_foreign
+from optim.runtime.engine.transformers_model import build_foreign, skeleton
 from optim.runtime.formats.static_int import read_config
 from optim.runtime.kernels.compile import REFUSED, turned_off
 from optim.runtime.sparsity.core_decoder import CoreDecoder
 from optim.runtime.sparsity.side_file import SIDE
-from optim.runtime.storage.checkpoint import Checkpoint
+from optim.runtime.storage.checkpoint import Checkpoint, schemes_of
 from optim.runtime.storage.gguf.packed import with_integers
 from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.system.devices import compute_dtype, pick_device
@@ -252,6 +252,18 @@ def load_model(
         decoder = GraphDecoder(decoder, cuda_graph)
     release_memory()
     return Model(checkpoint, decoder, place, weight_bytes, tokenizer)
+
+
+def why_not(source: str) -> str | None:
+    """Why `load_model` refuses `source`, as far as its configuration and headers say; else None."""
+    try:
+        checkpoint = open_checkpoint(source)
+        schemes_of(checkpoint)
+        if checkpoint.family not in FAMILIES:
+            skeleton(checkpoint, torch.float32)
+    except OptimError as problem:
+        return problem.message
+    return None
 
 
 def _check_offload(checkpoint: Checkpoint, place: torch.device, known: bool) -> None:

@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.architecture.rope import Rope, ropes
 from optim.runtime.architecture.shape import resolve
 from optim.runtime.architecture.table import FAMILIES
 from optim.runtime.cache.quantized import PackedLayer, packed_layers
 from optim.runtime.cache.streaming import SINKS, SMALLEST
-from optim.runtime.decoder.rope import Rope, ropes
 
 
 class PackedCacheLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]

@@ -162,6 +162,13 @@ class Foreign:
         return given | ({self.state: cache.past} if self.state else {})
 
 
+def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The model without its weights. Raises OptimError (2) for one that cannot be run."""
+    model = meta_model(checkpoint, dtype)
+    refuse_strange(model, checkpoint.tensors, checkpoint.source)
+    return model
+
+
 def build_foreign(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
 ) -> tuple[Foreign, int]:
@@ -169,8 +176,7 @@ def build_foreign(
 
     Raises OptimError (2) for a model type transformers does not know, or tensors that do not fit.
     """
-    model = meta_model(checkpoint, dtype)
-    refuse_strange(model, checkpoint.tensors, checkpoint.source)
+    model = skeleton(checkpoint, dtype)
     loader, weight_bytes = Loader(checkpoint, device, dtype), 0
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and (_stored(loader, name) or not _tied(model, module)):

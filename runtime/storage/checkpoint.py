@@ -15,6 +15,7 @@ from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.architecture.config import needs_remote_code, read_config, text_part
+from optim.runtime.architecture.rope import ropes
 from optim.runtime.architecture.settings import read_settings
 from optim.runtime.architecture.shape import resolve
 from optim.runtime.architecture.table import FAMILIES
@@ -88,6 +89,7 @@ class Checkpoint:
         """Keep what the configuration says the model consists of; see storage/gate.py."""
         facts = FAMILIES[self.family].decoder
         shape = resolve(self.settings, facts)
+        ropes(self.settings, facts, shape.head_dim)  # rotary parameters that give angles
         table, head = f"{facts.embed}.weight", "lm_head.weight"
         if shape.tied and table not in self.tensors and head in self.tensors:
             for names in (self._parts, self.tensors):  # one tensor, stored under the other's name

@@ -17,6 +17,7 @@ from optim.export.formats import FORMATS
 from optim.export.run import export, plan
 from optim.recipes.errors import OptimError
 from optim.recipes.schema import Export
+from optim.runtime.engine.load import why_not
 from optim.runtime.storage.dense_view import PlainView
 from optim.runtime.storage.manifest import verify
 from optim.runtime.storage.open import open_checkpoint
@@ -121,6 +122,25 @@ def test_a_tokenizer_that_cannot_be_read_is_not_handed_on(
     (folder / "tokenizer.json").write_text('{"model": {"type": "BPE" "vocab": {}}}')
     with pytest.raises(OptimError, match=r"tokenizer\.json"):
         plan(str(folder), Export(format=form), str(tmp_path / "out"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"rope_scaling": {"rope_type": [1]}},
+        {"hidden_act": "swish2"},
+        {"rope_parameters": {"rope_theta": "x"}},
+    ],
+)
+def test_a_configuration_that_run_refuses_is_not_handed_on(
+    lie: dict[str, object], make_model: Make, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(make_model("llama"), tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | lie))
+    with pytest.raises(OptimError) as refused:
+        plan(str(folder), Export(format="awq"), str(tmp_path / "out"))
+    assert why_not(str(folder)) == refused.value.message
 
 
 def test_a_key_that_a_format_does_not_read_is_refused() -> None:

@@ -71,3 +71,16 @@ def test_experts_with_biases_are_refused_before_work(
             assert run(*words, *dry) == 2
             assert "not gate, up and down projections without biases" in capfd.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_run_refuses_is_packed_and_not_offered_to_run(
+    make_model: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source, out = make("GptOss", make_model, tmp_path / "model"), tmp_path / "out"
+    assert run("pack", source, "-o", out) == 0
+    said = capfd.readouterr().err
+    assert "`optim run` refuses it: " in said and "next:" not in said
+    assert run("run", out, "Hi", "--raw") == 2
+    card = (out / "README.md").read_text()
+    assert "`optim run` refuses it: " in card and "In a terminal" not in card
+    assert run("unpack", out, "-o", tmp_path / "back") == 0

@@ -10,10 +10,10 @@ import torch
 from optim.recipes.errors import OptimError
 from optim.runtime.architecture import settings
 from optim.runtime.architecture.config import read_config
+from optim.runtime.architecture.rope import ropes
 from optim.runtime.architecture.settings import Settings, read_settings, text_of
 from optim.runtime.architecture.shape import resolve
 from optim.runtime.architecture.table import FAMILIES
-from optim.runtime.decoder.rope import ropes
 from tests.conformance.variants import CASES, config_of
 
 

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from optim.runtime.architecture.rope import rotate
 from optim.runtime.cache.attention import Rule, attend
 from optim.runtime.cache.full import LayerCache
-from optim.runtime.decoder.rope import rotate
 from optim.runtime.kernels.compile import works
 from optim.runtime.kernels.cpu import attention_prompt
 from optim.runtime.kernels.cpu import step as cpu_step

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from optim.runtime.architecture.rope import rotate
 from optim.runtime.cache import quantized
 from optim.runtime.cache.attention import Rule, attend
 from optim.runtime.cache.full import Layer, static_layers
 from optim.runtime.cache.quantized import PackedLayer, packed_layers
-from optim.runtime.decoder.rope import rotate
 from optim.runtime.kernels.cpu import step as cpu_step
 
 CPU = torch.device("cpu")

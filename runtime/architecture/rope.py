@@ -68,8 +68,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def ropes(config: Any, facts: Decoder, head_dim: int) -> dict[str, Rope]:
     """A model's rotary kinds: "full_attention", and "sliding_attention" where that differs.
 
-    `config` is transformers' object. Raises OptimError (2) for parameters that give no angles.
+    None where positions are learned. `config` is transformers' object. Raises OptimError (2) for
+    parameters that give no angles.
     """
+    if facts.positions:
+        return {}
     parameters = config.rope_parameters
     share = "partial_rotary_factor" if facts.partial_rotary else ""
     kinds = config.nested_rope_parameter_keys(parameters)
