@@ -31,7 +31,7 @@ def timed(name: str) -> Iterator[None]:
     print(f"# {name}: {wall:.0f} s wall, {used:.0f} s CPU", flush=True)
 
 
-def llm_compressor(bits: int, sym: bool, windows: Tensor, folder: Path) -> Path:
+def llm_compressor(bits: int, group: int, sym: bool, windows: Tensor, folder: Path) -> Path:
     """llm-compressor's AWQ with the settings of its examples, at our group size."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
@@ -41,8 +41,8 @@ def llm_compressor(bits: int, sym: bool, windows: Tensor, folder: Path) -> Path:
 
     if not torch.cuda.is_available():  # it pins memory for a device that is not there
         IntermediatesCache.pin_memory = lambda *args, **kwargs: None
-    out = folder / f"llm-compressor-{bits}"
-    args = QuantizationArgs(num_bits=bits, symmetric=sym, strategy="group", group_size=64)
+    out = folder / f"llm-compressor-{bits}-g{group}"
+    args = QuantizationArgs(num_bits=bits, symmetric=sym, strategy="group", group_size=group)
     scheme = {"group_0": QuantizationScheme(targets=["Linear"], weights=args)}
     rows = {"input_ids": windows.tolist(), "attention_mask": torch.ones_like(windows).tolist()}
     model = plain_model(folder)
@@ -59,7 +59,7 @@ def llm_compressor(bits: int, sym: bool, windows: Tensor, folder: Path) -> Path:
     return out
 
 
-def auto_round(bits: int, sym: bool, windows: Tensor, folder: Path) -> Path:
+def auto_round(bits: int, group: int, sym: bool, windows: Tensor, folder: Path) -> Path:
     """AutoRound at its defaults and our group size; its weights are written as bf16.
 
     They are multiples of their scales, so what is measured is what it would pack.
@@ -68,14 +68,14 @@ def auto_round(bits: int, sym: bool, windows: Tensor, folder: Path) -> Path:
     from torch.utils.data import DataLoader
     from transformers import AutoTokenizer
 
-    out, batch = folder / f"auto-round-{bits}", 8
+    out, batch = folder / f"auto-round-{bits}-g{group}", 8
     model = plain_model(folder)
     loader: Any = DataLoader(windows, batch_size=batch, collate_fn=torch.stack)  # type: ignore[arg-type]
     with timed(out.name):
         rounder = AutoRound(
             model,
             AutoTokenizer.from_pretrained(folder / "plain"),
-            scheme={"bits": bits, "group_size": 64, "sym": sym, "data_type": "int"},
+            scheme={"bits": bits, "group_size": group, "sym": sym, "data_type": "int"},
             dataset=loader,
             iters=ITERATIONS,
             seqlen=windows.shape[1],
@@ -110,10 +110,10 @@ def write_plain(checkpoint: Checkpoint, folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A package, and how it quantizes: (bits, sym, windows, folder) -> the folder it made."""
+    """A package, and how it quantizes: bits, group, sym, windows, folder -> the folder it made."""
 
     package: str
-    make: Callable[[int, bool, Tensor, Path], Path]
+    make: Callable[[int, int, bool, Tensor, Path], Path]
 
 
 PEERS = {
