@@ -17,7 +17,7 @@ from optim.quant import awq, gptq
 from optim.quant.attempts import Attempt, replace
 from optim.quant.fold import Probe, discover, family_groups, fold_checked, query_repeats
 from optim.quant.grid import Grid
-from optim.quant.guide import Costs, Guide
+from optim.quant.guide import Costs, Guide, compared
 from optim.quant.observe import GRAM_BYTES, Inputs, leaders_of, observe
 from optim.quant.rounding import (
     NearestLinear,
@@ -109,8 +109,8 @@ class BlockSolver:
         probe: Probe,
         plain: Mapping[str, NearestLinear],
     ) -> tuple[Attempt, Costs | None]:
-        """The block solved guided or, where that has cost the end loss more on held-back text so
-        far, unguided; and what both cost there, where that is looked at."""
+        """The block solved guided or, where that has clearly cost the end loss more on held-back
+        text so far, unguided; and what both cost there, where that is looked at."""
         assert self.guide is not None
         found = self.guide.block(i, block)
         each = {name: name for name in leaders}  # linears that read the same weigh it differently
@@ -124,13 +124,12 @@ class BlockSolver:
                 costs[name] = cost()
                 untouched.put(block, own)
             replace(block, plain)
-            rounding = max(cost(), 1e-30)
+            self.guide.checks[i] = compared(**costs, rounding=cost())
             replace(block, own)
-            self.guide.checks[i] = {k: max(c / rounding, 1e-30) for k, c in costs.items()}
         better = "guided" if self.guide.pays else "unguided"
         best = self._attempt(i, block, schemes, states, ways[better], probe)
         if better != "guided":
-            best.notes.append("unguided: guiding has cost more on held-back text so far")
+            best.notes.append("unguided: guiding has clearly cost more on held-back text so far")
         return best, self.guide.checks.get(i)
 
     def _schemes(self, i: int, block: nn.Module) -> dict[str, Scheme]:

@@ -6,9 +6,9 @@ row wants Σ_t g_ti² x_t x_tᵀ instead of Σ_t x_t x_tᵀ. Groups of rows shar
 
 The gradients are those of the unquantized model, found once by the reverse walk. Where few tokens
 carry nearly all the weight, a Gram matrix of them would be fitted to these alone: weights are then
-raised to a power below 1. In every eighth block both ways are solved without some windows and
-compared on these; the blocks up to the next such check are solved the way that has been better so
-far, on all windows.
+raised to a power below 1. In one block of sixteen both ways are solved without some windows and
+compared on these; the blocks up to the next such check are solved guided, unless that has clearly
+been worse so far, on all windows.
 """
 
 import math
@@ -24,10 +24,13 @@ from optim.runtime.walk.reverse import OUTPUT, ReverseWalk
 from optim.runtime.walk.walk import HiddenStates, StoredLinear, Walk, linears
 
 HELD_BACK, MOST_HELD_BACK = 8, 8  # one window of so many is held back, and no more than these
-CHECKED = 8  # both ways are compared in one block of so many, the first of them
+CHECKED = 16  # both ways are compared in one block of so many, the first of them
+STRETCH = 64  # tokens: what two ways cost is compared stretch by stretch
+CLEAR = 2.0  # standard errors
 POWERS = (1.0, 0.5, 0.25, 0.0)
 Costs = dict[str, float]
-"""guided, unguided: what each costs the end loss on held-back windows, plain rounding being 1."""
+"""guided, unguided: what each costs the end loss on held-back windows, plain rounding being 1;
+error: the standard error of the logarithm of guided over unguided, from pairs of stretches."""
 
 
 @dataclass(slots=True)
@@ -56,9 +59,9 @@ class Guide:
 
     @property
     def pays(self) -> bool:
-        """Whether guiding has been better so far: by the mean of the logarithms of its costs."""
-        ratios = (math.log(c["guided"] / c["unguided"]) for c in self.checks.values())
-        return sum(ratios) <= 0
+        """Whether guiding has not been clearly worse so far, by the mean of the checks."""
+        worse = sum(math.log(c["guided"] / c["unguided"]) for c in self.checks.values())
+        return worse <= CLEAR * math.hypot(*(c["error"] for c in self.checks.values()))
 
     def block(self, i: int, block: nn.Module) -> "BlockGuide":
         """Weights of the tokens at each linear of block i, and the gradient at its output."""
@@ -85,25 +88,35 @@ class BlockGuide:
 
     def cost(
         self, walk: Walk, i: int, block: nn.Module, states: HiddenStates
-    ) -> Callable[[], float]:
-        """Σ_t (g_tᵀ Δh_t)² on the held-back windows, of what is made of block i after this call."""
+    ) -> Callable[[], Tensor]:
+        """(g_tᵀ Δh_t)² on the held-back windows, of what is made of block i after this call: the
+        sum of each stretch of tokens."""
         gradient = self.output
         wanted = [walk.run(i, block, states[rows]) for rows in self._held(walk, states)]
 
-        def now() -> float:
-            total, at = 0.0, 0
+        def now() -> Tensor:
+            costs, at = list[Tensor](), 0
             for rows, expected in zip(self._held(walk, states), wanted, strict=True):
                 moved = walk.run(i, block, states[rows]) - expected
                 g = gradient[at : at + len(moved)].to(moved)
-                total += float((moved * g).sum(-1).double().square().sum())
+                costs.append((moved * g).sum(-1).double().square().flatten())
                 at += len(moved)
-            return total
+            stretches = torch.split(torch.cat(costs), STRETCH)
+            return torch.stack([part.sum() for part in stretches])
 
         return now
 
     def _held(self, walk: Walk, states: HiddenStates) -> list[slice]:
         step = walk.slices(states)[0].stop
         return [slice(k, k + step) for k in range(self.fitted, len(states), step)]
+
+
+def compared(guided: Tensor, unguided: Tensor, rounding: Tensor) -> Costs:
+    """What two ways cost in each stretch `[n]`, beside plain rounding."""
+    sums = [float(each.sum().clamp(min=1e-30)) for each in (guided, unguided, rounding)]
+    shares, n = guided / sums[0] - unguided / sums[1], len(guided)
+    error = float(shares.square().sum().sqrt()) * math.sqrt(n / max(1, n - 1))
+    return {"guided": sums[0] / sums[2], "unguided": sums[1] / sums[2], "error": error}
 
 
 def held_back(windows: int) -> int:

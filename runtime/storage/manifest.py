@@ -71,7 +71,7 @@ class BlockError(Part):
     rounding_error: float | None = None
     held_back: dict[str, Measure] | None = None
     """Of `guide loss`: what the guided and the unguided block cost the end loss on held-back text,
-    relative to plain rounding."""
+    relative to plain rounding; and the standard error of the logarithm of their ratio."""
 
 
 class Sparsity(Part):
