@@ -37,7 +37,7 @@ COST_OF_FEW_BITS = {
 }
 GUIDE_COSTS = (
     "guide loss first walks the model forwards and backwards over the text ({:.2f} GB of disk), "
-    "then solves one block of eight both ways and goes on as costs less on held-back text"
+    "then solves one block of sixteen both ways, to see on held-back text whether it pays"
 )
 AUTO_GROUPS = (128, 64, 32, 16)
 # Of inputs that 256 does not divide, as in llama-quantize.
