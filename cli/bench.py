@@ -1,9 +1,9 @@
 """`optim bench`: speed, memory, and how much of the machine is used, against others."""
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from optim.cli import ui
+from optim.cli.options import Timing
 from optim.recipes.errors import USAGE, OptimError
 
 if TYPE_CHECKING:
@@ -12,33 +12,12 @@ if TYPE_CHECKING:
 PEERS = ("transformers", "llama.cpp")
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What to measure. `prompt_tokens` as typed: `64,512`."""
-
-    against: str | None = None
-    peer: tuple[str, ...] = ()
-    prompt_tokens: str = "64,512"
-    new_tokens: int = 64
-    batch: int = 1
-    repeat: int = 3
-    threads: int | None = None
-    device: str = "auto"
-    kv_bits: int = 16
-    kv_policy: str = "full"
-    context: int | None = None
-    exact: bool = False
-    offload: bool = False
-    speculate: str = "off"
-    draft: str | None = None
-
-
-def bench(source: str, asked: Asked, *, as_json: bool, quiet: bool) -> None:
+def bench(source: str, asked: Timing) -> None:
     """Measure `source`, then `--against`, then the peers; print the table.
 
     Raises OptimError: 2 for a length that is no number, 4 for a peer that is not installed.
     """
-    ui.notes.quiet = quiet
+    ui.notes.quiet = asked.quiet
     from optim.runtime.cache.full import Policy
     from optim.runtime.measure.speed import bandwidth, measure
 
@@ -52,18 +31,19 @@ def bench(source: str, asked: Asked, *, as_json: bool, quiet: bool) -> None:
             step(at, len(jobs) + 1, f"{job.engine} · {job.source}")
             runs.append(measure(job))
         step(len(jobs) + 1, len(jobs) + 1, "")
-    if as_json:
+    if asked.json:
         ui.emit({"bandwidth": peak, "runs": runs})
     else:
         _show(runs, peak)
 
 
-def _jobs(source: str, asked: Asked) -> list[Any]:
+def _jobs(source: str, asked: Timing) -> list[Any]:
     from optim.runtime.measure.job import Job
     from optim.runtime.storage.open import open_checkpoint
 
     lengths = _lengths(asked.prompt_tokens)
-    unknown = [peer for peer in asked.peer if peer not in PEERS]
+    peers = asked.peer or []
+    unknown = [peer for peer in peers if peer not in PEERS]
     if unknown:
         raise OptimError(f"there is no peer {unknown[0]!r}", f"known: {', '.join(PEERS)}", USAGE)
 
@@ -93,11 +73,11 @@ def _jobs(source: str, asked: Asked) -> list[Any]:
         job(source),
         *plain,
         *base,
-        *(job(asked.against or source, peer) for peer in asked.peer),
+        *(job(asked.against or source, peer) for peer in peers),
     ]
 
 
-def _check_lengths(sources: "list[Checkpoint]", need: int, asked: Asked) -> None:
+def _check_lengths(sources: "list[Checkpoint]", need: int, asked: Timing) -> None:
     """Raise OptimError (2) where `need` tokens do not fit, before anything is measured."""
     if asked.kv_policy == "stream":
         return

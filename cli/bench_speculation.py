@@ -8,15 +8,15 @@ from optim.cli import ui
 from optim.recipes.errors import USAGE, OptimError
 
 if TYPE_CHECKING:
-    from optim.cli.bench import Asked
+    from optim.cli.options import Timing
 
 
-def bench(source: str, asked: Asked, *, as_json: bool, quiet: bool) -> None:
+def bench(source: str, asked: Timing) -> None:
     """Answer prompts of our own with and without guesses, in turns; print the table.
 
     Raises OptimError (2) for flags that do not go together, and as `Session` does.
     """
-    ui.notes.quiet = quiet
+    ui.notes.quiet = asked.quiet
     if asked.against or asked.peer or asked.batch != 1:
         fix = "leave --against, --peer and --batch out"
         raise OptimError("guesses are measured beside the same model without", fix, USAGE)
@@ -40,7 +40,7 @@ def bench(source: str, asked: Asked, *, as_json: bool, quiet: bool) -> None:
             draft = load_model(asked.draft, device=asked.device, threads=threads)
             ways[f"draft {draft.checkpoint.name}"] = {**always, "draft": draft}
         rows = list(speculation(model, ways, asked.new_tokens, asked.repeat, told))
-    if as_json:
+    if asked.json:
         ui.emit({"source": source, "place": model.place, "rows": rows})
         return
     names = list(ways)

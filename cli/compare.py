@@ -1,50 +1,43 @@
 """`optim compare`: several models side by side."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from optim.cli import ui
+from optim.cli.options import Comparing
 from optim.recipes.errors import MACHINE, USAGE, OptimError
 
 HEADS = ("model", "size", "bits/w", "perplexity", "change", "KL", "same top", "tok/s")
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What to measure, on what."""
-
-    text: str
-    window: int
-    max_windows: int
-    speed: bool
-    device: str
-    threads: int | None
-
-
-def compare(
-    sources: Sequence[str],
-    against: str | None,
-    asked: Asked,
-    plot: str | None,
-    *,
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    """Measure and print; the base is `against`, or the first model."""
-    base, others = (sources[0], sources[1:]) if against is None else (against, sources)
+def compare(sources: Sequence[str], asked: Comparing) -> None:
+    """Measure and print; the base is `--against`, or the first model."""
+    base, others = asked.against, sources
+    if base is None:
+        base, others = sources[0], sources[1:]
     others = [source for source in others if source != base]
     if not others:
         fix = "name another, or the original with --against"
         raise OptimError("there is only one model to compare", fix, USAGE)
-    ui.notes.quiet = quiet
-    draw = None if plot is None else _plotter(Path(plot))
+    ui.notes.quiet = asked.quiet
+    draw = None if asked.plot is None else _plotter(Path(asked.plot))
     from optim.runtime.measure.compare import compare as measure
 
     with ui.progress("compare") as step:
-        rows = [row.as_dict() for row in measure(base, others, **asdict(asked), progress=step)]
-    if as_json:
+        compared = measure(
+            base,
+            others,
+            text=asked.text,
+            window=asked.window,
+            max_windows=asked.max_windows,
+            speed=not asked.no_speed,
+            device=asked.device,
+            threads=asked.threads,
+            progress=step,
+        )
+        rows = [row.as_dict() for row in compared]
+    if asked.json:
         ui.emit({"text": asked.text, "window": asked.window, "models": rows})
     else:
         ui.table(HEADS, map(_cells, rows))
@@ -52,7 +45,7 @@ def compare(
         ui.say(f"{windows}; change and KL against {base}")
     if draw is not None:
         draw(rows)
-        ui.done(f"{plot}")
+        ui.done(f"{asked.plot}")
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

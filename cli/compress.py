@@ -3,11 +3,11 @@
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol
 
 from optim.cli import ui
+from optim.cli.options import How
 from optim.recipes.build import build_recipe, to_yaml
 from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.meetings import sections
@@ -17,40 +17,6 @@ if TYPE_CHECKING:
     from optim.runtime.storage.workspace import Prove
 
 GOES_ON = "the same command goes on where it was"
-
-
-@dataclass(frozen=True, slots=True)
-class How:
-    """What is not in the recipe: where and how to do the work."""
-
-    device: str = "auto"
-    threads: int | None = None
-    trust_remote_code: bool = False
-    force: bool = False
-    as_json: bool = False
-    quiet: bool = False
-    print_recipe: bool = False
-    dry_run: bool = False
-    evaluate: bool = True
-
-    @property
-    def given(self) -> "Given":
-        """What every plan takes beside its recipe."""
-        return Given(
-            force=self.force,
-            device=self.device,
-            threads=self.threads,
-            trust_remote_code=self.trust_remote_code,
-        )
-
-
-class Given(TypedDict):
-    """Arguments of a plan."""
-
-    force: bool
-    device: str
-    threads: int | None
-    trust_remote_code: bool
 
 
 class Facts(Protocol):
@@ -93,7 +59,7 @@ def only_planned(plan: dict[str, Any], how: How, show: Callable[[dict[str, Any]]
 
     output = Path(plan["output"])
     plan |= {"replaces": contents(output) if output.exists() else None}
-    if how.dry_run and how.as_json:
+    if how.dry_run and how.json:
         ui.emit(plan)
     elif how.dry_run:
         show(plan)
@@ -128,7 +94,7 @@ def carry_out(
             raise
     for text in report["notes"]:
         ui.note(text)
-    if how.as_json:
+    if how.json:
         ui.emit(report)
     line = [report["output"], *facts(report)]
     ui.done(" · ".join(line), following=following(report["output"]))
@@ -146,7 +112,7 @@ def following(model: str) -> str | None:
 
 def prover(against: str | None, how: How, bar: ExitStack, report: dict[str, Any]) -> "Prove | None":
     """What measures a finished artifact, after `bar` is gone, and puts that into `report` too."""
-    if against is None or not how.evaluate:
+    if against is None or how.no_eval:
         return None
 
     def measure(folder: Path) -> dict[str, Any] | None:

@@ -1,55 +1,42 @@
 """`optim eval`: perplexity, and the divergence from the original."""
 
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from optim.cli import ui
+from optim.cli.options import Evaluating
 from optim.recipes.errors import CHECK_FAILED, USAGE, OptimError
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What to measure, on what."""
-
-    against: str | None
-    text: str
-    text_column: str
-    window: int
-    max_windows: int | None
-    device: str
-    threads: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Then:
-    """What to do with the result."""
-
-    max_ppl_increase: float | None
-    record: bool
-    as_json: bool
-    quiet: bool
-
-
-def evaluate(source: str, asked: Asked, then: Then) -> None:
+def evaluate(source: str, asked: Evaluating) -> None:
     """Measure, print, and raise OptimError (3) if perplexity rose by more than was allowed."""
-    if then.max_ppl_increase is not None and asked.against is None:
+    if asked.max_ppl_increase is not None and asked.against is None:
         fix = "add --against BASE, the model it was made from"
         raise OptimError("--max-ppl-increase needs a model to compare with", fix, USAGE)
-    ui.notes.quiet = then.quiet
+    ui.notes.quiet = asked.quiet
     from optim.runtime.measure.quality import evaluate as measure
     from optim.runtime.storage.record import record, recordable
 
-    folder = recordable(source) if then.record else None
+    folder = recordable(source) if asked.record else None
     with ui.progress("eval") as step:
-        found = measure(source, **asdict(asked), progress=step).as_dict()
+        found = measure(
+            source,
+            against=asked.against,
+            text=asked.text,
+            text_column=asked.text_column,
+            window=asked.window,
+            max_windows=asked.max_windows,
+            device=asked.device,
+            threads=asked.threads,
+            progress=step,
+        ).as_dict()
     if folder is not None:
         record(folder, {"text": asked.text, "against": asked.against, **found})
-    if then.as_json:
+    if asked.json:
         ui.emit(found)
     else:
         _show(source, asked, found)
-    if then.max_ppl_increase is not None:
-        _hold(found["ppl_ratio"] - 1, then.max_ppl_increase)
+    if asked.max_ppl_increase is not None:
+        _hold(found["ppl_ratio"] - 1, asked.max_ppl_increase)
 
 
 def _hold(increase: float, allowed: float) -> None:
@@ -59,7 +46,7 @@ def _hold(increase: float, allowed: float) -> None:
         raise OptimError(message, "try more bits or a smaller group", CHECK_FAILED)
 
 
-def _show(source: str, asked: Asked, found: dict[str, Any]) -> None:
+def _show(source: str, asked: Evaluating, found: dict[str, Any]) -> None:
     rows = [(source, f"{found['perplexity']:.3f}", "", "")]
     if asked.against is not None:
         kl = f"{found['kl']:.4f}{_error(found['kl_error'])}"

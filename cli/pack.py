@@ -6,7 +6,8 @@ from typing import Any
 
 from optim.cli import ui
 from optim.cli.apply.several import several
-from optim.cli.compress import GOES_ON, How, carry_out, only_planned, recipe_of
+from optim.cli.compress import GOES_ON, carry_out, only_planned, recipe_of
+from optim.cli.options import How
 from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.meetings import sections
 from optim.recipes.schema import Recipe
@@ -52,7 +53,7 @@ def unpack(model: str, output: str | None, how: How) -> None:
     except KeyboardInterrupt:
         ui.note(f"stopped; {GOES_ON}")
         raise
-    if how.as_json:
+    if how.json:
         ui.emit(made)
     rate = made["bytes"] / max(made["seconds"], 1e-9) / 1e9
     proof = f"{made['proven']} of {made['tensors']} tensors proven by their sha256"

@@ -6,7 +6,8 @@ from typing import Any
 
 from optim.cli import prune_prosparse, ui
 from optim.cli.apply.several import several
-from optim.cli.compress import How, carry_out, only_planned, recipe_of
+from optim.cli.compress import carry_out, only_planned, recipe_of
+from optim.cli.options import How
 from optim.recipes.meetings import sections
 from optim.recipes.schema import Recipe
 

@@ -16,7 +16,8 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from optim.cli import ui
-from optim.cli.compress import How, only_planned, prover
+from optim.cli.compress import only_planned, prover
+from optim.cli.options import How
 from optim.recipes.schema import Recipe
 
 BARS = " ▁▂▃▄▅▆▇█"
@@ -49,7 +50,7 @@ def work(recipe: Recipe, how: How) -> None:
             ui.note("stopped; the same command goes on from the last saved state")
             raise
     if os.environ.get("RANK", "0") == "0":
-        show(found, recipe.model or "", how.as_json)
+        show(found, recipe.model or "", how.json)
 
 
 def _own_device(asked: str) -> str:

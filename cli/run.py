@@ -11,7 +11,7 @@ import io
 import select
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from optim.cli import ui
 from optim.cli.conversation import chat as chats
 from optim.cli.conversation.input import decode, editor, plain
+from optim.cli.options import AS_ADVISED, Asking, Drawing, Rows, Running
 from optim.recipes.errors import USAGE, OptimError
 
 if TYPE_CHECKING:
@@ -33,79 +34,51 @@ LOOK_AGAIN = 0.3  # seconds
 SILENCE = 10  # seconds to wait for the first byte of a pipe when there is a prompt too
 
 
-@dataclass(frozen=True, slots=True)
-class RunOptions:
-    """How to run: everything that is not the model, the prompt or a sampling parameter."""
-
-    system: str = ""
-    raw: bool = False
-    quiet: bool = False
-    chat: bool = False
-    stats: bool = False
-    as_json: bool = False
-    context: int | None = None
-    kv_bits: int = 16
-    kv_policy: str = "full"
-    threads: int | None = None
-    device: str = "auto"
-    exact: bool = False
-    offload: bool = False
-    sampling: dict[str, Any] = field(default_factory=dict)  # as Sampling names them; no None
-    speculate: str = "auto"
-    draft: str | None = None
-
-
-def run(source: str, prompt: str | None, options: RunOptions) -> int:
+def run(source: str, prompt: str | None, asking: Asking, drawing: Drawing = AS_ADVISED) -> int:
     """Run the model at `source`; returns the exit code (130 if Ctrl-C stopped the one answer).
 
     Raises OptimError: code 2 for an empty prompt, one that is not UTF-8 or longer than the context.
     """
-    ui.notes.quiet = options.quiet
-    talking = options.chat or (prompt is None and _at_terminal())
+    ui.notes.quiet = asking.quiet
+    talking = asking.chat or (prompt is None and _at_terminal())
     text = "" if talking else _question(prompt)
-    if options.draft is not None and options.speculate != "auto":
+    if asking.draft is not None and asking.speculate != "auto":
         raise OptimError("--draft guesses by itself", "leave --speculate out", USAGE)
-    if talking and (options.as_json or options.raw):
-        flag = "--json" if options.as_json else "--raw"
+    if talking and (asking.json or asking.raw):
+        flag = "--json" if asking.json else "--raw"
         raise OptimError(f"{flag} needs a prompt", fix='optim run MODEL "PROMPT"', code=USAGE)
-    if options.raw and options.system:
+    if asking.raw and asking.system:
         fix = "leave one of them out"
         raise OptimError("--raw has no place for a --system prompt", fix, USAGE)
-    session = _open(source, options)
+    session = _open(source, asking, drawing)
     if talking:
-        return _talk(session, options)
-    return _once(session, text, options)
+        return _talk(session, asking)
+    return _once(session, text, asking)
 
 
-def run_file(
-    source: str,
-    path: str,
-    prompt: str | None,
-    options: RunOptions,
-    output: str | None,
-    size: int,
-) -> int:
-    """Answer the JSON lines of `path`; returns the exit code (1 if a line failed).
+def run_file(source: str, prompt: str | None, rows: Rows, asking: Asking, drawing: Drawing) -> int:
+    """Answer a file of JSON lines; returns the exit code (1 if a line failed).
 
     Raises OptimError: code 2 for a file without lines, flags that do not go together, or an
     output that exists.
     """
+    assert rows.batch is not None
     from optim.cli.batch import How, read_lines, run_batch
 
-    ui.notes.quiet = options.quiet
-    if prompt is not None or options.chat or options.as_json:
+    ui.notes.quiet = asking.quiet
+    if prompt is not None or asking.chat or asking.json:
         fix = "optim run MODEL --batch FILE.jsonl [-o ROWS.jsonl]"
         raise OptimError("--batch goes without a prompt, --chat and --json", fix, USAGE)
-    if output is not None and Path(output).exists():
-        raise OptimError(f"{output} exists", "choose another name, or remove it", USAGE)
-    if options.speculate == "lookup" or options.draft is not None:
+    if rows.output is not None and Path(rows.output).exists():
+        raise OptimError(f"{rows.output} exists", "choose another name, or remove it", USAGE)
+    if asking.speculate == "lookup" or asking.draft is not None:
         fix = "leave --speculate and --draft out: a batch fills its steps with other texts"
         raise OptimError("--batch guesses no tokens ahead", fix, USAGE)
-    lines = read_lines(path)
-    sampling, policy, model = load(source, options)
-    context = model.context(options.context)
-    how = How(_utf8(options.system, "the system prompt"), options.raw, sampling, context)
-    return run_batch(model, lines, how, output, size, policy)
+    lines = read_lines(rows.batch)
+    sampling, policy, model = load(source, asking, drawing, raw=asking.raw)
+    context = model.context(asking.context)
+    how = How(_utf8(asking.system, "the system prompt"), asking.raw, sampling, context)
+    return run_batch(model, lines, how, rows.output, rows.batch_size, policy)
 
 
 def _at_terminal() -> bool:
@@ -138,16 +111,20 @@ def _utf8(text: str, name: str) -> str:
     return decode(text.encode(errors="surrogateescape"), name)
 
 
-def load(source: str, options: RunOptions) -> tuple[Sampling, Policy, Model]:
+def load(
+    source: str, running: Running, drawing: Drawing, *, raw: bool = False
+) -> tuple[Sampling, Policy, Model]:
     """What is typed is checked before the weights are read."""
     ui.status("loading ...")
     try:
-        return _loaded(source, options)
+        return _loaded(source, running, drawing, raw)
     finally:
         ui.status()
 
 
-def _loaded(source: str, options: RunOptions) -> tuple[Sampling, Policy, Model]:
+def _loaded(
+    source: str, running: Running, drawing: Drawing, raw: bool
+) -> tuple[Sampling, Policy, Model]:
     from optim.runtime.system.torch_import import import_torch
 
     import_torch()
@@ -162,26 +139,26 @@ def _loaded(source: str, options: RunOptions) -> tuple[Sampling, Policy, Model]:
     from optim.runtime.storage.open import open_checkpoint
     from optim.runtime.text import chat_template
 
-    Sampling(**options.sampling)
-    lookup(options.speculate)
-    policy = Policy(options.kv_bits, options.kv_policy)
-    form: Form = "exact" if options.exact else "planes"
+    Sampling(**drawing.given)
+    lookup(running.speculate)
+    policy = Policy(running.kv_bits, running.kv_policy)
+    form: Form = "exact" if running.exact else "planes"
     checkpoint = open_checkpoint(source)
-    sampling = _sampling(checkpoint.folder, options.sampling)
+    sampling = _sampling(checkpoint.folder, drawing.given)
     ui.status(f"loading {checkpoint.name} ...")
-    if not options.raw:
+    if not raw:
         chat_template.begin()
     model = load_model(
         checkpoint,
-        device=options.device,
-        threads=options.threads,
+        device=running.device,
+        threads=running.threads,
         form=form,
-        offload=options.offload,
+        offload=running.offload,
     )
     ui.status()
     for words in filter(None, (model.refused, model.advice)):
         ui.note(words)
-    if options.threads is None and model.device.type == "cpu":
+    if running.threads is None and model.device.type == "cpu":
         _share(_free_cores(meter))
     return sampling, policy, model
 
@@ -221,44 +198,44 @@ def _share(free: int | None) -> None:
         )
 
 
-def _open(source: str, options: RunOptions) -> Session:
-    sampling, policy, model = load(source, options)
+def _open(source: str, asking: Asking, drawing: Drawing) -> Session:
+    sampling, policy, model = load(source, asking, drawing, raw=asking.raw)
     from optim.runtime.engine.session import Session
 
-    draft = None if options.draft is None else _draft(options.draft, options)
+    draft = None if asking.draft is None else _draft(asking.draft, asking)
     return Session(
         model,
-        system=_utf8(options.system, "the system prompt"),
+        system=_utf8(asking.system, "the system prompt"),
         sampling=sampling,
-        context=options.context,
+        context=asking.context,
         policy=policy,
-        speculate=options.speculate,
+        speculate=asking.speculate,
         draft=draft,
     )
 
 
-def _draft(source: str, options: RunOptions) -> Model:
+def _draft(source: str, asking: Asking) -> Model:
     """The model that guesses."""
     from optim.runtime.engine.load import load_model
 
     ui.status(f"loading {source} ...")
     try:
-        return load_model(source, device=options.device)
+        return load_model(source, device=asking.device)
     finally:
         ui.status()
 
 
-def _once(session: Session, text: str, options: RunOptions) -> int:
-    raw = options.raw
-    if not raw and not options.system and not session.model.tokenizer.has_chat_template:
+def _once(session: Session, text: str, asking: Asking) -> int:
+    raw = asking.raw
+    if not raw and not asking.system and not session.model.tokenizer.has_chat_template:
         ui.note("no chat template: the text is continued as it is")
         raw = True
     start = partial(session.complete if raw else session.reply, text)
-    if options.as_json:
+    if asking.json:
         return _once_json(session, start)
     stopped = chats.stream(session, start, sys.stdout)
     ui.say("")
-    if options.stats or stopped:
+    if asking.stats or stopped:
         ui.note(chats.describe(session.stats, stopped))
     _say_cut(session, stopped)
     return INTERRUPTED if stopped else 0
@@ -292,14 +269,14 @@ def _once_json(session: Session, start: chats.Start) -> int:
     return INTERRUPTED if stopped else 0
 
 
-def _talk(session: Session, options: RunOptions) -> int:
+def _talk(session: Session, asking: Asking) -> int:
     from optim.cli.conversation.commands import endings
     from optim.cli.conversation.repl import talk
 
     if not session.model.tokenizer.has_chat_template:
         fix = 'let it continue a text: optim run MODEL "TEXT"'
         raise OptimError("a model without a chat template cannot talk", fix, USAGE)
-    chat = chats.Chat(session, show_stats=options.stats)
+    chat = chats.Chat(session, show_stats=asking.stats)
     facts, drawn = session.info(), session.sampling.summary
     title = [session.model.checkpoint.name, facts["weights"], facts["device"], drawn]
     ui.note(" · ".join([*title, "/help, Ctrl-C stops a reply, Ctrl-D leaves"]))

@@ -1,39 +1,35 @@
 """`optim tune`: better scales and norms for a packed artifact, in the format it has."""
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from optim.cli import ui
-from optim.cli.compress import How, carry_out
+from optim.cli.compress import carry_out
+from optim.cli.options import How, Tuning
 from optim.recipes.build import build_recipe
 from optim.recipes.errors import USAGE, OptimError
 
 
-@dataclass(frozen=True, slots=True)
-class Training:
-    """How long and how fast."""
-
-    epochs: int
-    lr: float
-
-
-def tune(
-    source: str, against: str, output: str | None, text: dict[str, Any], asked: Training, how: How
-) -> None:
+def tune(source: str, against: str, output: str | None, tuning: Tuning, how: How) -> None:
     """Train, write the tuned artifact, and say what it was worth on held-back text."""
-    if asked.epochs < 1:
+    if tuning.epochs < 1:
         raise OptimError("--epochs must be at least 1", "3 passes are usual", USAGE)
-    if not 0 < asked.lr <= 1:
+    if not 0 < tuning.lr <= 1:
         raise OptimError("--lr must be above 0 and at most 1", "1e-3 is usual", USAGE)
-    keys = {f"calibration.{key}": value for key, value in text.items()}
-    calibration = build_recipe(None, keys | {"quantize.method": "awq"}, []).calibration
+    keys = {
+        "quantize.method": "awq",
+        "calibration.dataset": tuning.calibration,
+        "calibration.num_samples": tuning.num_samples,
+        "calibration.seq_len": tuning.seq_len,
+        "calibration.seed": tuning.seed,
+    }
+    calibration = build_recipe(None, keys, []).calibration
     ui.notes.quiet = how.quiet
     from optim.quant.tune.run import tune as work
     from optim.quant.tune.train import Asked
 
     place = output or f"{source.rstrip('/')}-tuned"
-    settings = Asked(asked.epochs, asked.lr, seed=calibration.seed)
+    settings = Asked(tuning.epochs, tuning.lr, seed=calibration.seed)
     run = partial(
         work,
         source,

@@ -3,28 +3,21 @@
 from typing import Any
 
 from optim.cli import ui
+from optim.cli.options import Common
 from optim.recipes.errors import CHECK_FAILED, OptimError
 
 MARKS = {True: "holds", False: "DOES NOT HOLD", None: "not measured"}
 
 
-def verify(
-    source: str,
-    against: str | None,
-    device: str,
-    threads: int | None,
-    *,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def verify(source: str, against: str | None, common: Common) -> None:
     """Print each number, what was found and whether it holds; OptimError (3) if one does not."""
-    ui.notes.quiet = quiet
+    ui.notes.quiet = common.quiet
     from optim.runtime.measure.claims import claims
 
     with ui.progress("verify") as step:
-        found = claims(source, against, device=device, threads=threads, progress=step)
+        found = claims(source, against, device=common.device, threads=common.threads, progress=step)
     wrong = [claim.name for claim in found if claim.holds is False]
-    if as_json:
+    if common.json:
         ui.emit({"holds": not wrong, "claims": [claim.as_dict() for claim in found]})
     else:
         rows = [(c.name, MARKS[c.holds], _short(c.stated), _short(c.found)) for c in found]

@@ -5,7 +5,8 @@ from typing import Any
 
 from optim.cli import export, pack, prune, quantize
 from optim.cli.apply.several import several
-from optim.cli.compress import How, recipe_of
+from optim.cli.compress import recipe_of
+from optim.cli.options import How
 from optim.recipes.meetings import sections
 from optim.recipes.schema import Recipe
 

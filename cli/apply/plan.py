@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optim.cli.compress import How
+from optim.cli.options import How
 from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.meetings import ORDER, sections
 from optim.recipes.schema import Recipe

@@ -7,7 +7,8 @@ from typing import Any
 from optim.cli import ui
 from optim.cli.apply import steps
 from optim.cli.apply.plan import plan
-from optim.cli.compress import How, carry_out, only_planned
+from optim.cli.compress import carry_out, only_planned
+from optim.cli.options import How
 from optim.recipes.meetings import sections
 from optim.recipes.schema import Recipe
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optim.cli import ui
-from optim.cli.run import INTERRUPTED, RunOptions, load
+from optim.cli.options import AS_ADVISED, Running, Serving
+from optim.cli.run import INTERRUPTED, load
 from optim.recipes.errors import MACHINE, USAGE, OptimError
 
 if TYPE_CHECKING:
@@ -28,23 +29,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 ANYWHERE = ("0.0.0.0", "::")
 
 
-@dataclass(frozen=True, slots=True)
-class ServeOptions:
-    """How to serve: everything that is not the model or how it runs."""
-
-    host: str = "127.0.0.1"
-    port: int = 8080
-    name: str | None = None
-    slots: int = 4
-    queue: int | None = None
-    patience: float = 60.0
-    grace: float = 30.0
-    memory: int | None = None
-    key_file: str | None = None
-    no_key: bool = False
-
-
-def serve(source: str, options: ServeOptions, running: RunOptions) -> int:
+def serve(source: str, options: Serving, running: Running) -> int:
     """Serve the model at `source` until a signal; returns the exit code.
 
     Raises OptimError: 2 for an address that would be open to everyone, 4 for one that is taken, or
@@ -56,17 +41,17 @@ def serve(source: str, options: ServeOptions, running: RunOptions) -> int:
     ui.notes.quiet = running.quiet
     key = _key(options)
     with _listening(options) as listener:
-        sampling, policy, model = load(source, running)
+        sampling, policy, model = load(source, running, AS_ADVISED)
         context = model.context(running.context)
         plan = _Plan(options, key, model, sampling, policy, context, running.speculate)
-        return asyncio.run(_serve(plan, listener, running.as_json))
+        return asyncio.run(_serve(plan, listener, running.json))
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
     """All that the server is made of."""
 
-    options: ServeOptions
+    options: Serving
     key: str | None
     model: Model
     sampling: Sampling
@@ -75,14 +60,14 @@ class _Plan:
     speculate: str
 
 
-def _key(options: ServeOptions) -> str | None:
+def _key(options: Serving) -> str | None:
     """The API key, from a file or the environment: a command line is seen by everyone here."""
     key = os.environ.get("OPTIM_API_KEY")
-    if options.key_file is not None:
+    if options.api_key_file is not None:
         try:
-            key = Path(options.key_file).read_text(encoding="utf-8").strip()
+            key = Path(options.api_key_file).read_text(encoding="utf-8").strip()
         except (OSError, ValueError) as error:
-            raise OptimError(f"cannot read {options.key_file}: {error}", code=USAGE) from None
+            raise OptimError(f"cannot read {options.api_key_file}: {error}", code=USAGE) from None
     if key is not None and not key.isascii():
         raise OptimError("an API key has plain letters and digits", "choose another", USAGE)
     if key == "":
@@ -94,7 +79,7 @@ def _key(options: ServeOptions) -> str | None:
 
 
 @contextmanager
-def _listening(options: ServeOptions) -> Iterator[socket.socket]:
+def _listening(options: Serving) -> Iterator[socket.socket]:
     """The address, taken before the model is loaded."""
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
@@ -123,7 +108,7 @@ async def _serve(plan: _Plan, listener: socket.socket, as_json: bool) -> int:
     state = _State(options.grace)
     queue = 4 * options.slots if options.queue is None else options.queue
     asker = Asker(model, slots, name, plan.sampling, plan.speculate)
-    engine = Engine(Scheduler(slots), queue, options.patience, state.broke)
+    engine = Engine(Scheduler(slots), queue, options.queue_timeout, state.broke)
     service = Service(engine, asker, ui.note)
     hosts = None if options.host in ANYWHERE else (*LOOPBACK, options.host.lower())
     guard = Guard(application(service), hosts, plan.key, engine.metrics.requests)
@@ -190,12 +175,12 @@ class _State:
         self.server.should_exit = True
 
 
-def _most_bytes(options: ServeOptions) -> int | None:
-    return None if options.memory is None else options.memory << 20
+def _most_bytes(options: Serving) -> int | None:
+    return None if options.kv_memory is None else options.kv_memory << 20
 
 
 def _announce(
-    listener: socket.socket, options: ServeOptions, slots: Any, name: str, as_json: bool
+    listener: socket.socket, options: Serving, slots: Any, name: str, as_json: bool
 ) -> None:
     host = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http://{host}:{listener.getsockname()[1]}"

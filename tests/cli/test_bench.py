@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from optim.cli import bench, bench_speculation
+from optim.cli.options import Timing
 from optim.recipes.errors import OptimError
 from optim.runtime.engine.session import Session
 from optim.runtime.measure import speculation
@@ -54,7 +56,7 @@ def test_lengths_are_checked_before_anything_is_measured(
     monkeypatch.setattr("optim.runtime.measure.speed.bandwidth", None)
     given = {"prompt_tokens": "16", "new_tokens": 16, **asked}
     with pytest.raises(OptimError, match=r"--context has 30|letters\d has 48") as caught:
-        bench.bench(make_letters(48, None), bench.Asked(**given), as_json=False, quiet=True)
+        bench.bench(make_letters(48, None), Timing(**given, quiet=True))
     assert caught.value.code == 2
 
 
@@ -64,18 +66,18 @@ def test_guesses_are_measured_beside_the_same_model(
     path = str(make_model("mistral", torch.bfloat16))
     monkeypatch.setattr(speculation, "PROMPTS", {"chat": ["abcabcabc"]})
     monkeypatch.setattr(Session, "reply", Session.complete)  # it has no chat template
-    asked = bench.Asked(speculate="lookup", new_tokens=8, repeat=1)
-    bench_speculation.bench(path, asked, as_json=True, quiet=True)
+    asked = Timing(speculate="lookup", new_tokens=8, repeat=1)
+    bench_speculation.bench(path, replace(asked, json=True))
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert [row["temperature"] for row in rows] == [0.0, 0.7]
     for row in rows:
         assert row["ways"]["look-up, lookup"]["identical"] == row["replies"] == 1
-    bench_speculation.bench(path, asked, as_json=False, quiet=True)
+    bench_speculation.bench(path, asked)
     assert "1 of 1" in capsys.readouterr().out
 
 
 def test_guesses_have_no_peer() -> None:
-    asked = bench.Asked(speculate="auto", peer=("llama.cpp",))
+    asked = Timing(speculate="auto", peer=["llama.cpp"])
     with pytest.raises(OptimError, match="beside the same model") as caught:
-        bench_speculation.bench("anything", asked, as_json=False, quiet=True)
+        bench_speculation.bench("anything", asked)
     assert caught.value.code == 2

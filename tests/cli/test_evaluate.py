@@ -82,12 +82,13 @@ def test_the_table(measuring: Measuring, monkeypatch: pytest.MonkeyPatch, capsys
 def test_one_window_has_no_error_of_its_mean(capsys: Captured) -> None:
     import torch
 
-    from optim.cli.evaluate import Asked, _show
+    from optim.cli.evaluate import _show
+    from optim.cli.options import Evaluating
     from optim.runtime.measure.quality import _standard_error
 
     assert _standard_error(torch.tensor([0.5])) is None
     found = COMPARED | {"windows": 1, "kl_error": None, "delta_nll_error": None}
-    _show("out", Asked("demo", "a.txt", "text", 64, 1, "cpu", 1), found)
+    _show("out", Evaluating(against="demo", text="a.txt", window=64), found)
     out = capsys.readouterr().out
     assert "±" not in out and "0.0500" in out
     assert "1 window of 64 tokens from a.txt" in out

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 import optim.cli.run as module
-from optim.cli.run import RunOptions, run
+from optim.cli.options import Asking
+from optim.cli.run import run
 from optim.recipes.errors import OptimError
 from optim.runtime.engine.sampling import Sampling
 from optim.runtime.engine.session import Stats
@@ -84,7 +85,7 @@ def test_a_prompt_is_answered_once(
     session: FakeSession, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     pipe(monkeypatch, b"")
-    assert run("tiny", "hello", RunOptions()) == 0
+    assert run("tiny", "hello", Asking()) == 0
     assert capsys.readouterr() == ("You said: hello\n", "")
 
 
@@ -92,7 +93,7 @@ def test_a_pipe_is_one_question(
     session: FakeSession, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     pipe(monkeypatch, "two\nlines: é\n".encode())
-    assert run("tiny", None, RunOptions()) == 0
+    assert run("tiny", None, Asking()) == 0
     assert capsys.readouterr().out == "You said: two\nlines: é\n"
 
 
@@ -100,7 +101,7 @@ def test_a_pipe_comes_before_the_prompt(
     session: FakeSession, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     pipe(monkeypatch, b"some text\n")
-    assert run("tiny", "sum it up", RunOptions()) == 0
+    assert run("tiny", "sum it up", Asking()) == 0
     assert capsys.readouterr().out == "You said: some text\n\nsum it up\n"
 
 
@@ -108,7 +109,7 @@ def test_a_dash_is_standard_input(
     session: FakeSession, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     pipe(monkeypatch, b"some text")
-    assert run("tiny", "-", RunOptions()) == 0
+    assert run("tiny", "-", Asking()) == 0
     assert capsys.readouterr().out == "You said: some text\n"
 
 
@@ -119,7 +120,7 @@ def test_an_open_silent_pipe_does_not_block_a_prompt(
     monkeypatch.setattr(module, "SILENCE", 0.01)
     with os.fdopen(reading) as stdin, os.fdopen(writing):
         monkeypatch.setattr(sys, "stdin", stdin)
-        assert run("tiny", "hello", RunOptions()) == 0
+        assert run("tiny", "hello", Asking()) == 0
     captured = capsys.readouterr()
     assert captured.out == "You said: hello\n"
     assert "answering the prompt alone" in captured.err
@@ -129,7 +130,7 @@ def test_no_standard_input_at_all(
     session: FakeSession, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     monkeypatch.setattr(sys, "stdin", None)
-    assert run("tiny", "hello", RunOptions(stats=True)) == 0
+    assert run("tiny", "hello", Asking(stats=True)) == 0
     assert capsys.readouterr().err == "[2 tokens · 2.0 tok/s · prompt 3 · 1 of 4 guesses right]\n"
 
 
@@ -137,7 +138,7 @@ def test_raw_completes(
     session: FakeSession, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     pipe(monkeypatch, b"")
-    assert run("tiny", "hello", RunOptions(raw=True)) == 0
+    assert run("tiny", "hello", Asking(raw=True)) == 0
     assert capsys.readouterr().out == "YOU SAID: HELLO\n"
 
 
@@ -146,19 +147,19 @@ def test_a_base_model_continues_the_text_and_does_not_talk(
 ) -> None:
     session.tokenizer.has_chat_template = False
     pipe(monkeypatch, b"")
-    assert run("tiny", "hello", RunOptions()) == 0
+    assert run("tiny", "hello", Asking()) == 0
     captured = capsys.readouterr()
     assert captured.out == "YOU SAID: HELLO\n"
     assert captured.err == "no chat template: the text is continued as it is\n"
     with pytest.raises(OptimError, match="cannot talk"):
-        run("tiny", None, RunOptions(chat=True))
+        run("tiny", None, Asking(chat=True))
 
 
 def test_json_is_one_object(
     session: FakeSession, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     pipe(monkeypatch, b"")
-    assert run("tiny", "hello", RunOptions(as_json=True)) == 0
+    assert run("tiny", "hello", Asking(json=True)) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     assert json.loads(captured.out) == {
@@ -181,7 +182,7 @@ def test_ctrl_c_keeps_what_came_and_exits_130(
     session: FakeSession, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     session.interrupt = True
-    for options in (RunOptions(), RunOptions(as_json=True)):
+    for options in (Asking(), Asking(json=True)):
         pipe(monkeypatch, b"")
         assert run("tiny", "hello", options) == 130
         out = capsys.readouterr().out
@@ -193,7 +194,7 @@ def test_chat_reads_a_pipe_line_by_line(
     session: FakeSession, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     pipe(monkeypatch, b"one\n/quit\nnever read\n")
-    assert run("tiny", None, RunOptions(chat=True)) == 0
+    assert run("tiny", None, Asking(chat=True)) == 0
     captured = capsys.readouterr()
     assert captured.out == "You said: one\n"
     assert (
@@ -205,15 +206,15 @@ def test_chat_reads_a_pipe_line_by_line(
 @pytest.mark.parametrize(
     ("prompt", "data", "options", "said"),
     [
-        (None, b"", RunOptions(), "the prompt is empty"),
-        ("", b"", RunOptions(), "the prompt is empty"),
-        ("  ", b"\n \n", RunOptions(), "the prompt is empty"),
-        (None, b"caf\xe9", RunOptions(), "standard input is not UTF-8"),
-        (b"caf\xe9".decode(errors="surrogateescape"), b"", RunOptions(), "the prompt is not UTF-8"),
-        (None, b"", RunOptions(chat=True, as_json=True), "--json needs a prompt"),
-        (None, b"", RunOptions(chat=True, raw=True), "--raw needs a prompt"),
-        ("hi", b"", RunOptions(system="be kind", raw=True), "no place for a --system prompt"),
-        ("hi", b"", RunOptions(draft="d", speculate="lookup"), "--draft guesses by itself"),
+        (None, b"", Asking(), "the prompt is empty"),
+        ("", b"", Asking(), "the prompt is empty"),
+        ("  ", b"\n \n", Asking(), "the prompt is empty"),
+        (None, b"caf\xe9", Asking(), "standard input is not UTF-8"),
+        (b"caf\xe9".decode(errors="surrogateescape"), b"", Asking(), "the prompt is not UTF-8"),
+        (None, b"", Asking(chat=True, json=True), "--json needs a prompt"),
+        (None, b"", Asking(chat=True, raw=True), "--raw needs a prompt"),
+        ("hi", b"", Asking(system="be kind", raw=True), "no place for a --system prompt"),
+        ("hi", b"", Asking(draft="d", speculate="lookup"), "--draft guesses by itself"),
     ],
 )
 @pytest.mark.usefixtures("no_model")
@@ -221,7 +222,7 @@ def test_bad_input_is_refused_before_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
     prompt: str | None,
     data: bytes,
-    options: RunOptions,
+    options: Asking,
     said: str,
 ) -> None:
     pipe(monkeypatch, data)

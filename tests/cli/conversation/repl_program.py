@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import optim.cli.options
 import optim.cli.run
 
 
@@ -66,4 +67,4 @@ class SlowSession:
 
 
 optim.cli.run._open = lambda *_: SlowSession()  # type: ignore[assignment]
-sys.exit(optim.cli.run.run("slow", None, optim.cli.run.RunOptions()))
+sys.exit(optim.cli.run.run("slow", None, optim.cli.options.Asking()))
