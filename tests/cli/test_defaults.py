@@ -21,12 +21,17 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def asked(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, Any]:
-    """The exit code of `optim run`, and the options that reach it."""
-    seen: list[Any] = []
-    monkeypatch.setattr(module, "run", lambda _source, _prompt, options: seen.append(options) or 0)
+def asked(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, Any, Any]:
+    """The exit code of `optim run`, and the options that reach it: how to ask, how to draw."""
+    seen: list[Any] = [None, None]
+
+    def run(source: str, prompt: str, asking: Any, drawing: Any) -> int:
+        seen[:] = asking, drawing.given
+        return 0
+
+    monkeypatch.setattr(module, "run", run)
     monkeypatch.setattr(sys, "argv", ["optim", "run", "m", "hi", *arguments])
-    return optim.cli.main(), seen[0] if seen else None
+    return (optim.cli.main(), *seen)
 
 
 def test_defaults_hold_until_something_is_typed(
@@ -35,16 +40,16 @@ def test_defaults_hold_until_something_is_typed(
     file.write_text(
         "# mine\nrun:\n  temperature: 0.25\n  kv-bits: 8\n  stats: true\n  stop: [END]\n"
     )
-    code, options = asked(monkeypatch, "--kv-bits", "4")
-    assert (code, options.kv_bits, options.stats) == (0, 4, True)
-    assert options.sampling == {"temperature": 0.25, "stop": ("END",)}
+    code, asking, drawn = asked(monkeypatch, "--kv-bits", "4")
+    assert (code, asking.kv_bits, asking.stats) == (0, 4, True)
+    assert drawn == {"temperature": 0.25, "stop": ("END",)}
     monkeypatch.setenv("OPTIM_CONFIG", "")
-    assert asked(monkeypatch)[1].sampling == {}
+    assert asked(monkeypatch)[2] == {}
 
 
 def test_a_file_of_comments_is_no_default(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file.write_text("# run:\n")
-    assert asked(monkeypatch)[1].sampling == {}
+    assert asked(monkeypatch)[2] == {}
 
 
 @pytest.mark.parametrize(
@@ -67,9 +72,9 @@ def test_anything_else_is_refused_with_the_file(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured, text: str, said: str
 ) -> None:
     file.write_text(text, encoding="utf-8")
-    code, options = asked(monkeypatch)
+    code, asking, _ = asked(monkeypatch)
     err = capsys.readouterr().err
-    assert (code, options) == (2, None)
+    assert (code, asking) == (2, None)
     assert said in err and str(file) in err
     assert "recipe" not in err
 
