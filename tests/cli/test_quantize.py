@@ -74,6 +74,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
     made = Work()
     monkeypatch.setitem(sys.modules, "optim.quant.run", made)  # type: ignore[arg-type]
     monkeypatch.setattr("optim.runtime.measure.proof.prove", lambda *_, **__: PROOF)
+    monkeypatch.setattr("optim.runtime.engine.load.why_not", lambda _: None)
     monkeypatch.setattr(ui.notes, "quiet", False)
     return made
 
