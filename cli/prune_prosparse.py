@@ -3,7 +3,6 @@
 While it trains, standard error shows losses, the zeros of every block and the time left.
 """
 
-import os
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from optim.cli import ui
-from optim.cli.compress import only_planned, prover
+from optim.cli.compress import leads, only_planned, own_device, prover
 from optim.cli.options import How
 from optim.recipes.schema import Recipe
 
@@ -30,11 +29,11 @@ Progress = Callable[[int, int], None]
 
 def work(recipe: Recipe, how: How) -> None:
     """Plan, train and write; all processes of torchrun do this, the first one speaks."""
-    ui.notes.quiet = how.quiet or os.environ.get("RANK", "0") != "0"
+    ui.notes.quiet = how.quiet or not leads()
     from optim.prune import plan
     from optim.prune.prosparse import run as prosparse
 
-    made = plan.plan(recipe, **replace(how, device=_own_device(how.device)).given)
+    made = plan.plan(recipe, **replace(how, device=own_device(how.device)).given)
     prosparse.check(made)
     if how.dry_run:
         made.check_text()
@@ -49,18 +48,8 @@ def work(recipe: Recipe, how: How) -> None:
         except KeyboardInterrupt:
             ui.note("stopped; the same command goes on from the last saved state")
             raise
-    if os.environ.get("RANK", "0") == "0":
+    if leads():
         show(found, recipe.model or "", how.json)
-
-
-def _own_device(asked: str) -> str:
-    """Under torchrun each process has its own GPU."""
-    rank = os.environ.get("LOCAL_RANK")
-    if rank is None or asked not in ("auto", "cuda"):
-        return asked
-    import torch
-
-    return f"cuda:{rank}" if torch.cuda.is_available() else asked
 
 
 def show_plan(plan: dict[str, Any]) -> None:

@@ -1,12 +1,13 @@
 """`optim quantize`: flags over a recipe, then the plan, then the work."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from optim.cli import ui
 from optim.cli.apply.several import several
-from optim.cli.compress import carry_out, only_planned, recipe_of
+from optim.cli.compress import carry_out, leads, only_planned, own_device, recipe_of
 from optim.cli.options import How
 from optim.recipes.meetings import sections
 from optim.recipes.schema import Recipe
@@ -26,14 +27,16 @@ def quantize(file_or_name: str | None, keys: dict[str, Any], sets: Sequence[str]
 
 def work(recipe: Recipe, how: How) -> None:
     """The plan, and the work unless it is a dry run."""
-    from optim.quant.run import plan, quantize
+    from optim.quant.run import assist, plan, quantize
 
-    made = plan(recipe, **how.given)
+    made = plan(recipe, **replace(how, device=own_device(how.device)).given)
     if how.dry_run:
         made.check_text()
     if only_planned(made.as_dict(), how, _show_plan):
         return
     assert recipe.quantize is not None
+    if not leads():
+        return assist(made)
     title = recipe.quantize.method
     carry_out(title, partial(quantize, made), how, _facts, against=recipe.model)
 

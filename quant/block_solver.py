@@ -55,7 +55,7 @@ class BlockSolver:
 
     def __init__(self, task: Task, clip: bool, damping: float | None) -> None:
         self.walk, self.checkpoint, self.windows = task.walk, task.checkpoint, task.windows
-        self.schemes, self.dtype = task.schemes, task.dtype
+        self.schemes, self.dtype, self.team = task.schemes, task.dtype, task.team
         self.clip, self.damping = clip, damping
         section = task.recipe.quantize
         self.guide: Guide | None = None
@@ -80,7 +80,7 @@ class BlockSolver:
         assert states is not None
         block = self.walk.block(i)
         schemes = self._schemes(i, block)
-        hidden = states[slice(0, max(1, PROBE_TOKENS // states.length))]
+        hidden = self.team.share(states[slice(0, max(1, PROBE_TOKENS // states.length))])
         leaders, expected = leaders_of(block, lambda: self.walk.run(i, block, hidden))
         plain = {n: self._nearest(linear_at(block, n), s) for n, s in schemes.items()}
         rounding_error = self._error(i, block, plain, hidden, expected)
@@ -175,7 +175,7 @@ class BlockSolver:
         starved = [n for n in schemes if n not in leaders]
         out: dict[str, RoundedLinear] = {}
         for needed in _turns(block, {leaders[n] for n in schemes if n in leaders}):
-            inputs = observe(self.walk, i, block, states, needed, last, weights, fitted)
+            inputs = observe(self.walk, i, block, states, needed, last, weights, fitted, self.team)
             readers = {n: s for n, s in schemes.items() if leaders.get(n) in needed}
             few = _starved(block, readers, leaders, inputs)
             self._fold_scales(block, readers, leaders, inputs, probe, notes)
@@ -195,11 +195,11 @@ class BlockSolver:
         inputs: dict[str, Inputs],
     ) -> dict[str, RoundedLinear]:
         """Every linear rounded; the widest inputs first, each Gram matrix freed after its last."""
-        out: dict[str, RoundedLinear] = {}
         readers: dict[str, list[str]] = {}
         for name in schemes:
             readers.setdefault(leaders[name], []).append(name)
-        for leader in sorted(readers, key=lambda n: -len(inputs[n].magnitude)):
+
+        def solve(leader: str) -> dict[str, RoundedLinear]:
             seen = inputs.pop(leader)
             grams = seen.grams
             scale = linear_at(block, leader).in_scale
@@ -210,8 +210,10 @@ class BlockSolver:
             linears_ = {n: linear_at(block, n) for n in readers[leader]}
             if grams[0].nbytes >= WIDE_BYTES:  # it needs room: nothing may linger in the heap
                 release_memory()
-            out |= self._round_readers(linears_, schemes, grams, seen.scarcity())
-        return out
+            return self._round_readers(linears_, schemes, grams, seen.scarcity())
+
+        widest = sorted(readers, key=lambda n: -len(inputs[n].magnitude))
+        return {n: each for part in self.team.divide(widest, solve) for n, each in part.items()}
 
     def _round_readers(
         self,
@@ -291,8 +293,11 @@ class AwqSolver(BlockSolver):
         groups, offset = family_groups(block, model_type)
         if model_type not in FAMILIES:
             groups = discover(block, probe.run)
-        found = [(g, self._search(block, g, schemes, leaders, inputs)) for g in groups]
-        folds = [(group, scale) for group, scale in found if scale is not None]
+        found = self.team.divide(
+            groups, lambda group: self._search(block, group, schemes, leaders, inputs)
+        )
+        pairs = zip(groups, found, strict=True)
+        folds = [(group, scale) for group, scale in pairs if scale is not None]
         for group, change in fold_checked(block, folds, offset, self.dtype, probe):
             notes.append(f"not folded: {group.source} (changes the block by {change:.2g})")
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from optim.quant.solver import Task
 from optim.runtime.storage.workspace import KEPT
+from optim.runtime.system.team import ALONE, Team
 from optim.runtime.walk.reverse import OUTPUT, ReverseWalk
 from optim.runtime.walk.walk import HiddenStates, StoredLinear, Walk, linears
 
@@ -35,27 +36,34 @@ error: the standard error of the logarithm of guided over unguided, from pairs o
 
 @dataclass(slots=True)
 class Guide:
-    """What the reverse walk found, block by block; a check solves on the first `fitted` windows."""
+    """What the reverse walk found, block by block; a check solves on the first `fitted` windows.
+
+    Of a team each process has walked over its own windows, and `fitted` are of these.
+    """
 
     found: ReverseWalk
     fitted: int
     checks: dict[int, Costs]
+    checking: bool = True
+    team: Team = ALONE
 
     @classmethod
     def of(cls, task: Task, groups: int) -> "Guide":
         """Walk the model backwards, or go on with it, or read what an earlier run has left."""
         assert task.windows is not None
-        count = len(task.windows)
-        held = held_back(count)
-        folder = task.folder / KEPT
-        found = ReverseWalk(task.checkpoint, task.windows, folder, groups, held, task.walk.device)
+        count, team = len(task.windows), task.team
+        held, own = held_back(count), team.part(count)
+        windows = task.windows[own]
+        fitted = min(max(0, count - held - own.start), len(windows))
+        folder, kept = task.folder / (KEPT + team.ending), len(windows) - fitted
+        found = ReverseWalk(task.checkpoint, windows, folder, groups, kept, task.walk.device)
         found.run(task.progress)
         checks = {i: done["held_back"] for i, done in enumerate(task.done) if "held_back" in done}
-        return cls(found, count - held, checks)
+        return cls(found, fitted, checks, held > 0, team)
 
     def checks_at(self, i: int) -> bool:
         """Whether both ways are to be compared in block i."""
-        return i % CHECKED == 0 and self.fitted < len(self.found.windows)
+        return self.checking and i % CHECKED == 0
 
     @property
     def pays(self) -> bool:
@@ -67,15 +75,29 @@ class Guide:
         """Weights of the tokens at each linear of block i, and the gradient at its output."""
         squares = self.found.block(i)
         output = squares.pop(OUTPUT, torch.empty(0))
+        squares, own = self._together(squares)
         mean = torch.stack([s.nanmean() for s in squares.values()]).nanmean()
         weights = {
             name: tempered(_known(squares[name] / mean.clamp(min=1e-30)), linear)
             for name, linear in linears(block).items()
             if name in squares
         }
-        alike = torch.ones(self.found.windows.numel(), self.found.groups)
-        weights = {name: weights.get(name, alike) for name in linears(block)}
-        return BlockGuide(weights, output, self.fitted)
+        alike = torch.ones(own.stop, self.found.groups)
+        weights = {name: weights.get(name, alike)[own] for name in linears(block)}
+        return BlockGuide(weights, output, self.fitted, self.team)
+
+    def _together(self, squares: dict[str, Tensor]) -> tuple[dict[str, Tensor], slice]:
+        """What all processes found, tokens one behind the other; and which of them are ours."""
+        parts = self.team.gather((self.found.windows.numel(), squares))
+        sizes = [size for size, _ in parts]
+        start = sum(sizes[: self.team.rank])
+        nothing = [torch.full((size, self.found.groups), torch.nan) for size in sizes]
+        names = dict.fromkeys(name for _, found in parts for name in found)
+        whole = {
+            name: torch.cat([p.get(name, n) for (_, p), n in zip(parts, nothing, strict=True)])
+            for name in names
+        }
+        return whole, slice(start, start + sizes[self.team.rank])
 
 
 @dataclass(slots=True)
@@ -85,6 +107,7 @@ class BlockGuide:
     weights: dict[str, Tensor]
     output: Tensor
     fitted: int
+    team: Team
 
     def cost(
         self, walk: Walk, i: int, block: nn.Module, states: HiddenStates
@@ -95,13 +118,13 @@ class BlockGuide:
         wanted = [walk.run(i, block, states[rows]) for rows in self._held(walk, states)]
 
         def now() -> Tensor:
-            costs, at = list[Tensor](), 0
+            costs, at = [torch.empty(0, dtype=torch.float64)], 0
             for rows, expected in zip(self._held(walk, states), wanted, strict=True):
                 moved = walk.run(i, block, states[rows]) - expected
                 g = gradient[at : at + len(moved)].to(moved)
-                costs.append((moved * g).sum(-1).double().square().flatten())
+                costs.append((moved * g).sum(-1).double().square().flatten().cpu())
                 at += len(moved)
-            stretches = torch.split(torch.cat(costs), STRETCH)
+            stretches = torch.split(torch.cat(self.team.gather(torch.cat(costs))), STRETCH)
             return torch.stack([part.sum() for part in stretches])
 
         return now

@@ -5,13 +5,14 @@ H = XᵀX / n stands for every token in the searches that follow: their cost doe
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.walk.walk import HiddenStates, Walk, linears, tokens_read
+from optim.runtime.system.team import ALONE, Team
+from optim.runtime.walk.walk import HiddenStates, Walk, linear_at, linears, tokens_read
 
 GRAM_BYTES = 2**30  # of experts' inner inputs that are observed at a time
 GRAM_STRIP = 288  # columns a strip of a symmetric Gram matrix has
@@ -29,6 +30,13 @@ class Inputs:
     magnitude: Tensor
     tokens: int
     shares: Tensor
+
+    @classmethod
+    def nothing(cls, width: int, groups: int, device: torch.device) -> "Inputs":
+        """No token seen yet."""
+        zeros = torch.zeros(width, device=device)
+        grams = [zeros.new_zeros(width, width) for _ in range(groups)]
+        return cls(grams, zeros, 0, zeros.new_zeros(2, groups))
 
     def scarcity(self) -> list[float]:
         """Inputs over effective tokens (Kish: (Σ w)² / Σ w²), of each gram."""
@@ -49,12 +57,14 @@ def observe(
     last: str | None,
     weights: Mapping[str, Tensor] | None = None,
     windows: int | None = None,
+    team: Team = ALONE,
 ) -> dict[str, Inputs]:
     """Run the calibration states through the block; the inputs of the linears in `names`.
 
     `last` is the linear that runs last, if that is known: the block is left when it is reached.
     `weights` `[tokens, groups]` of each linear weigh the tokens of its grams; without them all
-    count alike. Only the first `windows` are run, or all.
+    count alike. Only the first `windows` are run, or all. What the processes of a `team` see is
+    summed up.
     """
     found: dict[str, Inputs] = {}
     tokens = slice(0, 0)
@@ -84,6 +94,8 @@ def observe(
     finally:
         for handle in handles:
             handle.remove()
+    if team.size > 1:
+        found = _summed(found, block, names, weights, team)
     for name, seen in found.items():
         for gram in seen.grams:
             mirror(gram)
@@ -106,15 +118,34 @@ def _add(found: dict[str, Inputs], name: str, x: Tensor, shares: Tensor | None) 
     else:
         weighted = [x * column[:, None].sqrt() for column in shares.T]
     if name not in found:
-        zeros = torch.zeros(x.shape[1], device=x.device)
-        grams = [zeros.new_zeros(len(zeros), len(zeros)) for _ in weighted]
-        found[name] = Inputs(grams, zeros, 0, zeros.new_zeros(2, len(grams)))
+        found[name] = Inputs.nothing(x.shape[1], len(weighted), x.device)
     seen = found[name]
     for gram, rows in zip(seen.grams, weighted, strict=True):
         add_gram(gram, rows)
     seen.magnitude += x.abs().sum(0)
     seen.tokens += len(x)
     seen.shares += torch.stack((shares.sum(0), shares.square().sum(0)))
+
+
+def _summed(
+    found: dict[str, Inputs],
+    block: nn.Module,
+    names: set[str],
+    weights: Mapping[str, Tensor] | None,
+    team: Team,
+) -> dict[str, Inputs]:
+    """What all processes have seen; an expert may have been read on some of them only."""
+    tokens = team.gather({name: seen.tokens for name, seen in found.items()})
+    out = {}
+    for name in sorted(names):
+        if total := sum(part.get(name, 0) for part in tokens):
+            linear, groups = linear_at(block, name), weights[name].shape[1] if weights else 1
+            seen = found.get(name) or Inputs.nothing(
+                linear.in_features, groups, linear.weight.device
+            )
+            team.add([*seen.grams, seen.magnitude, seen.shares])
+            out[name] = replace(seen, tokens=total)
+    return out
 
 
 def add_gram(gram: Tensor, x: Tensor) -> None:

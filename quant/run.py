@@ -16,8 +16,8 @@ from optim.quant.finish import finish
 from optim.quant.plan import Plan, plan
 from optim.quant.solver import Progress, Task
 from optim.quant.stored import packed_head
-from optim.recipes.errors import OptimError
-from optim.recipes.schema import Recipe
+from optim.recipes.errors import USAGE, OptimError
+from optim.recipes.schema import Guided, Recipe
 from optim.runtime.engine.load import Model, load_model
 from optim.runtime.engine.sampling import Sampling
 from optim.runtime.engine.scheduler import write
@@ -29,6 +29,7 @@ from optim.runtime.storage.gate import read_finite
 from optim.runtime.storage.manifest import Cost
 from optim.runtime.storage.workspace import Prove, Workspace, identity
 from optim.runtime.system.hashes import file_sha256, tensor_sha256, tokens_sha256
+from optim.runtime.system.team import Team, join, need_share, processes
 from optim.runtime.text.self_generated import Generate
 from optim.runtime.text.windows import windows_for
 from optim.runtime.walk.walk import HiddenStates, Walk
@@ -65,10 +66,13 @@ def quantize(
     `windows` int64 `[n, length]` are calibration tokens to use in place of the recipe's. `prove`
     measures the result before it gets its name.
 
+    Under torchrun this is the first process, and the others `assist`.
+
     Raises OptimError: 2 for input that turns out to be bad (the workspace is removed), 4 where the
     machine gave out (the workspace stays, and the same command goes on).
     """
     start = time.monotonic()
+    _refuse_team(made)
     if windows is None:
         windows = _calibrate(made)
     else:
@@ -76,11 +80,17 @@ def quantize(
     recipe = made.recipe.model_dump(mode="json", exclude={"model", "output"})
     tokens = None if windows is None else tokens_sha256(windows)
     what = identity(made.checkpoint, recipe, tokens)
+    what |= {"processes": processes()} if processes() > 1 else {}
     workspace = Workspace(made.output, what, made.force, made.checkpoint)
     with workspace:
-        with torch.inference_mode():
-            job = _Job(made, workspace, windows, progress)
-            job.run()
+        with join(made.walk.device) as team:
+            shared = (windows, workspace.folder, workspace.done)
+            if windows is not None:
+                need_share(team, len(windows))
+            team.share(shared)
+            with torch.inference_mode():
+                job = _Job(made, team, *shared, workspace, progress)
+                job.run()
         facts = finish(made, workspace, windows, job.solver)
         cost = Cost.since(start)
         workspace.publish(prove, cost)
@@ -94,6 +104,22 @@ def quantize(
         blocks=facts["blocks"],
         notes=[*made.notes, *facts["notes"]],
     )
+
+
+def assist(made: Plan) -> None:
+    """The other processes' part of `quantize`: their share of each block. The first one writes."""
+    _refuse_team(made)
+    with join(made.walk.device) as team:
+        windows, folder, done = team.share(None)
+        with torch.inference_mode():
+            _Job(made, team, windows, folder, done).run()
+
+
+def _refuse_team(made: Plan) -> None:
+    if processes() > 1 and not isinstance(made.recipe.quantize, Guided):
+        method = made.recipe.quantize.method if made.recipe.quantize else ""
+        what = f"method {method} is the work of one process, and torchrun has started {processes()}"
+        raise OptimError(what, "run it without torchrun; awq and gptq can share theirs", USAGE)
 
 
 def _given(recipe: Recipe, windows: Tensor) -> Recipe:
@@ -131,12 +157,24 @@ def _generator(checkpoint: Checkpoint, device: str) -> Generate:
 
 
 class _Job:
-    """The walk over the blocks and what stands outside them."""
+    """The walk over the blocks and what stands outside them.
+
+    Each process of a team takes its part of the windows; only the first has the `workspace`, whose
+    folder is `folder` and whose journal is `done`.
+    """
 
     def __init__(
-        self, made: Plan, workspace: Workspace, windows: Tensor | None, progress: Progress
+        self,
+        made: Plan,
+        team: Team,
+        windows: Tensor | None,
+        folder: Path,
+        done: list[dict[str, Any]],
+        workspace: Workspace | None = None,
+        progress: Progress = lambda at, total, text: None,
     ) -> None:
-        self.made, self.workspace, self.progress = made, workspace, progress
+        self.made, self.team, self.folder, self.done = made, team, folder, len(done)
+        self.workspace, self.progress = workspace, progress
         self.hashes: dict[str, str] = {}
         walk = made.walk
         self.walk = Walk(walk.checkpoint, walk.device, walk.dtype, read=self._read)
@@ -153,19 +191,21 @@ class _Job:
                 schemes=made.schemes,
                 dtype=self.dtype,
                 windows=windows,
-                folder=workspace.folder,
+                folder=folder,
                 progress=progress,
-                done=workspace.done,
+                done=done,
+                team=team,
             )
         )
         self.windows = self.solver.windows
+        if self.windows is not None:
+            self.windows = self.windows[team.part(len(self.windows))]
         self.outer = _outer_shards(made.checkpoint, self.walk.prefix, made.schemes)
         self.count = len(self.walk) + len(self.outer)
 
     def run(self) -> None:
         """Do every step that is not journalled yet."""
-        done = len(self.workspace.done)
-        blocks = len(self.walk)
+        done, blocks = self.done, len(self.walk)
         if not done:
             checkpoint = self.made.checkpoint
             for name in (name for names in self.outer for name in names):
@@ -175,7 +215,7 @@ class _Job:
         self.hashes.clear()
         for i in range(done, blocks):
             states = self._block(i, states)
-        for k in range(max(0, done - blocks), len(self.outer)):
+        for k in range(max(0, done - blocks), len(self.outer) if self.workspace else 0):
             self._outer(k)
 
     def _read(self, name: str) -> Tensor:
@@ -205,7 +245,7 @@ class _Job:
         return states
 
     def _states_path(self, i: int) -> Path:
-        return self.workspace.folder / f"states-{i}"
+        return self.folder / f"states-{i}{self.team.ending}"
 
     def _block(self, i: int, states: HiddenStates | None) -> HiddenStates | None:
         solved, after = self.solver.solve(i, states), None
@@ -213,13 +253,16 @@ class _Job:
             after = HiddenStates(self._states_path(i + 1), states.shape, states.dtype)
             for rows in self.walk.slices(states):
                 after[rows] = self.walk.run(i, solved.block, states[rows])
-        prefix = f"{self.walk.prefix}.{i}."
-        record = self._write(i, self.solver.tensors(solved.block, prefix))
-        record |= {"error": solved.error, "rounding_error": solved.rounding_error}
-        record |= {"held_back": solved.held_back} if solved.held_back else {}
-        if after is not None:
-            record["states"] = {after.path.name: file_sha256(after.path)}
-        self.workspace.commit(record | {"notes": [f"block {i}: {n}" for n in solved.notes]})
+        kept = {} if after is None else {after.path.name: file_sha256(after.path)}
+        everyones = self.team.gather(kept)
+        if self.workspace is not None:
+            record = self._write(i, self.solver.tensors(solved.block, f"{self.walk.prefix}.{i}."))
+            record |= {"error": solved.error, "rounding_error": solved.rounding_error}
+            record |= {"held_back": solved.held_back} if solved.held_back else {}
+            if after is not None:
+                record["states"] = {n: sha256 for part in everyones for n, sha256 in part.items()}
+            self.workspace.commit(record | {"notes": [f"block {i}: {n}" for n in solved.notes]})
+        self.team.share(None)  # journalled: what was read is not needed again
         self._states_path(i).unlink(missing_ok=True)
         text = f"block {i}"
         if solved.error is not None:
@@ -242,9 +285,11 @@ class _Job:
             else:
                 tensors[checkpoint.disk_name(name)] = self._read(name)
         record = self._write(len(self.walk) + k, tensors)
+        assert self.workspace is not None
         self.workspace.commit(record | {"notes": []})
 
     def _write(self, step: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        assert self.workspace is not None
         name = f"model-{step + 1:05d}-of-{self.count:05d}.safetensors"
         record = self.workspace.write_shard(name, tensors)
         record["originals"], self.hashes = self.hashes, {}

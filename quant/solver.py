@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from optim.recipes.schema import Recipe, Rounding
 from optim.runtime.formats.pack_quantized import Scheme
 from optim.runtime.storage.checkpoint import Checkpoint
+from optim.runtime.system.team import ALONE, Team
 from optim.runtime.walk.walk import HiddenStates, Walk
 
 Progress = Callable[[int, int, str], None]
@@ -40,6 +41,8 @@ class Task:
     """(steps done, steps, words) of what a solver does before the first block."""
     done: Sequence[Mapping[str, Any]] = ()
     """What an unfinished run has journalled of the blocks before."""
+    team: Team = ALONE
+    """The processes that share the work: each reads its part of the windows."""
 
 
 @dataclass(slots=True)

@@ -22,7 +22,6 @@ from optim.prune.prosparse.checkpoint import write
 from optim.prune.prosparse.refit import Progress, refit
 from optim.prune.prosparse.relu import activation_keys, feed_forwards, recompute
 from optim.prune.prosparse.student import load_student, load_teacher
-from optim.prune.prosparse.team import Team, join
 from optim.prune.prosparse.train import Job, Point, Report, train
 from optim.prune.pruner import Plan
 from optim.recipes.errors import MACHINE, USAGE, OptimError
@@ -32,6 +31,7 @@ from optim.runtime.storage.checkpoint import require_plain
 from optim.runtime.storage.workspace import Prove, Workspace, identity
 from optim.runtime.system.hashes import text_sha256, tokens_sha256
 from optim.runtime.system.memory import reuse_memory
+from optim.runtime.system.team import Team, join
 from optim.runtime.text.windows import windows_for
 
 LOGIT_COPIES = 6  # logits, odds and gradients that a pass holds at once

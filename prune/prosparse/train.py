@@ -20,9 +20,9 @@ from optim.prune.prosparse.losses import kl_divergence, next_token_loss, square_
 from optim.prune.prosparse.relu import watched
 from optim.prune.prosparse.schedule import Schedule, learning_rate
 from optim.prune.prosparse.student import Student
-from optim.prune.prosparse.team import Team
 from optim.recipes.errors import MACHINE, OptimError
 from optim.recipes.schema import ProSparse
+from optim.runtime.system.team import Team
 
 BETAS, CLIP = (0.9, 0.95), 1.0  # AdamW's, and the largest norm of a gradient
 

@@ -10,10 +10,10 @@ from optim.prune.prosparse.losses import square_head
 from optim.prune.prosparse.refit import refit
 from optim.prune.prosparse.relu import watched
 from optim.prune.prosparse.student import load_student, load_teacher
-from optim.prune.prosparse.team import Team
 from optim.prune.prosparse.train import Job
 from optim.recipes.schema import ProSparse
 from optim.runtime.storage.open import open_checkpoint
+from optim.runtime.system.team import Team
 
 CPU = torch.device("cpu")
 

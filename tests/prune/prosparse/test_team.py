@@ -12,10 +12,10 @@ import torch
 from optim.prune.plan import plan
 from optim.prune.prosparse import held_back
 from optim.prune.prosparse import run as prosparse
-from optim.prune.prosparse.team import Team
 from optim.recipes.build import build_recipe
 from optim.recipes.errors import OptimError
 from optim.runtime.storage.open import open_checkpoint
+from optim.runtime.system.team import Team
 
 PROGRAM = """
 import json, sys
