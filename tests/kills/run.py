@@ -33,6 +33,8 @@ EXPORT = ("export", "quantized", "--threads", "1")
 COMMANDS: dict[str, tuple[str, ...]] = {
     "quantize": (*QUANTIZE, "-m", "awq", "--group-size", "32", "--no-eval"),
     "measured": (*QUANTIZE, "-m", "rtn", "--group-size", "32"),
+    "guide": (*QUANTIZE, "-m", "awq", "--guide", "loss", "--sweeps", "1", "--no-eval"),
+    "tune": ("tune", "quantized", "--against", "model", *TEXT, "--no-eval"),
     "mergequant": (*QUANTIZE, "-m", "mergequant", "--no-eval"),
     "prune": ("prune", "model", *TEXT, "-m", "threshold"),
     "pack df11": ("pack", "model", "--layout", "df11", *PLAIN),
@@ -49,6 +51,7 @@ WORDS = "The harbour lay still in the early light. Boats came home with their ne
 HEAVY = (
     "transformers.models.llama.modeling_llama",
     "optim.quant.run",
+    "optim.quant.tune.run",
     "optim.prune.run",
     "optim.export.lossless.pack",
     "optim.export.lossless.unpack",
@@ -156,6 +159,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100, help="in all, the commands alike")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     asked = parser.parse_args()
     torch.set_num_threads(1)
     import bases
@@ -171,7 +175,8 @@ def main() -> int:
         for given, command in MADE.items():
             must_end(start(command, place(root, f"{given}-made")))
             (root / given).symlink_to(root / f"{given}-made" / "out")
-        for title, command in COMMANDS.items():
+        for title in asked.only:
+            command = COMMANDS[title]
             draw = Random(f"{title} {asked.seed}")
             undisturbed = place(root, "whole")
             must_end(start(command, undisturbed))  # compiles kernels
@@ -181,7 +186,7 @@ def main() -> int:
             lasts, whole = time.monotonic() - begin, hashes(undisturbed)
             shutil.rmtree(undisturbed)
             kills = 0
-            while kills < asked.kills / len(COMMANDS):
+            while kills < asked.kills / len(asked.only):
                 more, wrong = one(command, whole, lasts, root, draw)
                 kills += more
                 bad[title] += bool(wrong)
