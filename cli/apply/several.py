@@ -1,5 +1,6 @@
 """A recipe of several sections: its plan shown, or the work done."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from optim.cli.apply import steps
 from optim.cli.apply.plan import plan
 from optim.cli.compress import carry_out, only_planned
 from optim.cli.options import How
+from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.meetings import sections
 from optim.recipes.schema import Recipe
 
@@ -20,6 +22,9 @@ def several(recipe: Recipe, file_or_name: str | None, how: How, keep: bool = Fal
     what later steps would refuse before the first one.
     """
     named = sections(recipe)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        what = "a recipe of several sections is the work of one process"
+        raise OptimError(what, "under torchrun quantize alone; the other sections afterwards", USAGE)
     name = Path(file_or_name).stem if file_or_name else "-".join(named)
     job = plan(recipe, name, how, keep)
     if not only_planned(job.as_dict(), how, _show_plan):
