@@ -36,7 +36,7 @@ def page() -> str:
 
 
 def _section(command: str) -> str:
-    rows = "".join(_row(key) for key in keys(command) if key.path.startswith(command + "."))
+    rows = "".join(_row(k) for k in keys(command) if not k.path.startswith("calibration."))
     if command == "quantize":  # the text is the same for prune, but for prosparse's defaults
         calibration = [key for key in keys("prune") if key.path.startswith("calibration.")]
         rows += "".join(_row(key) for key in calibration)

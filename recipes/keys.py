@@ -8,11 +8,24 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from optim.recipes.schema import SECTIONS, TRAINING, Calibration, Export, Pack, Section, Spelled
+from optim.recipes.schema import (
+    SECTIONS,
+    TRAINING,
+    Calibration,
+    Export,
+    Pack,
+    Section,
+    Spelled,
+    Tune,
+)
 
 # The sections a command reads, each with its models: a model a method where it has methods.
 READS: dict[str, dict[str, Mapping[str, type[Section]]]] = {
-    "quantize": {"quantize": SECTIONS["quantize"], "calibration": {"": Calibration}},
+    "quantize": {
+        "quantize": SECTIONS["quantize"],
+        "tune": {"": Tune},
+        "calibration": {"": Calibration},
+    },
     "prune": {"prune": SECTIONS["prune"], "calibration": {"": Calibration}},
     "pack": {"pack": {"": Pack}},
     "export": {"export": {"": Export}},

@@ -1,14 +1,15 @@
 """Which sections of a recipe may meet, in which order they are done, and why others may not.
 
-quantize, prune, pack, export. Pruning comes after quantization because what may be skipped is
-measured on the weights that will run; packing after both, since it changes no value and so takes
-what is left in bf16; export last, and beside the artifact: another program's copy of it.
+quantize, tune, prune, pack, export. Tuning trains the scales that quantization has written. Pruning
+comes after both because what may be skipped is measured on the weights that will run; packing after
+them, since it changes no value and so takes what is left in bf16; export last, and beside the
+artifact: another program's copy of it.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-ORDER = ("quantize", "prune", "pack", "export")
+ORDER = ("quantize", "tune", "prune", "pack", "export")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ APART = (
         "what is skipped is not carried over: export the model itself",
         unless="quantize",
     ),
+    Apart(STATIC, Part("tune"), "its scales are steps of integers that are computed with"),
     Apart(STATIC, Part("export"), "no other format has a place for the steps of its activations"),
     Apart(
         Part("quantize"),
@@ -74,6 +76,8 @@ def sections(recipe: Any) -> tuple[str, ...]:
 
 def refusal(recipe: Any) -> str | None:
     """Why the sections of a recipe cannot meet; None if they can."""
+    if recipe.tune is not None and recipe.quantize is None:
+        return "tune goes on from quantize; `optim tune ARTIFACT --against MODEL` from a folder"
     for row in APART:
         met = row.first.found(recipe) and row.second.found(recipe)
         if met and not (row.unless and getattr(recipe, row.unless) is not None):

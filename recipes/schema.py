@@ -18,6 +18,7 @@ from optim.recipes.section import SET_ONLY as SET_ONLY
 from optim.recipes.section import Patterns
 from optim.recipes.section import Section as Section
 from optim.recipes.section import Spelled as Spelled
+from optim.recipes.tuning import Tune as Tune
 from optim.recipes.writing import Export as Export
 from optim.recipes.writing import Pack as Pack
 
@@ -355,6 +356,7 @@ class Recipe(Section):
     output: str | None = Field(default=None, min_length=1)
     calibration: Calibration = Calibration()
     quantize: Quantize | None = None
+    tune: Tune | None = None
     prune: Prune | None = None
     pack: Pack | None = None
     export: Export | None = None
@@ -370,7 +372,7 @@ class Recipe(Section):
             return data
         return data | {"calibration": TRAINING | given}
 
-    @field_validator("quantize", "prune", "pack", "export", mode="before")
+    @field_validator("quantize", "tune", "prune", "pack", "export", mode="before")
     @classmethod
     def _has_keys(cls, section: Any) -> Any:
         if section is None:

@@ -125,6 +125,8 @@ def _plans(
         made.check_text()
         recipe = recipe.model_copy(update={"quantize": made.recipe.quantize})
         plans["quantize"], schemes = made.as_dict(), made.schemes
+    if recipe.tune is not None:
+        plans["tune"] = _tuning(recipe, schemes)
     if recipe.prune is not None:
         plans["prune"] = pruning(only(recipe, "prune"), **given).as_dict()
     if recipe.pack is not None:
@@ -132,6 +134,15 @@ def _plans(
     if recipe.export is not None:
         plans["export"] = planned.plan(original, schemes, recipe.export)
     return recipe, plans, schemes
+
+
+def _tuning(recipe: Recipe, schemes: "Mapping[str, Scheme]") -> dict[str, Any]:
+    """What tuning will do; OptimError (2) for linears without scales of their own."""
+    assert recipe.tune is not None
+    if any(scheme.blocks for scheme in schemes.values()):
+        what = "the scales in GGUF's blocks are integers themselves: they cannot be tuned"
+        raise OptimError(what, "leave out grid, or tune", USAGE)
+    return recipe.tune.model_dump() | {"calibration": recipe.calibration.summary}
 
 
 def _exported(output: Path, recipe: Recipe, how: How) -> Path | None:

@@ -75,6 +75,8 @@ def _done(step: str, job: "Job") -> str:
     if step == "pack":
         assert recipe.pack is not None
         return f"what stayed bf16 packed without loss ({recipe.pack.layout})"
+    if step == "tune":
+        return "its scales and norms tuned"
     section = getattr(recipe, step)
     return f"{step}d ({section.method})"
 

@@ -24,7 +24,7 @@ def several(recipe: Recipe, file_or_name: str | None, how: How, keep: bool = Fal
     named = sections(recipe)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         what = "a recipe of several sections is the work of one process"
-        raise OptimError(what, "under torchrun quantize alone; the other sections afterwards", USAGE)
+        raise OptimError(what, "under torchrun quantize alone, and do the rest afterwards", USAGE)
     name = Path(file_or_name).stem if file_or_name else "-".join(named)
     job = plan(recipe, name, how, keep)
     if not only_planned(job.as_dict(), how, _show_plan):
@@ -39,6 +39,9 @@ def _show_plan(plan: dict[str, Any]) -> None:
     if "quantize" in made:
         ui.size_table(made["quantize"]["groups"])
         ui.say(f"peak memory about {ui.size(made['quantize']['peak_bytes'])}")
+    if "tune" in made:
+        tune = made["tune"]
+        ui.say(f"tune: scales and norms, {tune['epochs']} passes over {tune['calibration']}")
     if "prune" in made:
         ui.say(f"prune: measured on what is quantized, {made['prune']['calibration']}")
     if "pack" in made:

@@ -121,7 +121,7 @@ def _text(job: Job) -> str | None:
     from optim.runtime.text.windows import windows_for
 
     calibration = job.recipe.calibration
-    if calibration.dataset == "self" or not {"quantize", "prune"} & {*job.steps}:
+    if calibration.dataset == "self" or not {"quantize", "tune", "prune"} & {*job.steps}:
         return None
     return tokens_sha256(windows_for(calibration, job.original.tokenizer()))
 
@@ -152,6 +152,24 @@ def _quantize(recipe: Recipe, job: Job, progress: Progress) -> dict[str, Any]:
     return quantize(plan(recipe, **_place(job)), progress).as_dict()
 
 
+def _tune(recipe: Recipe, job: Job, progress: Progress) -> dict[str, Any]:
+    from optim.quant.tune.run import tune
+    from optim.quant.tune.train import Asked
+
+    assert recipe.tune is not None and recipe.model and recipe.output and job.recipe.model
+    asked = Asked(recipe.tune.epochs, recipe.tune.lr, seed=recipe.calibration.seed)
+    return tune(
+        recipe.model,
+        job.recipe.model,
+        recipe.output,
+        recipe.calibration,
+        asked,
+        progress,
+        device=job.how.device,
+        threads=job.how.threads,
+    ).as_dict()
+
+
 def _prune(recipe: Recipe, job: Job, progress: Progress) -> dict[str, Any]:
     from optim.prune.run import plan, prune
 
@@ -179,6 +197,7 @@ def _export(recipe: Recipe, job: Job, progress: Progress, prove: "Prove | None")
 
 STEPS: Mapping[str, Callable[[Recipe, Job, Progress], dict[str, Any]]] = {
     "quantize": _quantize,
+    "tune": _tune,
     "prune": _prune,
     "pack": _pack,
 }

@@ -121,6 +121,32 @@ def test_a_dry_run_plans_every_section_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_quantize_and_tune_in_one_command(
+    make_model: Make, some_text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As with two commands, to the byte; the manifest has what each of them says."""
+    model, text = make_model("llama"), ("--calibration", some_text, "--seq-len", 32)
+    given = (*text, "--num-samples", 4, "--no-eval", "--threads", 1, "--quiet", "--json")
+    quantize = ("quantize", model, "-m", "rtn", "-g", 32, *given)
+    assert run(*quantize, "--tune", "end", "-o", tmp_path / "both") == 0
+    report = json.loads(capfd.readouterr().out)
+    assert report["steps"]["tune"]["kl"][0] > min(report["steps"]["tune"]["kl"])
+    assert run(*quantize, "-o", tmp_path / "first") == 0
+    assert run("tune", tmp_path / "first", "--against", model, *given, "-o", tmp_path / "then") == 0
+    name = "model.safetensors"
+    assert (tmp_path / "both" / name).read_bytes() == (tmp_path / "then" / name).read_bytes()
+    manifest = json.loads((tmp_path / "both" / "optim.json").read_text())
+    assert manifest["held_back"]["kl"] == report["steps"]["tune"]["kl"]
+    assert manifest["recipe"]["tune"] == {"loss": "end", "epochs": 3, "lr": 1e-3}
+    assert (
+        "quantized (rtn), then its scales and norms tuned"
+        in (tmp_path / "both" / "README.md").read_text()
+    )
+    capfd.readouterr()
+    assert run("quantize", model, "--grid", "q4_0", "--tune", "end", "--dry-run") == 2
+    assert "they cannot be tuned" in " ".join(capfd.readouterr().err.split())
+
+
 def test_a_run_that_was_stopped_goes_on(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,16 +12,17 @@ from optim.recipes.schema import PRUNINGS
 
 ANY = {
     "quantize": {"quantize.method": "awq"},
+    "tune": {"tune.loss": "end"},
     "prune": {"prune.method": "threshold"},
     "pack": {"pack.layout": "bf12"},
     "export": {"export.format": "mlx"},
 }
 
 
-@pytest.mark.parametrize("count", range(1, 5))
+@pytest.mark.parametrize("count", range(1, 6))
 def test_all_combinations_with_quantize_may_meet(count: int) -> None:
     for names in combinations(ORDER, count):
-        if "quantize" in names or count == 1:
+        if "quantize" in names or (count == 1 and names != ("tune",)):
             keys = {key: value for name in names for key, value in ANY[name].items()}
             assert sections(build_recipe(None, keys)) == names
 
@@ -33,6 +34,8 @@ def test_all_combinations_with_quantize_may_meet(count: int) -> None:
         ({"prune.method": "threshold", "pack.layout": "bf12"}, "rows cannot be skipped"),
         ({"prune.method": "threshold", "export.format": "gguf"}, "is not carried over"),
         ({"quantize.method": "mergequant", "export.format": "gguf"}, "the steps of its activ"),
+        ({"quantize.method": "mergequant", "tune.loss": "end"}, "its scales are steps of integers"),
+        ({"tune.loss": "end", "pack.layout": "bf12"}, "tune goes on from quantize"),
         ({"quantize.method": "rtn", "pack.cast": True}, "would round the scales"),
         *(
             ({"prune.method": "prosparse", **ANY[other]}, "go on from the folder")
