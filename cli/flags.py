@@ -217,4 +217,11 @@ KeyFile = Annotated[
     str | None,
     Option("--api-key-file", metavar="FILE", help="The key clients need; or OPTIM_API_KEY."),
 ]
+Cors = Annotated[
+    list[str] | None,
+    Option("--cors", metavar="ORIGIN", help="A site whose pages may ask, like https://a.example."),
+]
+SendTimeout = Annotated[
+    float, Option("--send-timeout", min=0.1, help="Seconds a client may leave its answer unread.")
+]
 NoKey = Annotated[bool, Option("--no-key", help="Listen beyond this machine without a key.")]

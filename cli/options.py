@@ -117,8 +117,10 @@ class Serving:
     queue_timeout: flags.QueueTimeout = 60.0
     grace: flags.Grace = 30.0
     kv_memory: flags.KvMemory = None
+    send_timeout: flags.SendTimeout = 30.0
     api_key_file: flags.KeyFile = None
     no_key: flags.NoKey = False
+    cors: flags.Cors = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,13 +20,14 @@ from optim.cli.serve.answers import Form
 from optim.cli.serve.asks import Asker
 from optim.cli.serve.engine import Engine, Reader
 from optim.cli.serve.errors import Refused
+from optim.cli.serve.metrics import Metrics
 from optim.cli.serve.protocol import Body, Chat, Completion, Responses
 from optim.cli.serve.responses import response_events, whole
-from optim.cli.serve.stream import ENDED, chat_events
+from optim.cli.serve.stream import chat_events
 
 LARGEST = 4 << 20  # bytes of a body
 BODY_SECONDS = 30.0
-SEND_SECONDS = 30.0
+LOADING = "the model is being loaded"
 PAGE = Path(__file__).with_name("page.html")
 POLICY = (
     "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline';"
@@ -36,11 +37,16 @@ POLICY = (
 
 @dataclass(slots=True)
 class Service:
-    """What the routes share."""
+    """What the routes share; `engine` and `asker` are set when the model is loaded."""
 
-    engine: Engine
-    asker: Asker
+    metrics: Metrics
     log: Callable[[str], None]
+    send_seconds: float
+    """So long a client may leave what it was sent unread."""
+    hang_up: Callable[[Scope], None]
+    """Breaks off the connection of a request."""
+    engine: Engine | None = None
+    asker: Asker | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     async def chat(self, request: Request) -> Response:
@@ -53,55 +59,63 @@ class Service:
         return await self._answer(request, Responses)
 
     async def models(self, request: Request) -> Response:
-        known = {"id": self.asker.name, "object": "model", "created": self.created}
-        drawn = {"temperature": self.asker.defaults.temperature}
-        facts = {"max_model_len": self.asker.slots.context, "default_sampling": drawn}
+        _, asker = self._ready()
+        known = {"id": asker.name, "object": "model", "created": self.created}
+        drawn = {"temperature": asker.defaults.temperature}
+        facts = {"max_model_len": asker.slots.context, "default_sampling": drawn}
         entry = {**known, "owned_by": "optim", **facts}
         return JSONResponse({"object": "list", "data": [entry]})
 
     async def health(self, request: Request) -> Response:
-        if self.engine.stopping:
-            raise Refused(503, "the server is stopping", "stopping")
-        if not self.engine.healthy:
-            silent = time.monotonic() - self.engine.beat
-            raise Refused(503, f"the last step was {silent:.0f} s ago", "engine_silent")
-        return JSONResponse({"status": "ok"})
+        status, why = self._health()
+        if not why:
+            return JSONResponse({"status": status})
+        return JSONResponse({"status": status, **Refused(503, why, status).body}, 503)
 
-    async def metrics(self, request: Request) -> Response:
-        slots = self.engine.scheduler.slots
-        gauges: dict[str, float] = {
-            "live_texts": self.engine.live,
-            "waiting_texts": len(self.engine.scheduler.waiting),
-            "busy_slots": slots.busy,
-            "kv_bytes": slots.nbytes,
-        }
-        text = self.engine.metrics.text(gauges)
+    def _health(self) -> tuple[str, str]:
+        """In a word, and, unless all is well, in a sentence."""
+        if self.engine is None:
+            return "loading", LOADING
+        if self.engine.stopping:
+            return "draining", "the server is stopping"
+        if not self.engine.healthy:
+            return "silent", f"the last step was {time.monotonic() - self.engine.beat:.0f} s ago"
+        return "ok", ""
+
+    async def tell_metrics(self, request: Request) -> Response:
+        text = self.metrics.text({} if self.engine is None else self.engine.gauges)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def page(self, request: Request) -> Response:
         headers = {"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer"}
         return Response(PAGE.read_bytes(), media_type="text/html; charset=utf-8", headers=headers)
 
+    def _ready(self) -> tuple[Engine, Asker]:
+        if self.engine is None or self.asker is None:
+            raise Refused(503, LOADING, "loading", wait=2)
+        return self.engine, self.asker
+
     async def _answer(self, request: Request, kind: type[Body]) -> Response:
+        engine, asker = self._ready()
         data = await _body(request)
-        ask = await asyncio.to_thread(self.asker.ask, kind, data)
-        reader = self.engine.submit(ask.sequences)
-        form = Form(ask, self.asker.name, self.asker.model.tokenizer)
+        ask = await asyncio.to_thread(asker.ask, kind, data)
+        reader = engine.submit(ask.sequences)
+        form = Form(ask, asker.name, asker.model.tokenizer)
         name = str(request.scope["request_id"])
         if ask.body.stream:
             make = response_events if kind is Responses else chat_events
             return Stream(self, reader, make(form, reader), name)
         collect = asyncio.create_task(_collect(form, reader))
         if not await _unless_gone(collect, request.receive, reader):
-            self._told(reader, name, "gone")
+            self.told(reader, name, "gone")
             return Response(status_code=499)
-        self._told(reader, name, form.choices[0].reason)
+        self.told(reader, name, form.choices[0].reason)
         collect.result()
         if kind is Responses:
             return JSONResponse(whole(form))
         return JSONResponse(form.whole())
 
-    def _told(self, reader: Reader, name: str, reason: str) -> None:
+    def told(self, reader: Reader, name: str, reason: str) -> None:
         """The line of a request: no text of anybody's."""
         prompt = sum(len(s.request.ids) for s in reader.sequences)
         new, now = sum(s.count for s in reader.sequences), time.monotonic()
@@ -113,7 +127,10 @@ class Service:
 
 
 class Stream(Response):
-    """Events that are sent as they come; a client that goes, or does not read, ends them."""
+    """Events that are sent as they come; a client that goes, or does not read, ends them.
+
+    The status is sent with the first of them: a text that never begins is refused.
+    """
 
     def __init__(
         self, service: Service, reader: Reader, events: AsyncIterator[str], name: str
@@ -122,40 +139,46 @@ class Stream(Response):
         self._service, self._reader, self._events, self._name = service, reader, events, name
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        heads = [(b"content-type", b"text/event-stream; charset=utf-8")]
-        heads += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
-        await send({"type": "http.response.start", "status": 200, "headers": heads})
-        job = asyncio.create_task(self._send(send))
+        job = asyncio.create_task(self._send(scope, receive, send))
         here = await _unless_gone(job, receive, self._reader)
-        reason = self._reader.sequences[0].reason if here else "gone"
-        self._service._told(self._reader, self._name, reason)
+        reason = job.result() or self._reader.sequences[0].reason if here else "gone"
+        self._service.told(self._reader, self._name, reason)
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, scope: Scope, receive: Receive, send: Send) -> str:
+        """All events; why they ended before the text did, if so."""
+
         async def out(data: bytes, more: bool) -> None:
             message = {"type": "http.response.body", "body": data, "more_body": more}
-            await asyncio.wait_for(send(message), SEND_SECONDS)
+            await asyncio.wait_for(send(message), self._service.send_seconds)
 
         try:
+            text = await anext(self._events)
+            heads = [(b"content-type", b"text/event-stream; charset=utf-8")]
+            heads += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+            await send({"type": "http.response.start", "status": 200, "headers": heads})
+            await out(text.encode("utf-8", "replace"), True)
             async for text in self._events:
                 await out(text.encode("utf-8", "replace"), True)
             await out(b"", False)
+        except Refused as refused:
+            await refused.response()(scope, receive, send)
         except (TimeoutError, OSError):
             self._reader.cancel()
+            self._service.hang_up(scope)
+            return "unread"
+        return ""
 
 
 async def _collect(form: Form, reader: Reader) -> None:
-    """All events of a request. Refused if a text ends otherwise than by its answer."""
+    """All events of a request. Refused as `Reader.get` is."""
     left = len(form.choices)
     while left:
         event = await reader.get()
         form.add(event)
         left -= bool(event.reason)
-        if event.reason in ENDED:
-            reader.cancel()
-            raise ENDED[event.reason]
 
 
-async def _unless_gone(job: asyncio.Task[None], receive: Receive, reader: Reader) -> bool:
+async def _unless_gone(job: asyncio.Task[Any], receive: Receive, reader: Reader) -> bool:
     """Wait for `job`; False, and its texts cancelled, if the client leaves before."""
     gone = asyncio.create_task(_gone(receive))
     try:
@@ -219,7 +242,7 @@ def application(service: Service) -> Starlette:
     routes = [
         Route("/", service.page),
         Route("/health", service.health),
-        Route("/metrics", service.metrics),
+        Route("/metrics", service.tell_metrics),
         Route("/v1/models", service.models),
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
         Route("/v1/completions", service.complete, methods=["POST"]),

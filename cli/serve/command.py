@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from optim.cli import ui
 from optim.cli.options import AS_ADVISED, Running, Serving
@@ -20,13 +22,21 @@ from optim.recipes.errors import MACHINE, USAGE, OptimError
 
 if TYPE_CHECKING:
     import uvicorn
+    from starlette.types import ASGIApp, Scope
 
+    from optim.cli.serve.app import Service
+    from optim.cli.serve.engine import Engine
     from optim.runtime.cache.full import Policy
     from optim.runtime.engine.load import Model
     from optim.runtime.engine.sampling import Sampling
 
+T = TypeVar("T")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 ANYWHERE = ("0.0.0.0", "::")
+ORIGIN = re.compile(r"https?://[\w.-]+(:\d+)?|https?://\[[\da-f:]+\](:\d+)?", re.ASCII)
+SENT = 128 << 10  # bytes that the system holds for a client that does not read
+CLOSING = 10.0  # seconds for the step that is under way
+GOODBYE = 0.3  # seconds for the last words to clients, when nothing is waited for
 
 
 def serve(source: str, options: Serving, running: Running) -> int:
@@ -40,24 +50,9 @@ def serve(source: str, options: Serving, running: Running) -> int:
         raise OptimError(what, "pip install 'optim-llm[serve]'", MACHINE)
     ui.notes.quiet = running.quiet
     key = _key(options)
+    _check_origins(options.cors or ())
     with _listening(options) as listener:
-        sampling, policy, model = load(source, running, AS_ADVISED)
-        context = model.context(running.context)
-        plan = _Plan(options, key, model, sampling, policy, context, running.speculate)
-        return asyncio.run(_serve(plan, listener, running.json))
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """All that the server is made of."""
-
-    options: Serving
-    key: str | None
-    model: Model
-    sampling: Sampling
-    policy: Policy
-    context: int
-    speculate: str
+        return asyncio.run(_Uptime(options, running).run(source, listener, key))
 
 
 def _key(options: Serving) -> str | None:
@@ -78,12 +73,20 @@ def _key(options: Serving) -> str | None:
     return key
 
 
+def _check_origins(origins: Sequence[str]) -> None:
+    for origin in origins:
+        if not ORIGIN.fullmatch(origin):
+            fix = "give one site, like https://chat.example: any page could use the server else"
+            raise OptimError(f"--cors cannot be {origin!r}", fix, USAGE)
+
+
 @contextmanager
 def _listening(options: Serving) -> Iterator[socket.socket]:
     """The address, taken before the model is loaded."""
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SENT)
         try:
             listener.bind((options.host, options.port))
         except OSError as error:
@@ -92,44 +95,133 @@ def _listening(options: Serving) -> Iterator[socket.socket]:
         yield listener
 
 
-async def _serve(plan: _Plan, listener: socket.socket, as_json: bool) -> int:
-    import uvicorn
+class _Uptime:
+    """From the first request to the last signal.
 
-    from optim.cli.serve.app import Service, application
-    from optim.cli.serve.asks import Asker
-    from optim.cli.serve.engine import Engine
-    from optim.cli.serve.guard import Guard
-    from optim.runtime.engine.scheduler import Scheduler
-    from optim.runtime.engine.slots import Slots
+    The address answers while the model is loaded, in a thread. On a signal what is written is
+    finished, up to the grace; a second one does not wait.
+    """
 
-    options, model = plan.options, plan.model
-    slots = Slots(model, options.slots, plan.context, _most_bytes(options), plan.policy)
-    name = options.name or model.checkpoint.name
-    state = _State(options.grace)
-    queue = 4 * options.slots if options.queue is None else options.queue
-    asker = Asker(model, slots, name, plan.sampling, plan.speculate)
-    engine = Engine(Scheduler(slots), queue, options.queue_timeout, state.broke)
-    service = Service(engine, asker, ui.note)
-    hosts = None if options.host in ANYWHERE else (*LOOPBACK, options.host.lower())
-    guard = Guard(application(service), hosts, plan.key, engine.metrics.requests)
-    config = uvicorn.Config(
-        guard, log_config=None, access_log=False, log_level="critical", lifespan="off", ws="none"
-    )
-    config.timeout_graceful_shutdown = 5
-    state.server, state.engine = _server(config), engine
+    def __init__(self, options: Serving, running: Running) -> None:
+        from optim.cli.serve.app import Service
+        from optim.cli.serve.metrics import Metrics
+
+        self._options, self._running, self._code = options, running, 0
+        self._service = Service(Metrics(), ui.note, options.send_timeout, self._hang_up)
+        self._server: uvicorn.Server
+        self._ending: asyncio.Task[None] | None = None
+
+    async def run(self, source: str, listener: socket.socket, key: str | None) -> int:
+        """Serve until a signal, or a failure; the exit code. Raises what `load` does."""
+        self._server = _server(_application(self._service, self._options, key))
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._asked, number)
+        serving = asyncio.create_task(self._server.serve(sockets=[listener]))
+        try:
+            loaded = await _in_thread(partial(load, source, self._running, AS_ADVISED))
+            self._open(*loaded, listener)
+        except BaseException:
+            self._server.should_exit = self._server.force_exit = True
+            raise
+        finally:
+            await serving
+        assert self._service.engine is not None
+        self._service.engine.close(GOODBYE if self._server.force_exit else CLOSING)
+        return self._code
+
+    def _open(
+        self, sampling: Sampling, policy: Policy, model: Model, listener: socket.socket
+    ) -> None:
+        """Take requests."""
+        from optim.cli.serve.asks import Asker
+        from optim.cli.serve.engine import Engine
+        from optim.runtime.engine.scheduler import Scheduler
+        from optim.runtime.engine.slots import Slots
+
+        options, running = self._options, self._running
+        most = None if options.kv_memory is None else options.kv_memory << 20
+        slots = Slots(model, options.slots, model.context(running.context), most, policy)
+        name = options.name or model.checkpoint.name
+        queue = 4 * options.slots if options.queue is None else options.queue
+        loop, metrics = Scheduler(slots), self._service.metrics
+        self._service.asker = Asker(model, slots, name, sampling, running.speculate)
+        self._service.engine = Engine(loop, metrics, queue, options.queue_timeout, self._broke)
+        _announce(listener, options, slots, name, running.json)
+
+    def _asked(self, number: int) -> None:
+        code = INTERRUPTED if number == signal.SIGINT else 0
+        engine = self._service.engine
+        if engine is None:  # a thread that loads cannot be stopped
+            os._exit(code)
+        if self._ending is None:
+            self._code, engine.stopping = code, True
+            grace = self._options.grace
+            ui.note(f"stopping: what is being written is finished, for {grace:g} s at most")
+            self._ending = asyncio.create_task(self._end(engine, grace))
+        else:
+            engine.end_all()
+            self._server.should_exit = self._server.force_exit = True
+            asyncio.get_running_loop().call_later(GOODBYE / 2, self._hang_up)
+
+    def _broke(self, why: str) -> None:
+        ui.note(why, style="red")
+        assert self._service.engine is not None
+        self._code, self._service.engine.stopping = 1, True
+        self._server.should_exit = True
+
+    async def _end(self, engine: Engine, grace: float) -> None:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + grace
+        while engine.live and loop.time() < end:
+            await asyncio.sleep(0.05)
+        engine.end_all()
+        self._server.should_exit = True
+
+    def _hang_up(self, scope: Scope | None = None) -> None:
+        """Break off the connection of `scope`, or all: what was sent and not read is let go."""
+        for connection in list(self._server.server_state.connections):
+            if scope is None or getattr(connection, "client", None) == scope["client"]:
+                connection.transport.abort()
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    """What `work` gives or raises; the thread is not waited for when the program ends."""
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, state.asked, number)
-    running = asyncio.create_task(state.server.serve(sockets=[listener]))
-    while not state.server.started and not running.done():
-        await asyncio.sleep(0.01)
-    _announce(listener, options, slots, name, as_json)
-    await running
-    engine.close()
-    return state.code
+    done: asyncio.Future[T] = loop.create_future()
+
+    def run() -> None:
+        try:
+            loop.call_soon_threadsafe(done.set_result, work())
+        except BaseException as problem:
+            loop.call_soon_threadsafe(done.set_exception, problem)
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return await done
 
 
-def _server(config: uvicorn.Config) -> uvicorn.Server:
+def _application(service: Service, options: Serving, key: str | None) -> ASGIApp:
+    """The routes behind their door; pages of the origins asked for may read the answers."""
+    from starlette.middleware.cors import CORSMiddleware
+
+    from optim.cli.serve.app import application
+    from optim.cli.serve.guard import Guard
+
+    hosts = None if options.host in ANYWHERE else (*LOOPBACK, options.host.lower())
+    guard = Guard(application(service), hosts, key, service.metrics.requests)
+    if not options.cors:
+        return guard
+    told = ("X-Request-Id", "Retry-After")
+    return CORSMiddleware(
+        guard,
+        allow_origins=options.cors,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        expose_headers=told,
+    )
+
+
+def _server(app: ASGIApp) -> uvicorn.Server:
     """A server that leaves signals to us."""
     import uvicorn
 
@@ -138,45 +230,11 @@ def _server(config: uvicorn.Config) -> uvicorn.Server:
         def capture_signals(self) -> Iterator[None]:
             yield
 
+    config = uvicorn.Config(
+        app, http="h11", log_config=None, access_log=False, log_level="critical", lifespan="off"
+    )
+    config.ws, config.timeout_graceful_shutdown = "none", 5
     return Quiet(config)
-
-
-class _State:
-    """Stopping: what is written is finished, up to the grace; a second signal does not wait."""
-
-    def __init__(self, grace: float) -> None:
-        self._grace, self.code = grace, 0
-        self.server: uvicorn.Server | None = None
-        self.engine: Any = None
-        self._ending: asyncio.Task[None] | None = None
-
-    def asked(self, number: int) -> None:
-        if self._ending is not None:
-            self.engine.end_all()
-            return
-        self.code = INTERRUPTED if number == signal.SIGINT else 0
-        self.engine.stopping = True
-        ui.note(f"stopping: what is being written is finished, for {self._grace:g} s at most")
-        self._ending = asyncio.create_task(self._end(self._grace))
-
-    def broke(self, why: str) -> None:
-        ui.note(why, style="red")
-        self.code, self.engine.stopping = 1, True
-        if self.server is not None:
-            self.server.should_exit = True
-
-    async def _end(self, grace: float) -> None:
-        loop = asyncio.get_running_loop()
-        end = loop.time() + grace
-        while self.engine.live and loop.time() < end:
-            await asyncio.sleep(0.05)
-        self.engine.end_all()
-        assert self.server is not None
-        self.server.should_exit = True
-
-
-def _most_bytes(options: Serving) -> int | None:
-    return None if options.kv_memory is None else options.kv_memory << 20
 
 
 def _announce(

@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from optim.runtime.engine.sequence import Event, Sequence
 
 BUFFERED = 256  # events that a slow reader may be behind before its text pauses
+AGAIN_IN = 5  # seconds after which to ask again for a text that could not be
+ENDED = {
+    "late": (503, "the text waited too long to begin", "queue_timeout"),
+    "cancelled": (503, "the server is stopping", "stopping"),
+    "memory": (503, "there was not enough memory for the text", "out_of_memory"),
+    "error": (500, "the text could not be computed", "server_error"),
+}
+"""How a text ends that is no answer: what Refused says of it."""
 SILENT = 30.0  # seconds without a step, while there is work, after which the server is not healthy
 AGAIN = 60.0  # a second failure within so many seconds ends the server
 
@@ -46,8 +54,14 @@ class Reader:
                 sequence.paused = True
 
     async def get(self) -> Event:
-        """The next event; a text that waited for its reader goes on."""
+        """The next event; a text that waited for its reader goes on.
+
+        Refused if the text ended otherwise than by its answer.
+        """
         event = await self.events.get()
+        if event.reason in ENDED:
+            self.cancel()
+            raise Refused(*ENDED[event.reason], wait=AGAIN_IN)
         if self.sequences[0].paused and self.events.qsize() < BUFFERED // 2:
             for sequence in self.sequences:
                 sequence.paused = False
@@ -65,9 +79,14 @@ class Engine:
     """One thread steps the scheduler; all else is called in the event loop's."""
 
     def __init__(
-        self, scheduler: Scheduler, queue: int, patience: float, broken: Callable[[str], None]
+        self,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        queue: int,
+        patience: float,
+        broken: Callable[[str], None],
     ) -> None:
-        self.scheduler, self.metrics, self.stopping = scheduler, Metrics(), False
+        self.scheduler, self.metrics, self.stopping = scheduler, metrics, False
         self._most = len(scheduler.slots.slots) + queue
         self._patience, self._broken = patience, broken
         self._readers: dict[Sequence, Reader] = {}
@@ -82,6 +101,17 @@ class Engine:
     def live(self) -> int:
         """Texts that wait or are written."""
         return len(self._readers)
+
+    @property
+    def gauges(self) -> dict[str, float]:
+        """What is so now, by name."""
+        slots = self.scheduler.slots
+        return {
+            "live_texts": self.live,
+            "waiting_texts": len(self.scheduler.waiting),
+            "busy_slots": slots.busy,
+            "kv_bytes": slots.nbytes,
+        }
 
     @property
     def healthy(self) -> bool:
@@ -112,10 +142,11 @@ class Engine:
         for reader in set(self._readers.values()):
             reader.cancel()
 
-    def close(self) -> None:
+    def close(self, seconds: float) -> None:
+        """End after the step that is under way, which is waited for."""
         self._closed = True
         self.wake()
-        self._thread.join(timeout=10)
+        self._thread.join(timeout=seconds)
 
     def _run(self) -> None:
         try:
@@ -128,16 +159,16 @@ class Engine:
             self._say(f"the engine stopped: {type(problem).__name__}: {problem}")
 
     def _step(self) -> None:
+        from optim.runtime.system.memory import is_memory_error
+
         self.beat = time.monotonic()
         events = self.scheduler.step()
         seconds = time.monotonic() - self.beat
         self._loop.call_soon_threadsafe(self._deliver, events, seconds)
         while self.scheduler.failures:
             problem = self.scheduler.failures.pop()
-            if isinstance(
-                problem, OptimError
-            ):  # a text's own failure, such as logits that are no numbers
-                continue
+            if isinstance(problem, OptimError) or is_memory_error(problem):
+                continue  # a text's own failure, such as logits that are no numbers
             if time.monotonic() - self._failed < AGAIN:
                 raise problem
             self._failed = time.monotonic()

@@ -7,7 +7,8 @@ from typing import Any
 
 from optim.cli.serve.answers import Form
 from optim.cli.serve.engine import Reader
-from optim.cli.serve.stream import ENDED, sse
+from optim.cli.serve.errors import Refused
+from optim.cli.serve.stream import sse
 
 
 def whole(form: Form, status: str = "") -> dict[str, Any]:
@@ -54,8 +55,8 @@ def _message(form: Form, status: str) -> dict[str, Any]:
 
 
 async def response_events(form: Form, reader: Reader) -> AsyncIterator[str]:
-    """The stream of a response, as server-sent events."""
-    count = 0
+    """The stream of a response, as server-sent events. Refused as `chat_events` is."""
+    event, count = await reader.get(), 0
 
     def told(kind: str, **more: Any) -> str:
         nonlocal count
@@ -68,15 +69,17 @@ async def response_events(form: Form, reader: Reader) -> AsyncIterator[str]:
     yield told("response.output_item.added", output_index=0, item=item)
     yield told("response.content_part.added", **place, part=_part(""))
     choice = form.choices[0]
-    while not choice.reason:
-        event = await reader.get()
-        if event.reason in ENDED:
-            said = ENDED[event.reason]
-            yield told("error", code=said.code, message=said.message, param=None)
-            return
-        form.add(event)
-        if event.piece:
-            yield told("response.output_text.delta", **place, delta=event.piece, logprobs=[])
+    try:
+        while True:
+            form.add(event)
+            if event.piece:
+                yield told("response.output_text.delta", **place, delta=event.piece, logprobs=[])
+            if choice.reason:
+                break
+            event = await reader.get()
+    except Refused as refused:
+        yield told("error", code=refused.code, message=refused.message, param=None)
+        return
     yield told("response.output_text.done", **place, text=choice.text, logprobs=[])
     yield told("response.content_part.done", **place, part=_part(choice.text))
     yield told("response.output_item.done", output_index=0, item=_message(form, "completed"))

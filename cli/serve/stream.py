@@ -10,29 +10,28 @@ from optim.cli.serve.answers import Form
 from optim.cli.serve.engine import Reader
 from optim.cli.serve.errors import Refused
 
-ENDED = {
-    "late": Refused(503, "the text waited too long to begin", "queue_timeout", wait=5),
-    "cancelled": Refused(503, "the server is stopping", "stopping", wait=5),
-    "error": Refused(500, "the text could not be computed", "server_error"),
-}
-"""How a text ends that is no answer."""
-
 
 async def chat_events(form: Form, reader: Reader) -> AsyncIterator[str]:
-    """The stream of a chat or a completion, as server-sent events."""
+    """The stream of a chat or a completion, as server-sent events.
+
+    Refused, before there is any, if the text ends before it has begun.
+    """
+    event = await reader.get()
     for chunk in form.begin():
         yield sse(chunk)
     left = len(form.choices)
-    while left:
-        event = await reader.get()
-        if event.reason in ENDED:
-            reader.cancel()
-            yield sse(ENDED[event.reason].body)
-            return
-        choice = form.add(event)
-        left -= bool(event.reason)
-        for chunk in form.piece(choice, event):
-            yield sse(chunk)
+    try:
+        while True:
+            choice = form.add(event)
+            for chunk in form.piece(choice, event):
+                yield sse(chunk)
+            left -= bool(event.reason)
+            if not left:
+                break
+            event = await reader.get()
+    except Refused as refused:
+        yield sse(refused.body)
+        return
     for chunk in form.last():
         yield sse(chunk)
     yield "data: [DONE]\n\n"

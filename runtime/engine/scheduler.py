@@ -13,12 +13,12 @@ from collections.abc import Sequence as Row
 import torch
 from torch import Tensor
 
-from optim.recipes.errors import OptimError
 from optim.runtime.cache.full import Cache, Policy
 from optim.runtime.engine.load import Model
 from optim.runtime.engine.sampling import Guess
 from optim.runtime.engine.sequence import Answer, Event, Request, Sequence
 from optim.runtime.engine.slots import Slot, Slots
+from optim.runtime.system.memory import is_memory_error
 
 TURN = 0.04
 """Seconds that a step reads in a prompt, and not much more: one block, at least."""
@@ -36,7 +36,7 @@ class Scheduler:
         self._running: list[Slot] = []
         self._reading: tuple[Slot, Generator[None, None, Tensor]] | None = None
         self.failures: list[Exception] = []
-        """What ended texts as "error"; whoever steps looks, and empties it."""
+        """What ended texts as "error" or "memory"; whoever steps looks, and empties it."""
         self.read_tokens = 0
         self.written_tokens = 0
 
@@ -97,8 +97,14 @@ class Scheduler:
         try:
             return run(slots)
         except Exception as problem:
-            self.failures.append(problem)
-            return [self._ended(slot, "error", keep=False) for slot in slots]
+            return [self._failed(slot, problem) for slot in slots]
+
+    def _failed(self, slot: Slot, problem: Exception) -> Event:
+        self.failures.append(problem)
+        short = is_memory_error(problem)
+        if short:
+            self.slots.forget()
+        return self._ended(slot, "memory" if short else "error", keep=False)
 
     def _read(self, slots: list[Slot]) -> list[Event]:
         """Read on in a prompt; at its end, write the first token."""
@@ -118,11 +124,25 @@ class Scheduler:
         return []
 
     def _write(self, slots: list[Slot]) -> list[Event]:
-        """The next token of every text, or several of one that is written alone."""
+        """The next token of every text, or several of one that is written alone.
+
+        Where memory does not do for all, the text that began last ends, and the others go on.
+        """
         if len(slots) == 1 and _owner(slots[0]).drafts is not None:
             return self._guess(slots[0])
+        held = [_cache(slot).length for slot in slots]
         work = [(_cache(slot), [_owner(slot).history[-1]]) for slot in slots]
-        rows = self.model.step_many(work)
+        try:
+            rows = self.model.step_many(work)
+        except Exception as problem:
+            if len(slots) == 1 or not is_memory_error(problem):
+                raise
+            for slot, length in zip(slots, held, strict=True):
+                _cache(slot).truncate(length)
+            youngest = max(slots, key=lambda slot: _owner(slot).begun)
+            event = self._failed(youngest, problem)
+            others = [slot for slot in slots if slot is not youngest]
+            return [event, *self._guarded(others, self._write)]
         return [e for slot, row in zip(slots, rows, strict=True) for e in self._taken(slot, row)]
 
     def _guess(self, slot: Slot) -> list[Event]:
@@ -149,9 +169,8 @@ class Scheduler:
                 events.append(sequence.take(row, guess))
                 if events[-1].reason or guess is None or sequence.history[-1] != guess.token:
                     break
-        except OptimError as problem:  # of this text alone
-            self.failures.append(problem)
-            return [*events, self._ended(slot, "error", keep=False)]
+        except Exception as problem:  # of this text alone
+            return [*events, self._failed(slot, problem)]
         if guesses:
             cache.truncate(held)  # the wrong ones
         self.written_tokens += sum(event.token is not None for event in events)

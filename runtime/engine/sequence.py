@@ -68,7 +68,7 @@ class Event:
     token: Token | None = None
     piece: str = ""
     reason: str = ""
-    """"stop", "length", "context", "cancelled", "late" or "error"; "" while it goes on."""
+    """"stop", "length", "context", "cancelled", "late", "memory", "error"; "" while it goes on."""
 
 
 def check(request: Request, model: Model, context: int) -> None:

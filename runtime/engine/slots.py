@@ -99,6 +99,12 @@ class Slots:
         if not keep or not self._keeps:
             slot.clear()
 
+    def forget(self) -> None:
+        """Let go of what is kept of texts that have ended."""
+        for slot in self.slots:
+            if slot.owner is None:
+                slot.clear()
+
     def _shared(self, slot: Slot, ids: list[int]) -> int:
         """So many tokens of `ids` need not be read again; at least one is left."""
         if slot.cache is None or not self._keeps:

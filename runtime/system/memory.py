@@ -18,6 +18,13 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def is_memory_error(problem: BaseException) -> bool:
+    """Whether it says that memory could not be had, in Python's words or in torch's."""
+    if isinstance(problem, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(problem, RuntimeError) and "allocate memory" in str(problem)
+
+
 def release_memory() -> None:
     """Give freed memory back to the system, which glibc otherwise keeps for later."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
