@@ -8,7 +8,15 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from optim.cli.serve.errors import Refused
-from optim.cli.serve.protocol import Body, Chat, Completion, Responses, parse, schema_of
+from optim.cli.serve.protocol import (
+    Body,
+    Chat,
+    Completion,
+    Responses,
+    demanded,
+    parse,
+    schema_of,
+)
 from optim.recipes.errors import OptimError
 
 if TYPE_CHECKING:
@@ -149,17 +157,20 @@ class Asker:
         return found
 
     def _grammar(self, body: Body) -> Any:
-        schema = schema_of(body) if isinstance(body, Chat) else None
-        if schema is None:
-            return None
-        if len(json.dumps(schema)) > LONGEST_SCHEMA:
-            what = f"the schema is longer than {LONGEST_SCHEMA} bytes"
-            raise Refused(400, what, "invalid_value", "response_format")
-        from optim.runtime.engine.grammar import JsonGrammar, words_of
+        from optim.runtime.engine.grammar import Guided, of_call, words_of
 
+        if not isinstance(body, Chat):
+            return None
+        functions = demanded(body)
+        grammar = of_call(functions) if functions else schema_of(body)
+        if grammar is None:
+            return None
+        if len(grammar if isinstance(grammar, str) else json.dumps(grammar)) > LONGEST_SCHEMA:
+            what = f"the schema is longer than {LONGEST_SCHEMA} bytes"
+            raise Refused(400, what, "invalid_value", "tools" if functions else "response_format")
         if self._words is None:
             self._words = words_of(self.model.tokenizer)
-        return JsonGrammar(self._words, schema)
+        return Guided(self._words, grammar)
 
 
 def _chances(body: Body) -> int | None:

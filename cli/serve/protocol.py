@@ -41,6 +41,20 @@ class Message(BaseModel):
         return {"role": role, "content": text, **found}
 
 
+class Function(BaseModel):
+    """What a model may call; without `parameters` it takes none."""
+
+    name: str = Field(pattern=r"^[\w.-]{1,64}$")
+    parameters: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+class Tool(BaseModel):
+    """One of the tools, or the one that is demanded."""
+
+    type: Literal["function"]
+    function: Function
+
+
 class StreamOptions(BaseModel):
     """What a stream has beside its text."""
 
@@ -118,8 +132,6 @@ class Chat(Body):
     def _one_most(self) -> Chat:
         if self.max_completion_tokens is not None:
             self.max_tokens = self.max_completion_tokens
-        if self.tools and self.tool_choice not in (None, "auto", "none"):
-            raise ValueError("tool_choice may be auto or none: a tool cannot be demanded")
         return self
 
 
@@ -157,7 +169,7 @@ class Responses(Body):
         return [Message.model_validate(item) for item in [*told, *kept]]
 
 
-B = TypeVar("B", bound=Body)
+B = TypeVar("B", bound=BaseModel)
 
 
 def schema_of(chat: Chat) -> dict[str, Any] | None:
@@ -178,12 +190,35 @@ def schema_of(chat: Chat) -> dict[str, Any] | None:
     return found
 
 
-def parse(kind: type[B], data: object) -> B:
-    """`data` as a request. Refused (400), with the field and a sentence, if it is none."""
+def demanded(chat: Chat) -> dict[str, dict[str, Any]]:
+    """The functions of which the answer has to call one: the schemas of their arguments, by name.
+
+    {} if it need not call any. Refused (400) if none of them is there.
+    """
+    choice = chat.tool_choice
+    if choice in (None, "auto", "none"):
+        return {}
+    tools = [parse(Tool, tool, "tools").function for tool in chat.tools or []]
+    known = {tool.name: tool.parameters for tool in tools}
+    if choice == "required":
+        wanted = list(known)
+    elif isinstance(choice, dict) and choice.get("type") == "function":
+        wanted = [parse(Tool, choice, "tool_choice").function.name]
+    else:
+        what = "tool_choice is auto, none, required, or one function by its name"
+        raise Refused(400, what, "invalid_value", "tool_choice")
+    if not wanted or not known.keys() >= set(wanted):
+        what = f"tool_choice demands {wanted[0] if wanted else 'a tool'}, which is not in tools"
+        raise Refused(400, what, "invalid_value", "tool_choice")
+    return {name: known[name] for name in wanted}
+
+
+def parse(kind: type[B], data: object, field: str = "") -> B:
+    """`data`, of `field`, as a `kind`. Refused (400), and told which part, if it is none."""
     try:
         return kind.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])[:100]
+        place = ".".join(str(part) for part in (*filter(None, [field]), *first["loc"]))[:100]
         words = f"{place}: {first['msg']}" if place else first["msg"]
         raise Refused(400, words, "invalid_value", place or None) from None

@@ -1,5 +1,7 @@
-"""Answers that follow a JSON schema: llguidance says which tokens may come next."""
+"""Answers that follow a JSON schema, or call a tool: llguidance says which tokens may come next."""
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,15 +10,39 @@ from torch import Tensor
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.text.tokenizer import Tokenizer
 
+COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""JSON as chat templates write it; a small model could go on with blanks forever else."""
 
-class JsonGrammar:
-    """The grammar of one answer. OptimError (2) for a schema that cannot be followed."""
 
-    def __init__(self, words: Any, schema: dict[str, Any]) -> None:
+def of_call(functions: Mapping[str, dict[str, Any]]) -> str:
+    """The grammar of one call of a function, as Hermes and Qwen write it.
+
+    `functions`: the schemas of their arguments, by name.
+    """
+    calls = " | ".join(f"call_{i}" for i in range(len(functions)))
+    lines = [f'start: "<tool_call>\\n" ({calls}) "}}\\n</tool_call>"']
+    for i, (name, schema) in enumerate(functions.items()):
+        begin = json.dumps(f'{{"name": {json.dumps(name)}, "arguments": ')
+        lines.append(f"call_{i}: {begin} arguments_{i}")
+        lines.append(f"arguments_{i}: %json {json.dumps({**schema, 'x-guidance': COMPACT})}")
+    return "\n".join(lines)
+
+
+class Guided:
+    """The grammar of one answer: a JSON schema, or what `of_call` gives.
+
+    OptimError (2) for a schema that cannot be followed.
+    """
+
+    def __init__(self, words: Any, grammar: dict[str, Any] | str) -> None:
         from llguidance import LLMatcher
 
         try:
-            self._matcher = LLMatcher(words, LLMatcher.grammar_from_json_schema(schema))
+            if isinstance(grammar, dict):
+                grammar = LLMatcher.grammar_from_json_schema(grammar)
+            else:
+                grammar = LLMatcher.grammar_from_lark(grammar)
+            self._matcher = LLMatcher(words, grammar)
         except ValueError as error:
             raise OptimError(f"the schema cannot be read: {error}", code=USAGE) from None
         if self._matcher.is_error():
@@ -49,7 +75,7 @@ def words_of(tokenizer: Tokenizer) -> Any:
     try:
         from llguidance import LLTokenizer
     except ImportError:
-        what = "JSON schemas need the package llguidance"
+        what = "JSON schemas, and tools that have to be called, need the package llguidance"
         raise OptimError(what, "pip install 'optim-llm[json]'", 4) from None
     try:
         return LLTokenizer(tokenizer.as_json(), eos_token=sorted(tokenizer.eos_ids) or None)

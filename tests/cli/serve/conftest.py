@@ -1,7 +1,6 @@
 """One server process for a module, over a tiny model whose tokens are letters."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -44,13 +43,16 @@ class Server:
 
 
 @contextmanager
-def serving(folder: str, *flags: str, **environment: str) -> Iterator[Server]:
-    """`optim serve` on a free port; it is stopped, and has to end well, when the test is over."""
-    command = [sys.executable, "-m", "optim.cli", "serve", folder, "--port", "0", "--json"]
+def serving(folder: str, *flags: str, program: str = "") -> Iterator[Server]:
+    """`optim serve` on a free port; it is stopped, and has to end well, when the test is over.
+
+    `program`: Python that changes something and then runs the command.
+    """
+    start = ["-c", program] if program else ["-m", "optim.cli"]
+    command = [sys.executable, *start, "serve", folder, "--port", "0", "--json", "--threads", "1"]
     process = subprocess.Popen(
-        [*command, "--threads", "1", *flags],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment,
-    )  # fmt: skip
+        [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     lines: list[str] = []
     while not lines or lines[-1] != "}\n":

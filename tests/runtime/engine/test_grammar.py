@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from optim.recipes.errors import OptimError
-from optim.runtime.engine.grammar import JsonGrammar, words_of
+from optim.runtime.engine.grammar import Guided, words_of
 from optim.runtime.engine.load import load_model
 from optim.runtime.engine.sampling import Sampling
 from optim.runtime.engine.scheduler import Scheduler
@@ -36,7 +36,7 @@ def test_a_schema_is_followed(make_model: Callable[..., Path], temperature: floa
                 model,
                 Request([9, 8], sampling, bias=((35, -100.0),)),
                 128,
-                JsonGrammar(words, SCHEMA),
+                Guided(words, SCHEMA),
             )
         )
         loop.submit(texts[-1])
@@ -51,4 +51,4 @@ def test_a_schema_is_followed(make_model: Callable[..., Path], temperature: floa
         else:  # blanks between the parts, without an end
             assert written.strip().startswith("{")
     with pytest.raises(OptimError, match="schema"):
-        JsonGrammar(words, {"type": "no such"})
+        Guided(words, {"type": "no such"})
