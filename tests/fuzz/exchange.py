@@ -76,15 +76,20 @@ def foreign(draw: Random, folder: Path) -> tuple[str, Case]:
     return f"{base} {said}", lambda: use(source)
 
 
+# fmt: off
 BODIES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("Chat", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}),
     ("Chat", {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], "n": 2}),
     ("Completion", {"prompt": ["Hi", "there"], "logprobs": 2, "stop": ["x"], "max_tokens": 3}),
     ("Completion", {"prompt": [5, 7], "seed": 1, "temperature": 0.5, "logit_bias": {"3": 1}}),
+    ("Chat", {"messages": [{"role": "user", "content": "Hi"}], "tool_choice": "required", "tools": [
+        {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]}),
     ("Responses", {"input": "Hi", "instructions": "Be kind", "max_output_tokens": 2}),
 )
+# fmt: on
 SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x", 1]}, "b": {"pattern": "^(a|b)+$"}}}
-FIELDS = ("model", "stop", "n", "tools", "response_format", "logit_bias", "stream", "seed", "top_p")
+FIELDS = ("model", "stop", "n", "tools", "tool_choice", "name", "parameters", "response_format")
+FIELDS += ("logit_bias", "stream", "seed", "top_p")
 
 
 def serving(draw: Random, folder: Path) -> tuple[str, Case]:

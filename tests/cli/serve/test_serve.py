@@ -118,7 +118,7 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
     ({"stop": [""]}, 400, "stop"),
     ({"logit_bias": {"100000": 1}}, 400, "logit_bias"),
     ({"functions": [{"name": "f"}]}, 400, "functions"),
-    ({"tools": [{"type": "function"}], "tool_choice": "required"}, 400, "tool_choice"),
+    ({"tools": [{"type": "function"}], "tool_choice": "required"}, 400, "tools.function"),
     ({"response_format": {"type": "xml"}}, 400, "response_format"),
     ({"response_format": {"type": "json_object"}}, 400, "llguidance"),
     ({"messages": [{"role": "user", "content": "x" * 5000}]}, 400, "5005 tokens, the context 4096"),
