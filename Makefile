@@ -4,10 +4,11 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 CASES  ?= 10000
 SEED   ?= 0
+MODELS ?= demo
 # A machine with no NVIDIA driver gets a pinned torch first, so that nothing pulls the CUDA packages.
 TORCH  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.6' || echo 'torch==2.13.0')
 
-.PHONY: demo test fuzz fuzz-sanitize sanitize test-neon conformance lint types tour clean
+.PHONY: demo test fuzz fuzz-sanitize sanitize test-neon conformance real lint types tour clean
 
 $(VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -53,6 +54,10 @@ test-neon: $(VENV)/.ready
 # each family and variant of its configuration beside transformers, as a table
 conformance: $(VENV)/.ready
 	$(BIN)/python -m tests.conformance
+
+# real models through every command: make real MODELS="demo gemma-3-270m.gguf"
+real: $(VENV)/.ready
+	$(BIN)/python tests/real/run.py $(MODELS)
 
 # 10,000 cases take about half an hour on one core; a short run is part of `make test`.
 fuzz: $(VENV)/.ready

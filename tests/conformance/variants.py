@@ -87,6 +87,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "one kv head": {"num_key_value_heads": 1},
     "tied": {"tie_word_embeddings": True},
     "untied": {"tie_word_embeddings": False},
+    "eps": {"rms_norm_eps": 0.3},
 }
 NO_NULL = {k: v for k, v in HEADS.items() if "null" not in k}  # their classes refuse a null
 WIDE = {"head dim": {"head_dim": 32}}
@@ -168,6 +169,12 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "original_max_position_embeddings": 24,
             "rope_scaling": LONG | {"type": "longrope"},
         },
+        "longrope, partial rotary": {
+            "original_max_position_embeddings": 24,
+            "partial_rotary_factor": 0.75,
+            "rope_scaling": {key: values[:6] for key, values in LONG.items()}
+            | {"type": "longrope"},
+        },
     },
     "gemma2": NO_NULL
     | BIAS
@@ -239,6 +246,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "qwen3_moe": {
         "base": {},
+        "kv heads null": {"num_key_value_heads": None},
+        "one kv head": {"num_key_value_heads": 1},
+        "eps": {"rms_norm_eps": 0.3},
         "tied": {"tie_word_embeddings": True},
         "normalized": {"norm_topk_prob": True},
         "some plain": {"mlp_only_layers": [0]},
