@@ -17,8 +17,10 @@ FOREIGN = ("awq4-as-awq", "awq4-as-gptq", "awq8-as-gptq", "awq3-as-mlx", "awq4-a
 """Bases that bases.py exports: the artifact, and the format it goes into."""
 FORMATS = ("gguf", "safetensors", "awq", "gptq", "mlx", "compressed-tensors")
 TYPES = (None, None, "f32", "bf16", "q8_0", "q4_0")
-BLOCK_KEYS = ("bits", "group_size", "quant_method", "version", "zero_point", "desc_act", "sym")
-BLOCK_KEYS += ("w_bit", "q_group_size", "modules_to_not_convert", "mode", "checkpoint_format")
+BLOCK_KEYS = (
+    *("bits", "group_size", "quant_method", "version", "zero_point", "desc_act", "sym", "dynamic"),
+    *("w_bit", "q_group_size", "modules_to_not_convert", "mode", "checkpoint_format"),
+)
 
 
 def write(source: Path, to: Path, form: str, kind: str | None = None) -> Path:

@@ -56,10 +56,11 @@ class Gptq:
     pieces: tuple[str, ...] = ("qweight", "qzeros", "scales", "g_idx")
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        name = config.get("checkpoint_format") or "gptq"
+        name = str(config.get("checkpoint_format") or "gptq")
         if name not in VERSIONS:
-            raise refused("GPTQ", f"of the format {name!r}", f"use {' or '.join(VERSIONS)}")
-        if any(str(key).startswith("+:") for key in config.get("dynamic") or ()):
+            raise refused("GPTQ", f"of the format {name!r:.60}", f"use {' or '.join(VERSIONS)}")
+        own = config.get("dynamic") or {}
+        if not isinstance(own, Mapping) or any(str(key).startswith("+:") for key in own):
             fix = "use one whose layers share bits and group size"
             raise refused("GPTQ", "with bits of their own for some layers (dynamic)", fix)
         self.version = VERSIONS[name]

@@ -173,6 +173,17 @@ LIES: dict[str, tuple[dict[str, Any], Make, str]] = {
         quantized(4, 32, writers.gptq),
         "marlin",
     ),
+    "no name": (
+        gptq_config(4, checkpoint_format={"a": 1}),
+        quantized(4, 32, writers.gptq),
+        "of the format",
+    ),
+    "own for some": (
+        gptq_config(4, dynamic={"+:.*": {"bits": 8}}),
+        quantized(4, 32, writers.gptq),
+        "dynamic",
+    ),
+    "no names": (gptq_config(4, dynamic=5), quantized(4, 32, writers.gptq), "dynamic"),
 }
 
 
