@@ -246,7 +246,6 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "qwen3_moe": {
         "base": {},
-        "kv heads null": {"num_key_value_heads": None},
         "one kv head": {"num_key_value_heads": 1},
         "eps": {"rms_norm_eps": 0.3},
         "tied": {"tie_word_embeddings": True},
