@@ -177,6 +177,12 @@ TextColumn = Annotated[
 ]
 Window = Annotated[int, Option("--window", min=2, help="Tokens a window.")]
 MaxWindows = Annotated[int | None, Option("--max-windows", min=1, help="Default: all.")]
+Tasks = Annotated[
+    str | None,
+    Option("--tasks", help="Ask these tasks of lm-eval instead: hellaswag,arc_easy, or FILE.yaml."),
+]
+TaskLimit = Annotated[int | None, Option("--limit", min=1, help="Questions of each of --tasks.")]
+TaskShots = Annotated[int | None, Option("--shots", min=0, help="Examples before each question.")]
 FewWindows = Annotated[int, Option("--max-windows", min=1, help="Windows measured.")]
 Models = Annotated[
     list[str], Argument(metavar="MODEL...", help="Models of one vocabulary; the first is the base.")

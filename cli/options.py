@@ -134,6 +134,9 @@ class Evaluating(Common):
     max_windows: flags.MaxWindows = None
     max_ppl_increase: flags.MaxIncrease = None
     record: flags.Record = False
+    tasks: flags.Tasks = None
+    limit: flags.TaskLimit = None
+    shots: flags.TaskShots = None
 
 
 @dataclass(frozen=True, slots=True)

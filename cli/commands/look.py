@@ -30,7 +30,11 @@ def inspect(
 )
 @spread()
 def evaluate(model: flags.Model, *, asked: Evaluating) -> None:
-    """Measure perplexity, and the divergence from the original model."""
+    """Measure perplexity and the divergence from the original model, or ask tasks of lm-eval."""
+    if asked.tasks is not None:
+        from optim.cli.tasks import tasks
+
+        return tasks(model, asked.tasks, asked)
     from optim.cli import evaluate as command
 
     command.evaluate(model, asked)
