@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from optim.cli import ui
 from optim.cli.options import How
+from optim.cli.push import agree, send
 from optim.recipes.build import build_recipe, to_yaml
 from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.meetings import sections
@@ -99,6 +100,8 @@ def carry_out(
 
     What changes a model is measured `against` it; None where every byte is proven already.
     """
+    if how.push is not None:
+        agree(how.push, how.yes, "the result")
     proof: dict[str, Any] = {}
     with ExitStack() as bar:
         prove = prover(against, how, bar, proof)
@@ -114,6 +117,8 @@ def carry_out(
         ui.emit(report)
     line = [report["output"], *facts(report)]
     ui.done(" · ".join(line), following=following(report["output"]))
+    if how.push is not None:
+        send(report["output"], how.push)
 
 
 def following(model: str) -> str | None:

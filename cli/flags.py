@@ -183,6 +183,13 @@ Tasks = Annotated[
 ]
 TaskLimit = Annotated[int | None, Option("--limit", min=1, help="Questions of each of --tasks.")]
 TaskShots = Annotated[int | None, Option("--shots", min=0, help="Examples before each question.")]
+Push = Annotated[
+    str | None,
+    Option("--push", metavar="REPO", help="Send the result to OWNER/NAME of the hub; asks first."),
+]
+Pushed = Annotated[str, Argument(metavar="ARTIFACT", help="A folder of optim, or a .gguf file.")]
+Repo = Annotated[str, Argument(metavar="REPO", help="OWNER/NAME; made, private, if not there.")]
+Yes = Annotated[bool, Option("--yes", help="Do not ask before --push sends anything.")]
 FewWindows = Annotated[int, Option("--max-windows", min=1, help="Windows measured.")]
 Models = Annotated[
     list[str], Argument(metavar="MODEL...", help="Models of one vocabulary; the first is the base.")

@@ -37,6 +37,8 @@ class How(Common):
     no_eval: flags.NoEval = False
     force: flags.Force = False
     trust_remote_code: flags.TrustCode = False
+    push: flags.Push = None
+    yes: flags.Yes = False
 
     @property
     def given(self) -> Given:

@@ -77,7 +77,15 @@ def pack(
 @app.command(
     rich_help_panel="Compress", epilog="Example: optim unpack smollm2-df11 -o smollm2-original"
 )
-@spread(device="cpu", trust_remote_code=False, print_recipe=False, dry_run=False, no_eval=True)
+@spread(
+    device="cpu",
+    trust_remote_code=False,
+    print_recipe=False,
+    dry_run=False,
+    no_eval=True,
+    push=None,
+    yes=True,
+)
 def unpack(model: flags.Packed, output: flags.UnpackOutput = None, *, how: How) -> None:
     """Write the tensors that were packed, byte for byte."""
     from optim.cli import pack as command

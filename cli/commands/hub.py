@@ -35,3 +35,13 @@ def rm(model: CachedModel, json: flags.Json = False) -> None:
     from optim.cli import models as command
 
     command.remove(model, as_json=json)
+
+
+@app.command(rich_help_panel="Models", epilog="Example: optim push smollm2-awq me/smollm2-awq")
+def push(
+    artifact: flags.Pushed, repo: flags.Repo, yes: flags.Yes = False, quiet: flags.Quiet = False
+) -> None:
+    """Send a finished artifact, or a GGUF file, to a repository of the hub; asks first."""
+    from optim.cli import push as command
+
+    command.push(artifact, repo, yes=yes, quiet=quiet)

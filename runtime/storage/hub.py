@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub in its cache: fetched, listed and removed.
+"""Models of the Hugging Face hub: fetched into its cache, listed and removed; artifacts sent to it.
 
 Weights, configuration and tokenizer alone are fetched. HF_ENDPOINT names another hub, HF_TOKEN
 opens private and gated models, HF_HOME moves the cache.
@@ -11,6 +11,7 @@ from typing import Any
 
 from optim.recipes.errors import MACHINE, USAGE, OptimError
 from optim.runtime.storage.companions import COMPANIONS
+from optim.runtime.system.output import MANIFEST
 
 SMALL = ["*.json", "*.py", "README.md", *COMPANIONS]
 ELSEWHERE = ["original/*", "consolidated*", "onnx/*", "*.onnx", "*.gguf", "runs/*"]
@@ -51,9 +52,54 @@ def fetch(repo: str, revision: str | None = None) -> Path:
         fix = f"check the spelling; for a private one {LOGIN}; a local folder must exist"
         raise OptimError(f"the hub has no such {what}: {repo}", fix, USAGE) from None
     except Exception as error:  # every transport has its own exceptions
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        why = _first_line(error)
         raise OptimError(f"cannot fetch {repo} from the hub: {why}", OFFLINE_FIX, MACHINE) from None
     return folder
+
+
+def pushed_files(place: Path) -> list[Path]:
+    """The files of an artifact's folder, or a GGUF file; none of anything else."""
+    if place.is_file() and place.suffix == ".gguf":
+        return [place]
+    if not (place / MANIFEST).is_file():
+        return []
+    return sorted(path for path in place.rglob("*") if path.is_file())
+
+
+def push(place: Path, repo: str) -> str:
+    """Send an artifact's folder, or a GGUF file, as one commit; returns its address.
+
+    A repository that is not there yet is made, private. Raises OptimError: 2 where the hub refuses
+    it, 4 if no hub answers.
+    """
+    from huggingface_hub import HfApi, errors
+
+    hub, message = HfApi(), f"{place.name}, made by optim"
+    try:
+        hub.create_repo(repo, private=True, exist_ok=True)
+        if place.is_file():
+            made = hub.upload_file(
+                path_or_fileobj=place,
+                path_in_repo=place.name,
+                repo_id=repo,
+                commit_message=message,
+            )
+        else:
+            made = hub.upload_folder(repo_id=repo, folder_path=place, commit_message=message)
+    except errors.HfHubHTTPError as error:
+        refused = error.response.status_code in (401, 403, 404)
+        fix = f"{LOGIN}, with a token that may write" if refused else "try again: `optim push`"
+        code = USAGE if refused else MACHINE
+        raise OptimError(f"the hub does not take {repo}: {_first_line(error)}", fix, code) from None
+    except Exception as error:  # every transport has its own exceptions
+        fix = f"what was made is at {place}: `optim push` sends it later"
+        why = _first_line(error)
+        raise OptimError(f"cannot send {repo} to the hub: {why}", fix, MACHINE) from None
+    return str(made.commit_url)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """`optim list`, `pull` and `rm` against a small hub on this machine."""
 
+import base64
 import hashlib
 import json
 import os
@@ -10,11 +11,14 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 
 TOKEN = "hf_stand_in"
 COMMITS = {"main": "1" * 40, "v1": "2" * 40}
+PUSHED: dict[str, Any] = {}
+Make = Callable[..., str]
 Optim = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -27,6 +31,29 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self.do_GET()
+
+    def do_POST(self) -> None:
+        """Creates `me/new`, or takes a commit to it: lines of JSON, files in base 64."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self._send(401, b"{}", {})
+        if self.path == "/api/repos/create":
+            PUSHED["made"] = json.loads(body)
+            return self._answer({"url": f"http://{self.headers['Host']}/me/new", "id": "1"})
+        if self.path == "/api/validate-yaml":  # of the card
+            return self._answer({})
+        if "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            plain = {"uploadMode": "regular", "shouldIgnore": False}
+            return self._answer({"files": [{"path": name} | plain for name in names]})
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                PUSHED[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+        address = f"http://{self.headers['Host']}/me/new/commit/{'3' * 40}"
+        self._answer({"commitUrl": address, "commitOid": "3" * 40, "success": True})
+
+    def _answer(self, facts: dict[str, object]) -> None:
+        self._send(200, json.dumps(facts).encode(), {"Content-Type": "application/json"})
 
     def do_GET(self) -> None:
         parts = self.path.partition("?")[0].strip("/").split("/")
@@ -60,7 +87,7 @@ class Hub(BaseHTTPRequestHandler):
         for key, value in (headers | {"Content-Length": str(len(data))}).items():
             self.send_header(key, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(data)
 
     def log_message(self, *_: object) -> None:
@@ -129,3 +156,24 @@ def test_what_is_not_there_is_said(optim: Optim, name: str, said: str) -> None:
     assert pulled.returncode == 2
     assert said in pulled.stderr and "Traceback" not in pulled.stderr
     assert json.loads(optim("list", "--json").stdout) == []
+
+
+def test_what_was_made_is_pushed(optim: Optim, make_letters: Make, tmp_path: Path) -> None:
+    model, out = make_letters(64, None), tmp_path / "out"
+    words = ("quantize", model, "-m", "rtn", "-o", str(out), "--no-eval", "--push", "me/new")
+    asked = optim(*words, token=TOKEN)
+    assert asked.returncode == 2 and "add --yes" in asked.stderr
+    assert not out.exists() and not PUSHED
+    sent = optim(*words, "--yes", token=TOKEN)
+    assert sent.returncode == 0, sent.stderr
+    made = PUSHED.pop("made")  # `private` until hub 1, then `visibility`
+    assert made.get("private") or made["visibility"] == "private"
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == PUSHED
+    assert "/me/new/commit/333" in sent.stderr
+    PUSHED.clear()
+    assert optim("push", str(out), "me/new", "--yes", token=TOKEN).returncode == 0
+    assert set(PUSHED) == {"made", *(path.name for path in out.iterdir())}
+    refused = optim("push", str(out), "me/new", "--yes")
+    assert refused.returncode == 2 and "HF_TOKEN" in refused.stderr
+    assert optim("push", str(model), "me/new", "--yes").returncode == 2
+    assert "no repository" in optim("push", str(out), "new", "--yes").stderr
