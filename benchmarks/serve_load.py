@@ -23,7 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from optim.runtime.measure.clients import asked, request, timed
+from optim.runtime.measure.clients import Timed, asked, request, timed
 from optim.runtime.measure.servers import optim_server, started
 
 SLOTS, QUEUE = 4, 16
@@ -207,11 +207,15 @@ async def gaps(load: Load, words: int, rounds: int) -> dict[str, float]:
     """Milliseconds between tokens of a text while the prompt of another one is read."""
     found: list[float] = []
     for turn in range(rounds):
-        writing = asyncio.create_task(timed(load.port, body(2, 400)))
-        await asyncio.sleep(0.5)
+        told = Timed()
+        writing = asyncio.create_task(timed(load.port, body(2, 2000), told))
+        while not told.times:
+            await asyncio.sleep(0.01)
         text = f"{turn} " + "a " * words
         long = body(turn, 1) | {"messages": [{"role": "user", "content": text}]}
-        reading, told = await timed(load.port, long), await writing
+        reading = await timed(load.port, long)
+        writing.cancel()
+        await load.idle()
         inside = [t for t in told.times if reading.asked <= t <= reading.times[0]]
         found += [b - a for a, b in pairwise(inside)]
     found.sort()

@@ -41,7 +41,7 @@ def _jobs(source: str, asked: Timing) -> list[Any]:
     from optim.runtime.measure.job import Job
     from optim.runtime.storage.open import open_checkpoint
 
-    lengths = _lengths(asked.prompt_tokens)
+    lengths = numbers("--prompt-tokens", asked.prompt_tokens)
     peers = asked.peer or []
     unknown = [peer for peer in peers if peer not in PEERS]
     if unknown:
@@ -91,14 +91,15 @@ def _check_lengths(sources: "list[Checkpoint]", need: int, asked: Timing) -> Non
             raise OptimError(what, "give less as --prompt-tokens or --new-tokens", USAGE)
 
 
-def _lengths(text: str) -> tuple[int, ...]:
+def numbers(flag: str, text: str) -> tuple[int, ...]:
+    """The numbers that were typed, like 64,512. OptimError (2) if they are none."""
     try:
-        lengths = tuple(int(part) for part in text.split(","))
+        found = tuple(int(part) for part in text.split(","))
     except ValueError:
-        lengths = ()
-    if not lengths or min(lengths) < 1:
-        raise OptimError(f"--prompt-tokens cannot be {text!r}", "like 64,512", USAGE)
-    return lengths
+        found = ()
+    if not found or min(found) < 1:
+        raise OptimError(f"{flag} cannot be {text!r}", "like 64,512", USAGE)
+    return found
 
 
 def _show(runs: list[dict[str, Any]], peak: float) -> None:

@@ -210,6 +210,10 @@ Peer = Annotated[
 ]
 PromptTokens = Annotated[str, Option("--prompt-tokens", help="Prompt lengths, like 64,512.")]
 NewTokens = Annotated[int, Option("--new-tokens", min=2, help="Tokens decoded a round.")]
+ServeBench = Annotated[
+    bool, Option("--serve", help="Measure a server of it, beside llama.cpp's with --peer.")
+]
+Clients = Annotated[str, Option("--clients", help="With --serve: clients at once, like 1,4,16.")]
 Batch = Annotated[int, Option("--batch", min=1, help="Sequences at once.")]
 Repeat = Annotated[int, Option("--repeat", min=1, help="Rounds after the warm-up.")]
 

@@ -164,6 +164,8 @@ class Timing(Running):
     batch: flags.Batch = 1
     repeat: flags.Repeat = 3
     speculate: flags.Speculate = "off"
+    serve: flags.ServeBench = False
+    clients: flags.Clients = "1,4,16"
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,14 +47,15 @@ def evaluate(model: flags.Model, *, asked: Evaluating) -> None:
 def bench(model: flags.Model, *, asked: Timing) -> None:
     """Measure speed and memory, against the original and other engines.
 
-    With --speculate or --draft: what guessing ahead gains, over prompts of our own.
+    With --speculate or --draft: what guessing ahead gains, over prompts of our own. With --serve:
+    throughput and latency of a server with many clients.
     """
     from optim.cli import bench as command
-    from optim.cli import bench_speculation
+    from optim.cli import bench_serve, bench_speculation
 
     guessing = asked.draft is not None or asked.speculate != "off"
     run = bench_speculation.bench if guessing else command.bench
-    run(model, asked)
+    (bench_serve.bench if asked.serve else run)(model, asked)
 
 
 @app.command(rich_help_panel="Look", epilog="Example: optim doctor --json")

@@ -78,19 +78,19 @@ class Timed:
     """One streamed reply, on the clock of `time.perf_counter`: when it was asked for, and when its
     pieces came."""
 
-    asked: float
+    asked: float = field(default_factory=time.perf_counter)
     text: str = ""
     times: list[float] = field(default_factory=list)
     tokens: int = 0
     """As the server counts them."""
 
 
-async def timed(port: int, body: dict[str, Any]) -> Timed:
-    """Ask for `body` as a stream, and note when each piece of text comes.
+async def timed(port: int, body: dict[str, Any], told: Timed | None = None) -> Timed:
+    """Ask for `body` as a stream, and note, in `told`, when each piece of text comes.
 
     RuntimeError if it is refused.
     """
-    told = Timed(time.perf_counter())
+    told = told or Timed()
     options = {"stream": True, "stream_options": {"include_usage": True}}
     async with asked(port, {**body, **options}) as answer:
         if answer.status != 200:

@@ -75,7 +75,7 @@ class LlamaCpp:
         except ImportError as error:
             fix = "pip install llama-cpp-python (it is compiled on this machine: minutes)"
             raise OptimError("llama-cpp-python is not installed", fix, MACHINE) from error
-        path = _gguf(job.source)
+        path = gguf_file(job.source)
         threads = job.threads or torch.get_num_threads()
         self._model = llama_cpp.Llama(
             str(path),
@@ -100,7 +100,8 @@ class LlamaCpp:
         return middle - start, time.perf_counter() - middle
 
 
-def _gguf(source: str) -> Path:
+def gguf_file(source: str) -> Path:
+    """The file that `source` is. OptimError (2) if it is no .gguf file."""
     path = next(iter(open_checkpoint(source).store.files), None)
     if path is None or path.suffix != ".gguf":
         raise OptimError(f"{source} is no .gguf file", "give one with --against", USAGE)
