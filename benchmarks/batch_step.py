@@ -1,4 +1,4 @@
-"""Many tokens in one step: tokens a second, as ratios within one run.
+"""Many tokens in one step, and one text through the scheduler: ratios within one run.
 
     optim quantize demo -m rtn --group-size 64 --lm-head-bits 8 -o g64-head8
     python benchmarks/batch_step.py g64-head8
@@ -8,11 +8,16 @@ CPU seconds of one thread, medians: other work on the machine slows a row, not i
 
 import argparse
 import time
+from collections.abc import Iterator
 from statistics import median
 
 import torch
 
 from optim.runtime.engine.load import Model, load_model
+from optim.runtime.engine.sampling import Sampling
+from optim.runtime.engine.scheduler import write
+from optim.runtime.engine.sequence import Request, Sequence
+from optim.runtime.engine.slots import Slots
 
 ROWS, CONTEXTS, ROUNDS = (1, 2, 4, 8), (64, 1024), 16
 
@@ -43,12 +48,43 @@ def steps(model: Model) -> None:
             print(f"@{context} {name}: {', '.join(cells)}", flush=True)
 
 
+def scheduled(model: Model, new: int = 48) -> None:
+    """One greedy text written by the scheduler, beside a bare loop over the model's steps."""
+    prompt = torch.randint(5, 4000, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def bare() -> Iterator[int]:
+        cache = model.new_cache(length=1024)
+        logits = model.forward(torch.tensor([prompt]), cache)
+        while True:
+            yield (token := int(logits[0, -1].argmax()))
+            logits = model.forward(torch.tensor([[token]]), cache)
+
+    def through() -> Iterator[int]:
+        slots = Slots(model, 1, 1024)
+        text = Sequence(model, Request(prompt, Sampling(max_tokens=new)), 1024)
+        yield from (
+            event.token.id for events in write(text, slots) for event in events if event.token
+        )
+
+    seconds: dict[str, list[float]] = {"bare": [], "through": []}
+    for _ in range(2 * ROUNDS):
+        for name, tokens in (("bare", bare()), ("through", through())):
+            next(tokens)
+            start = time.process_time()
+            for _ in range(new - 2):
+                next(tokens)
+            seconds[name].append(time.process_time() - start)
+    ratios = [a / b for a, b in zip(seconds["bare"], seconds["through"], strict=True)]
+    print(f"one text through the scheduler: {median(ratios):.3f}x a bare loop", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model")
     options = parser.parse_args()
     model = load_model(options.model, device="cpu", threads=1)
     print(f"{options.model}: {model.place}")
+    scheduled(model)
     steps(model)
 
 
