@@ -11,9 +11,6 @@ MAX_NAME^MAX_SPANS / 6 ways to try, some three million.
 
 import re
 from functools import lru_cache
-from typing import Annotated
-
-from pydantic import AfterValidator
 
 from optim.recipes.errors import USAGE, OptimError
 
@@ -97,6 +94,3 @@ def bounded(name: str) -> str:
         message = f"a name of {len(name)} letters ({name[:40]}...): names have {MAX_NAME} at most"
         raise OptimError(message, "the checkpoint is damaged, or made to be so", USAGE)
     return name
-
-
-Pattern = Annotated[str, AfterValidator(check_pattern)]

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from optim.recipes.patterns import Pattern
+from optim.recipes.patterns import check_pattern
 
+Pattern = Annotated[str, AfterValidator(check_pattern)]
 # Files give lists; a frozen recipe holds tuples.
 Patterns = Annotated[tuple[Pattern, ...], Field(strict=False)]
 

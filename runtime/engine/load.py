@@ -24,7 +24,6 @@ from optim.runtime.kernels.compile import REFUSED, turned_off
 from optim.runtime.sparsity.core_decoder import CoreDecoder
 from optim.runtime.sparsity.side_file import SIDE
 from optim.runtime.storage.checkpoint import Checkpoint, schemes_of
-from optim.runtime.storage.gguf.packed import with_integers
 from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.system.devices import compute_dtype, pick_device
 from optim.runtime.system.memory import release_memory
@@ -237,7 +236,9 @@ def load_model(
         torch.set_num_threads(threads)
     place = pick_device(device)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    if form == "planes":
+    if form == "planes" and checkpoint.store.files[0].suffix == ".gguf":
+        from optim.runtime.storage.gguf.packed import with_integers
+
         checkpoint = with_integers(checkpoint)
     known = checkpoint.family in FAMILIES
     if offload:

@@ -158,6 +158,22 @@ def open_blocks(raw: Array, kind: Blocks, codes: bool = True) -> Opened:
     return Opened(each.reshape(rows, -1), heads["d"], heads.get("m"), *flat)
 
 
+def nibble_words(raw: Array, kind: Blocks) -> Tensor | None:
+    """The codes of `open_blocks` as bits.pack_rows packs them, int32 `[rows, in / 8]`, not spread
+    into bytes on the way; None of types that have more than one plane of 4 bits."""
+    planes = [field for field in kind.fields if isinstance(field, Plane)]
+    if kind.bits != 4 or len(planes) != 1:
+        return None
+    at = sum(kind._width(field) for field in kind.fields[: kind.fields.index(planes[0])])
+    stored = raw.reshape(len(raw), -1, kind.nbytes)[:, :, at : at + kind.size // 2]
+    bytes_ = torch.from_numpy(stored.copy()).view(-1, planes[0].run)
+    made = torch.empty(len(bytes_), 2, planes[0].run // 2, dtype=torch.uint8)
+    for half, nibbles in enumerate((bytes_ & 0x0F, bytes_ >> 4)):
+        pairs = nibbles.view(torch.int16)
+        made[:, half] = pairs | pairs >> 4
+    return made.view(len(raw), -1).view(torch.int32)
+
+
 def close_blocks(held: Opened, kind: Blocks) -> Array:
     """The inverse of `open_blocks`."""
     rows = len(held.codes)

@@ -22,13 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.recipes.schema import CoreInfer, Prune
 from optim.runtime.architecture.shape import resolve
 from optim.runtime.architecture.table import FAMILIES, Decoder
 from optim.runtime.formats.static_int import read_config
@@ -122,6 +120,10 @@ def read_side(checkpoint: Checkpoint) -> Side | None:
     path = checkpoint.folder / SIDE
     if not path.is_file():
         return None
+    from pydantic import TypeAdapter
+
+    from optim.recipes.schema import CoreInfer, Prune
+
     if read_config(checkpoint.quantization) is not None:
         what = f"{path} is beside static integers, which read all of their inputs"
         raise OptimError(what, "delete the file", USAGE)

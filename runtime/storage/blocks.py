@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from optim.runtime.formats.bits import pack_rows
-from optim.runtime.formats.blocks import Array, Blocks, open_blocks
+from optim.runtime.formats.blocks import Array, Blocks, nibble_words, open_blocks
 from optim.runtime.formats.schemes import Scheme
 
 
@@ -21,13 +21,19 @@ def scale_type(kind: Blocks) -> torch.dtype:
 
 def part_of(raw: Array, kind: Blocks, key: str) -> Tensor:
     """`weight_packed`, `weight_scale` or `weight_offset` of blocks `[out, bytes of a row]`."""
-    found = open_blocks(raw, kind, codes=key == "weight_packed")
     if key == "weight_packed":
-        codes = torch.from_numpy(found.codes)
-        if (book := kind.codebook) is not None:
-            codes = (book + 128).to(torch.uint8)[codes.int()]
-        bits = run_as(kind).bits
-        return codes.view(torch.int32) if bits == 8 else pack_rows(codes, bits)
+        return _packed(raw, kind)
+    found = open_blocks(raw, kind, codes=False)
     grid = found.scale if key == "weight_scale" else found.offset
     assert grid is not None, key
     return grid
+
+
+def _packed(raw: Array, kind: Blocks) -> Tensor:
+    book, bits = kind.codebook, run_as(kind).bits
+    if book is None and (whole := nibble_words(raw, kind)) is not None:
+        return whole
+    codes = torch.from_numpy(open_blocks(raw, kind).codes)
+    if book is not None:
+        codes = (book + 128).to(torch.uint8)[codes.int()]
+    return codes.view(torch.int32) if bits == 8 else pack_rows(codes, bits)

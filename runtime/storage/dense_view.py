@@ -12,7 +12,6 @@ from optim.runtime.formats.bits import unpack_rows
 from optim.runtime.formats.blocks import Array, Blocks
 from optim.runtime.formats.pack_quantized import SUFFIXES, Scheme, dequantize, unpack
 from optim.runtime.storage.checkpoint import Checkpoint, schemes_of
-from optim.runtime.storage.gguf.packed import with_integers
 from optim.runtime.storage.integers import IntegerStore
 from optim.runtime.storage.tensors import TensorInfo
 
@@ -48,6 +47,8 @@ class PlainView:
 
     def with_integers(self) -> "PlainView":
         """The same model, the blocks of a GGUF source read as the integers they are."""
+        from optim.runtime.storage.gguf.packed import with_integers
+
         made = with_integers(self.checkpoint)
         return self if made is self.checkpoint else PlainView(made)
 

@@ -10,7 +10,6 @@ from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.demo import demo_file
 from optim.runtime.storage.foreign.layouts import foreign_layout
 from optim.runtime.storage.foreign.store import ForeignStore
-from optim.runtime.storage.gguf.store import open_gguf
 from optim.runtime.storage.hub import HUB_ID, fetch
 from optim.runtime.storage.lossless.layouts import layout_of, without_layout
 from optim.runtime.storage.lossless.store import open_lossless
@@ -48,6 +47,12 @@ def _open_store(folder: Path, config: dict[str, Any]) -> tuple[Store, dict[str, 
     return open_lossless(folder, config), without_layout(config)
 
 
+def _open_gguf(path: Path, source: str, name: str) -> Checkpoint:
+    from optim.runtime.storage.gguf.store import open_gguf
+
+    return open_gguf(path, source, name)
+
+
 def open_checkpoint(
     source: str,
     *,
@@ -64,11 +69,11 @@ def open_checkpoint(
     """
     path = Path(os.path.expanduser(source))
     if source == "demo":
-        return open_gguf(demo_file(), source, "SmolLM2-135M-Instruct")
+        return _open_gguf(demo_file(), source, "SmolLM2-135M-Instruct")
     if path.is_dir():
         return _open_folder(path, source, path.resolve().name, trust_remote_code, gate)
     if path.is_file() and path.suffix == ".gguf":
-        return open_gguf(path, source, path.stem)
+        return _open_gguf(path, source, path.stem)
     if path.is_file():
         raise OptimError(f"{source} is not a model", f"give {SOURCES}", USAGE)
     name, _, wanted = source.partition("@")

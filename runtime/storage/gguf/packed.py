@@ -19,6 +19,7 @@ from optim.runtime.storage.gguf.store import GgufStore, deinterleave
 from optim.runtime.storage.integers import IntegerStore
 from optim.runtime.storage.tensors import Part, TensorInfo
 
+KEYS = "weight_packed", "weight_scale", "weight_offset"
 KINDS = {Kind[name.upper()]: kind for name, kind in BLOCKS.items()}
 
 
@@ -38,6 +39,8 @@ class PackedGguf(IntegerStore):
         self.infos: dict[str, TensorInfo] = {}
         self.schemes: dict[str, Scheme] = {}
         self._where: dict[str, tuple[str, str]] = {}
+        self._waiting: dict[str, Tensor] = {}
+        """Of the tensor that was read last: what was not asked for yet."""
         for name, info in inner.infos.items():
             kind = KINDS.get(inner.kind(name))
             if kind is None or len(info.shape) != 2:
@@ -69,9 +72,15 @@ class PackedGguf(IntegerStore):
         name, key = self._where[part.stored]
         if key == "weight_shape":
             return torch.tensor(self._inner.infos[name].shape)
-        raw = self.raw(part.stored)
-        raw = raw[slice(*part.rows)] if part.rows else raw
-        return part_of(raw, KINDS[self._inner.kind(name)], key)
+        kind = KINDS[self._inner.kind(name)]
+        if part.rows:
+            return part_of(self.raw(part.stored)[slice(*part.rows)], kind, key)
+        found = self._waiting.pop(part.stored, None)
+        if found is None:
+            raw, stem = self.raw(part.stored), part.stored.removesuffix(key)
+            made = {f"{stem}{k}": part_of(raw, kind, k) for k in KEYS[: 3 if kind.offset else 2]}
+            found, self._waiting = made.pop(part.stored), made
+        return found
 
 
 def _infos(shape: tuple[int, ...], kind: Blocks) -> dict[str, TensorInfo]:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,11 @@ from optim.runtime.architecture.config import text_part
 from optim.runtime.kernels.door import Array
 from optim.runtime.storage.lossless.layout import Coded, Layout, ShapeOf, damaged
 from optim.runtime.storage.lossless.layouts import LAYOUTS, layout_of
-from optim.runtime.storage.manifest import Manifest, read_manifest
 from optim.runtime.storage.tensors import SIDE, Part, SafetensorsFiles, Store, TensorInfo
 from optim.runtime.system.hashes import tensors_sha256
+
+if TYPE_CHECKING:
+    from optim.runtime.storage.manifest import Manifest
 
 PIECE = 1 << 22  # weights of a tensor in memory at a time
 
@@ -31,7 +33,7 @@ class LosslessStore:
     """
 
     def __init__(
-        self, files: Iterable[Path], config: Mapping[str, Any], manifest: Manifest
+        self, files: Iterable[Path], config: Mapping[str, Any], manifest: "Manifest"
     ) -> None:
         """`manifest` may know the packed tensors' shapes, and the hashes of the originals."""
         self._stored = SafetensorsFiles(files)
@@ -114,7 +116,13 @@ class LosslessStore:
 def open_lossless(folder: Path, config: Mapping[str, Any]) -> LosslessStore:
     """All weight files of a packed folder: their names and order mean nothing."""
     files = sorted(path for path in folder.glob("*.safetensors") if path.name != SIDE)
-    return LosslessStore(files, config, read_manifest(folder) or Manifest())
+    return LosslessStore(files, config, _manifest(folder))
+
+
+def _manifest(folder: Path) -> "Manifest":
+    from optim.runtime.storage.manifest import Manifest, read_manifest
+
+    return read_manifest(folder) or Manifest()
 
 
 def pieces(store: Store, name: str) -> Iterator[Tensor]:
@@ -135,7 +143,7 @@ def disproved(
 
     Needs no original: the manifest has its hashes. Tensors without one are not counted.
     """
-    hashes = (read_manifest(folder) or Manifest()).original_sha256
+    hashes = _manifest(folder).original_sha256
     problems = [f"{name} is missing" for name in sorted(hashes.keys() - store.infos.keys())]
     proven = 0
     for at, name in enumerate(store.infos, 1):

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from optim.runtime.formats.bits import pack_rows
 from optim.runtime.formats.block_scales import (
     Scales,
     codes_of,
@@ -17,7 +18,14 @@ from optim.runtime.formats.block_scales import (
     rounded_rows,
     steps_of,
 )
-from optim.runtime.formats.blocks import BLOCKS, Array, Blocks, close_blocks, open_blocks
+from optim.runtime.formats.blocks import (
+    BLOCKS,
+    Array,
+    Blocks,
+    close_blocks,
+    nibble_words,
+    open_blocks,
+)
 
 NAMES = sorted(BLOCKS)
 names = st.sampled_from(NAMES)
@@ -45,6 +53,19 @@ def meant(q: Tensor, found: Scales, kind: Blocks) -> Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_sizes_are_those_of_the_gguf_package(name: str) -> None:
     assert gguf.GGML_QUANT_SIZES[kind_of(name)] == (BLOCKS[name].size, BLOCKS[name].nbytes)
+
+
+@given(names, st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 3))
+def test_words_of_nibbles_are_the_codes_packed(
+    name: str, seed: int, rows: int, blocks: int
+) -> None:
+    kind, random = BLOCKS[name], np.random.default_rng(seed)
+    raw = random.integers(0, 256, (rows, blocks * kind.nbytes), dtype=np.uint8)
+    found = nibble_words(raw, kind)
+    assert (found is None) == (name not in ("q4_0", "q4_1", "q4_k", "iq4_nl"))
+    if found is not None:
+        codes = torch.from_numpy(open_blocks(raw, kind).codes)
+        assert torch.equal(found, pack_rows(codes, 4))
 
 
 @given(names, st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 3))

@@ -9,10 +9,13 @@ import torch
 from transformers import LlamaForCausalLM
 
 from optim.runtime.engine.load import load_model
+from optim.runtime.kernels.door import Array
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.dense_view import PlainView
 from optim.runtime.storage.gguf.packed import with_integers
+from optim.runtime.storage.gguf.store import GgufStore
 from optim.runtime.storage.open import open_checkpoint
+from optim.runtime.storage.tensors import Part
 from tests.runtime.storage.gguf.test_store import llama_rows, write
 
 KINDS = [gguf.GGMLQuantizationType[n] for n in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")]
@@ -61,3 +64,26 @@ def test_the_demo_keeps_every_weight(demo: Checkpoint) -> None:
     for name in ("model.embed_tokens.weight", "model.layers.3.self_attn.k_proj.weight"):
         assert view.scheme(name) is not None
         assert torch.equal(view.read(name).bfloat16(), demo.read(name))
+
+
+def test_a_linear_is_read_from_the_file_once(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = gguf.GGMLQuantizationType.Q4_1
+    write(tmp_path / "m.gguf", tiny_llama, "llama", kind=kind, change=llama_rows(tiny_llama))
+    checkpoint = with_integers(open_checkpoint(str(tmp_path / "m.gguf")))
+    read: list[str] = []
+    inner = GgufStore.raw
+
+    def raw(store: GgufStore, name: str) -> Array:
+        read.append(name)
+        return inner(store, name)
+
+    monkeypatch.setattr(GgufStore, "raw", raw)
+    stem = "model.layers.0.mlp.up_proj.weight"
+    parts = [checkpoint.read(f"{stem}_{key}") for key in ("packed", "scale", "offset")]
+    assert read == [stem]
+    again = [checkpoint.read(f"{stem}_{key}") for key in ("offset", "packed", "scale")]
+    assert all(map(torch.equal, again, (parts[2], parts[0], parts[1])))
+    some = checkpoint.store.read(Part(f"{stem}_scale", rows=(1, 3)))
+    assert torch.equal(some, parts[1][1:3])
