@@ -8,8 +8,9 @@ import yaml
 from pydantic import ValidationError
 
 from optim.recipes.errors import USAGE, OptimError
+from optim.recipes.idle import idle
 from optim.recipes.keys import flag_of
-from optim.recipes.problems import Path, Place, RecipeError, did_you_mean, explain
+from optim.recipes.problems import Path, Place, Problem, RecipeError, did_you_mean, explain
 from optim.recipes.schema import VERSION, Recipe
 from optim.recipes.yaml_source import decode, parse_mapping, parse_value
 
@@ -96,9 +97,16 @@ def _put(data: dict[str, Any], places: dict[Path, Place], key: str, value: Any, 
 
 def _check(name: str, data: dict[str, Any], places: dict[Path, Place]) -> Recipe:
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise RecipeError(name, explain(error, data, places)) from None
+    typed = {
+        ".".join(map(str, path)): at for path, at in places.items() if at.order == _AFTER_ALL_LINES
+    }
+    reasons = ((at, key, idle(recipe, key)) for key, at in typed.items())
+    if found := [Problem(at, f"{key} has no effect: {why}") for at, key, why in reasons if why]:
+        raise RecipeError(name, found)
+    return recipe
 
 
 def _summary(text: str) -> str:
