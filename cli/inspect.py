@@ -164,7 +164,8 @@ def _show_manifest(manifest: dict[str, Any] | None) -> None:
     if source:
         ui.say(f"made from {source.get('name')} (sha256 {str(source.get('sha256'))[:12]})")
     if method := _section(recipe, "quantize"):
-        keys = ("method", "bits", "group_size", "sym", "compensate")
+        grid = ("bits", "group_size", "sym") if method.get("grid") is None else ("grid",)
+        keys = ("method", *grid, "compensate")
         ui.say(", ".join(f"{key} {method[key]}" for key in keys if key in method))
     if method := _section(recipe, "prune"):
         ui.say(", ".join(f"{key} {value}" for key, value in method.items()))

@@ -20,6 +20,7 @@ from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.schema import Calibration
 from optim.runtime.storage.card import Card, card_of
 from optim.runtime.storage.checkpoint import Checkpoint, require_plain
+from optim.runtime.storage.integers import IntegerStore
 from optim.runtime.storage.manifest import Cost, Manifest, made_here, read_manifest
 from optim.runtime.storage.open import open_checkpoint
 from optim.runtime.storage.origin import CARD
@@ -109,6 +110,10 @@ def _check(artifact: Checkpoint, base: Checkpoint, against: str) -> None:
     if not any(name.endswith(".weight_packed") for name in artifact.tensors):
         what = f"{artifact.source} has no packed linears whose scales could be tuned"
         raise OptimError(what, "give a folder that `optim quantize -m awq` wrote", USAGE)
+    if isinstance(artifact.store, IntegerStore):
+        what = f"{artifact.source} is stored in another program's form, or in blocks of GGUF"
+        fix = "tune what `optim quantize -m awq` writes without --grid, then `optim export` that"
+        raise OptimError(f"{what}: its scales cannot be written back", fix, USAGE)
     keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
     other = [k for k in keys if artifact.text_config.get(k) != base.text_config.get(k)]
     if other:

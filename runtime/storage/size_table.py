@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from optim.runtime.formats.pack_quantized import SUFFIXES, SchemeOf
 from optim.runtime.formats.static_int import INPUT_PARTS, read_config
 from optim.runtime.storage.checkpoint import Checkpoint, schemes_of
+from optim.runtime.storage.integers import IntegerStore
 
 BLOCK = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.\d+\.")
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
@@ -58,8 +59,22 @@ def stored(checkpoint: Checkpoint, *, as_read: bool = False) -> list[Stored]:
         format_, nbytes = held or (SHORT.get(kind, kind), info.nbytes)
         found.append(Stored(name, format_, math.prod(info.shape), round(nbytes)))
     for module, names in pieces.items():
-        found.append(_packed(checkpoint, module, names, scheme_of))
+        blocks = None if as_read else _in_blocks(checkpoint, module, names)
+        found.append(blocks or _packed(checkpoint, module, names, scheme_of))
     return found
+
+
+def _in_blocks(checkpoint: Checkpoint, module: str, names: dict[str, str]) -> Stored | None:
+    """A linear that is stored in GGUF's blocks; None if it is not."""
+    store, name = checkpoint.store, checkpoint.stored_name(names.get("weight_packed", ""))
+    kind = store.blocks(name) if isinstance(store, IntegerStore) and name else None
+    if kind is None:
+        return None
+    outputs, groups = checkpoint.tensors[names["weight_scale"]].shape
+    weights = outputs * groups * kind.group
+    return Stored(
+        f"{module}.weight", kind.name.upper(), weights, weights // kind.size * kind.nbytes
+    )
 
 
 def rounded_before(checkpoint: Checkpoint) -> str | None:

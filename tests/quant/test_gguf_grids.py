@@ -15,9 +15,11 @@ from optim.export.run import plan as export_plan
 from optim.quant import gptq
 from optim.quant.plan import plan
 from optim.quant.run import Report, quantize
+from optim.quant.tune.run import tune
+from optim.quant.tune.train import Asked
 from optim.recipes.build import build_recipe
 from optim.recipes.errors import OptimError
-from optim.recipes.schema import Export, Recipe
+from optim.recipes.schema import Calibration, Export, Recipe
 from optim.runtime.decoder.layers import MLP
 from optim.runtime.engine.build import build
 from optim.runtime.formats.blocks import BLOCKS
@@ -25,6 +27,8 @@ from optim.runtime.measure.quality import evaluate_windows
 from optim.runtime.storage.dense_view import PlainView
 from optim.runtime.storage.gguf.store import INTERLEAVED, deinterleave
 from optim.runtime.storage.open import open_checkpoint
+from optim.runtime.storage.size_table import stored
+from optim.runtime.storage.tensors import SafetensorsFiles
 
 Make = Callable[..., Path]
 Compress = Callable[..., Report]
@@ -63,6 +67,7 @@ def test_every_grid(grid: str, make_model: Make, some_text: Path, tmp_path: Path
     arch, tensors = row_of(view).arch, {t.name: t for t in gguf.GGUFReader(file).tensors}
     packed = [name for name in view.tensors if view.scheme(name)]
     assert len(packed) == 14
+    _shown_as_stored(folder, grid)
     for name in packed:
         tensor = tensors[gguf_name(name, arch)]
         assert tensor.tensor_type.name == grid.upper()
@@ -79,6 +84,24 @@ def test_every_grid(grid: str, make_model: Make, some_text: Path, tmp_path: Path
     wanted = x @ view.read("model.layers.1.mlp.down_proj.weight").T
     assert linear.nbytes < 2 * 512 * 256
     assert float((linear(x) - wanted).norm() / wanted.norm()) < 0.015  # activations have 8 bits
+
+
+def _shown_as_stored(folder: Path, grid: str) -> None:
+    """The size table has the bytes that are in the file, under the name of the type."""
+    rows = stored(open_checkpoint(str(folder)))
+    infos = SafetensorsFiles(folder.glob("*.safetensors")).infos
+    held = {name: info.nbytes for name, info in infos.items() if name.endswith("weight_blocks")}
+    found = {row.name: row.nbytes for row in rows if row.format == grid.upper()}
+    assert found == {name.replace("weight_blocks", "weight"): size for name, size in held.items()}
+
+
+def test_its_scales_cannot_be_tuned(make_model: Make, some_text: Path, tmp_path: Path) -> None:
+    model = make_model("llama", **WIDE)
+    folder = solved(model, some_text, tmp_path / "made", "q4_0", method="rtn")
+    text, out = Calibration(dataset=str(some_text)), tmp_path / "tuned"
+    with pytest.raises(OptimError, match="cannot be written back") as caught:
+        tune(str(folder), str(model), str(out), text, Asked(), lambda *_: None)
+    assert caught.value.code == 2 and not out.exists()
 
 
 @pytest.mark.parametrize("grid", ["q4_0", "iq4_nl", "q3_k"])
