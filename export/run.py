@@ -61,7 +61,7 @@ def plan(
     name = f"./{source.name}-{wanted.format}" if not exporter.suffix else f"./{source.name}"
     place = Path(output or f"{name}{exporter.suffix}")
     nbytes = sum(item.nbytes for item in held)
-    inputs = source.store.files if exporter.suffix else source.places
+    inputs = source.store.files if exporter.suffix else source.inputs()
     if (source.folder / "tokenizer.json").is_file():
         source.tokenizer()  # one that cannot be read is not handed on
     check_place(place, exporter, force, nbytes, inputs)

@@ -53,7 +53,7 @@ def plan(
     output = Path(recipe.output or f"./{checkpoint.name}-{method.form(section)}")
     need = sum(info.nbytes for info in checkpoint.tensors.values())
     need *= 2 if need <= MOST_BYTES else 1  # the shards and the one file of them
-    check_output(output, force, need, [*checkpoint.places, *recipe.calibration.places])
+    check_output(output, force, need, [*checkpoint.inputs(), *recipe.calibration.places])
     return Plan(
         recipe=recipe.model_copy(update={"output": str(output)}),
         method=method,

@@ -126,7 +126,7 @@ def plan(
     guide = guide_bytes(recipe, state, len(walk), len(shapes))
     disk = output_bytes + 2 * state + guide
     disk += output_bytes if output_bytes <= MOST_BYTES else 0  # the shards and the one file of them
-    inputs = [*checkpoint.places, *recipe.calibration.places]
+    inputs = [*checkpoint.inputs(), *recipe.calibration.places]
     problems = [*_pattern_problems(recipe.quantize, shapes), *_shape_problems(shapes, schemes)]
     problems += output_problems(output, force, disk, inputs)
     if problems:

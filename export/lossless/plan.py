@@ -117,7 +117,7 @@ def plan(
         raw_bytes=raw,
         notes=tuple(_notes(checkpoint, wide, pack)),
     )
-    check_output(place, force, made.output_bytes, checkpoint.places)
+    check_output(place, force, made.output_bytes, checkpoint.inputs())
     return made
 
 

@@ -63,7 +63,7 @@ def unpack(source: str, output: str, progress: Progress, *, force: bool = False)
     hashes = manifest.original_sha256
     place, infos = Path(output), checkpoint.store.infos
     total = sum(info.nbytes for info in infos.values())
-    check_output(place, force, total, checkpoint.places)
+    check_output(place, force, total, checkpoint.inputs())
     what = {"unpack": checkpoint.fingerprint(), "files": checkpoint.file_hashes()}
     workspace = Workspace(place, what, force, checkpoint)
     with workspace:

@@ -89,7 +89,7 @@ def tune(
     artifact, base = open_checkpoint(source), open_checkpoint(against)
     _check(artifact, base, against)
     size = sum(info.nbytes for info in artifact.tensors.values())
-    check_output(Path(output), force, 3 * size, [*artifact.places, *calibration.places])
+    check_output(Path(output), force, 3 * size, [*artifact.inputs(), *calibration.places])
     if windows is None:
         windows = windows_for(calibration, artifact.tokenizer())
     recipe = {"tune": asdict(asked), "calibration": calibration.model_dump(mode="json")}

@@ -21,7 +21,7 @@ from optim.runtime.architecture.shape import resolve
 from optim.runtime.architecture.table import FAMILIES
 from optim.runtime.formats import static_int
 from optim.runtime.formats.pack_quantized import SchemeOf, parse_config
-from optim.runtime.storage.companions import copy_companions
+from optim.runtime.storage.companions import companions, copy_companions
 from optim.runtime.storage.foreign.layouts import block_of
 from optim.runtime.storage.gate import FIX, Stored, admit
 from optim.runtime.storage.integers import IntegerStore
@@ -175,9 +175,12 @@ class Checkpoint:
         """Name of a tensor in the family's published checkpoints (mixtral: `...w1.weight`)."""
         return published_name(canonical, self.family)
 
-    @property
-    def places(self) -> tuple[Path, ...]:
-        """Where the model is: what no output may replace."""
+    def inputs(self) -> tuple[Path, ...]:
+        """Where the model is: what an output is made from, and may not replace.
+
+        Raises OptimError (2) for a file that would be copied and is a link out of there.
+        """
+        companions(self.folder, code=self.trust_remote_code)
         return (self.folder, *self.store.files)
 
     def tokenizer(self) -> Tokenizer:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,20 @@ def test_the_text_is_looked_at(
     out, err = capfd.readouterr()
     assert said in err and out == "" and "unexpected" not in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "command", ["quantize", "prune", "pack", "export --format safetensors", "prune -m prosparse"]
+)
+def test_a_private_file_behind_a_link_is_found_before_work(
+    command: str, make_model: Make, tmp_path: Path, capfd
+) -> None:
+    source = Path(shutil.copytree(make_model("llama"), tmp_path / "model"))
+    (tmp_path / "private").write_text("secret")
+    (source / "merges.txt").symlink_to(tmp_path / "private")
+    first, *flags = command.split()
+    assert run(first, source, *flags, "-o", tmp_path / "out", "--dry-run") == 2
+    assert "merges.txt is a link that leads out" in capfd.readouterr().err
 
 
 def test_the_named_fix_is_right(make_model: Make, tmp_path: Path, capfd) -> None:
