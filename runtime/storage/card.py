@@ -77,7 +77,8 @@ def card_of(made: Card, source: Checkpoint) -> str:
     origin = origin_of(source)
     lines = "\n\n".join(PROGRAMS[name].replace("{name}", made.name) for name in made.programs)
     remark = f"\n\n{made.remark}" if made.remark else ""
-    return f"""{front_matter(origin, made.tags, "transformers")}
+    loads = {"transformers", "compressed-tensors"} & set(made.programs)
+    return f"""{front_matter(origin, made.tags, "transformers" if loads else None)}
 # {made.name}
 
 {made.about}

@@ -38,6 +38,14 @@ def test_the_source_card_says_where_it_comes_from(folder: Path) -> None:
     assert "[them/base](https://huggingface.co/them/base). Licence: mit. Language: en, no." in text
 
 
+@pytest.mark.parametrize("programs", [("optim",), ("optim", "compressed-tensors"), ()])
+def test_the_hub_hears_of_transformers_where_it_loads_it(
+    programs: tuple[str, ...], folder: Path
+) -> None:
+    found = yaml.safe_load(text_of(folder, programs).split("---\n")[1])
+    assert ("library_name" in found) == ("compressed-tensors" in programs)
+
+
 HOSTILE = [
     "",
     "# no front matter",
