@@ -1,9 +1,9 @@
 """Take real models through every command: `python tests/real/run.py demo gemma-3-270m.gguf`.
 
-Each compression and each export uses little text; what it made is looked at, run, and measured
-beside the model. Prints a row a command, with its exit code and seconds. Exit code 1 if a command
-failed, or if what it made is further from the model than its kind may be. A quarter of an hour a
-model on two cores. `optim rm` is left out: it would take the model away.
+Each compression uses little text; what it made is looked at, run, and measured beside the model.
+Prints a row a command, with its exit code and seconds. Exit code 1 if a command failed, or if what
+it made is further from the model than its kind may be. A quarter of an hour a model on two cores.
+Commands of a hub are left out, and `optim rm`, which would take the model away.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1"}
 OPTIM = (sys.executable, "-m", "optim.cli")
-TEXT = "--num-samples 4 --seq-len 128"
+TEXT = "--num-samples 4 --seq-len 128 --no-eval"
 SETS = "--set calibration.num_samples=4 --set calibration.seq_len=128"
 PROMPT = "'The capital of France is' --raw --temperature 0 --max-tokens 8"
 LOOK = "--window 256 --max-windows 2"
@@ -41,9 +41,9 @@ quantize MODEL --dry-run
 """
 EXACT, BYTE, FOUR, FEW, TRAINED = 1e-5, 0.02, 1.0, 5.0, float("inf")
 MADE: dict[str, tuple[str, float]] = {
-    "rtn8": ("quantize MODEL -m rtn -b 8", BYTE),
-    "rtn": ("quantize MODEL -m rtn", FOUR),
-    "awq": (f"quantize MODEL -m awq {TEXT}", FOUR),
+    "rtn8": ("quantize MODEL -m rtn -b 8 --no-eval", BYTE),
+    "rtn": ("quantize MODEL -m rtn --no-eval", FOUR),
+    "awq": ("quantize MODEL -m awq --num-samples 4 --seq-len 128", FOUR),
     "sym": (f"quantize MODEL -m awq --sym -g 32 {TEXT}", FOUR),
     "gptq": (f"quantize MODEL -m gptq {TEXT}", FOUR),
     "grid": (f"quantize MODEL -m awq --grid q4_0 {TEXT}", FOUR),
@@ -52,21 +52,21 @@ MADE: dict[str, tuple[str, float]] = {
     "threshold": (f"prune MODEL {TEXT}", FOUR),
     "core": (f"prune MODEL -m coreinfer {TEXT}", FEW),
     "relu": (f"prune MODEL -m prosparse --steps 2 {TEXT}", TRAINED),
-    "zeros": ("prune relu -m relu-exact", TRAINED),
+    "zeros": ("prune relu -m relu-exact --no-eval", TRAINED),
     "df11": ("pack MODEL", EXACT),
     "bf12": ("pack MODEL --layout bf12", EXACT),
     "unpacked": ("unpack df11", EXACT),
     "both": ("pack awq --layout bf12", FOUR),
-    "plain": ("export MODEL -f safetensors", EXACT),
+    "plain": ("export MODEL -f safetensors --no-eval", EXACT),
     "whole.gguf": ("export MODEL --type bf16", EXACT),
-    "eight.gguf": ("export MODEL --type q8_0", BYTE),
-    "awq.gguf": ("export awq", FOUR),
-    "grid.gguf": ("export grid", FOUR),
-    "as-awq": ("export awq -f awq", FOUR),
-    "as-gptq": ("export sym -f gptq", FOUR),
-    "as-mlx": ("export awq -f mlx", FOUR),
-    "as-ct": ("export gptq -f compressed-tensors", FOUR),
-    "all": (f"apply everything MODEL {SETS}", FOUR),
+    "eight.gguf": ("export MODEL --type q8_0 --no-eval", BYTE),
+    "awq.gguf": ("export awq --no-eval", FOUR),
+    "grid.gguf": ("export grid --no-eval", FOUR),
+    "as-awq": ("export awq -f awq --no-eval", FOUR),
+    "as-gptq": ("export sym -f gptq --no-eval", FOUR),
+    "as-mlx": ("export awq -f mlx --no-eval", FOUR),
+    "as-ct": ("export gptq -f compressed-tensors --no-eval", FOUR),
+    "all": (f"apply everything MODEL {SETS} --no-eval", FOUR),
 }
 """What is made: by which command, and how far it may be from the model (KL divergence, nats)."""
 LAST = f"""
