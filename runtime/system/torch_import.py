@@ -8,10 +8,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
-from types import ModuleType
-
-META = "torch._meta_registrations"
-"""What operators do with tensors that have no data: a quarter of torch's import."""
 
 
 def map_library() -> None:
@@ -26,24 +22,14 @@ def map_library() -> None:
 
 
 def import_torch() -> None:
-    """Import torch without META, which is registered when `import_meta` asks for it.
-
-    Nor is garbage looked for among modules that all stay, now and later.
-    """
+    """Import torch without looking for garbage among modules that all stay, now and later."""
     if "torch" in sys.modules:
         return
     collects = gc.isenabled()
     gc.disable()
-    sys.modules[META] = ModuleType(META)  # what torch finds instead
     try:
         import_module("torch")
     finally:
-        del sys.modules[META]
         gc.freeze()
         if collects:
             gc.enable()
-
-
-def import_meta() -> None:
-    """Complete a torch that `import_torch` imported; before modules are made on the meta device."""
-    import_module(META)

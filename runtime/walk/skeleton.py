@@ -16,7 +16,6 @@ from optim.runtime.architecture.shape import relu_threshold
 from optim.runtime.decoder.layers import raise_threshold
 from optim.runtime.storage.checkpoint import Checkpoint
 from optim.runtime.storage.dense_view import PlainView
-from optim.runtime.system.torch_import import import_meta
 
 EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
 THEIRS = (
@@ -44,7 +43,6 @@ def meta_model(checkpoint: Checkpoint | PlainView, dtype: torch.dtype) -> Any:
 
     Raises OptimError (2) where transformers has no such causal language model.
     """
-    import_meta()
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
