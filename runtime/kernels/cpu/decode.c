@@ -29,14 +29,22 @@ typedef struct {
 
 SIZE_OF(Reader)
 
+/* Of a rotary kind, for the tokens of a step: cos and signed sin [tokens, rotary]. */
+typedef struct {
+    const float *cos, *sin;
+    int64_t rotary;
+} Angles;
+
+SIZE_OF(Angles)
+
 typedef struct {
     const float *before_attention, *after_attention; /* RMS weights [hidden]; after_*: or NULL */
     const float *before_mlp, *after_mlp;
     const float *query_norm, *key_norm; /* [dim], or both NULL */
     Reader qkv, out, up, down;
-    int64_t middle;         /* width of the feed-forward */
-    const float *cos, *sin; /* [tokens, rotary], or both NULL */
-    int64_t window;         /* 0: everything is seen */
+    int64_t middle;       /* width of the feed-forward */
+    const Angles *angles; /* or NULL */
+    int64_t window;       /* 0: everything is seen */
 } Block;
 
 SIZE_OF(Block)
@@ -169,12 +177,15 @@ static void text_head(const Run *r, const Block *b, const Text *text, int64_t kv
     const int64_t width = (step.heads + 2 * step.kv_heads) * dim;
     step.keys = place->keys, step.values = place->values, step.packed = place->packed;
     step.capacity = place->capacity, step.half = place->half, step.window = b->window;
-    if (!b->cos) step.rotary = 0;
+    step.rotary = b->angles ? b->angles->rotary : 0;
     for (int64_t i = 0; i < text->tokens; i++) {
         const int64_t t = text->first + i;
         step.position = text->position + i;
         step.qkv = r->y + t * width, step.out = r->x + t * step.heads * dim;
-        if (b->cos) step.cos = b->cos + t * step.rotary, step.sin = b->sin + t * step.rotary;
+        if (b->angles) {
+            step.cos = b->angles->cos + t * step.rotary;
+            step.sin = b->angles->sin + t * step.rotary;
+        }
         float *q = step.qkv + kv * group * dim, *k = step.qkv + (step.heads + kv) * dim;
         if (b->query_norm) optim_rms_norm(q, b->query_norm, q, group, dim, r->d->eps);
         if (b->key_norm) optim_rms_norm(k, b->key_norm, k, 1, dim, r->d->eps);
@@ -192,10 +203,11 @@ static Prompt prompt_of(const Run *r, const Block *b) {
     const Step *step = &r->d->step;
     const Text *text = r->d->text;
     const Place *place = text->places + (b - r->d->blocks);
+    const Angles angles = b->angles ? *b->angles : (Angles){0};
     return (Prompt){
         .batch = 1, .tokens = text->tokens, .start = text->position, .out = r->x, .qkv = r->y,
         .heads = step->heads, .kv_heads = step->kv_heads, .dim = step->dim,
-        .rotary = b->cos ? step->rotary : 0, .cos = b->cos, .sin = b->sin, .window = b->window,
+        .rotary = angles.rotary, .cos = angles.cos, .sin = angles.sin, .window = b->window,
         .capacity = place->capacity, .half = place->half, .keys = place->keys,
         .values = place->values, .scale = step->scale, .cap = step->cap, .no_memory = r->no_memory,
     };

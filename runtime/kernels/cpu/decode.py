@@ -8,11 +8,12 @@ import ctypes
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from operator import is_
 
 import torch
 from torch import Tensor
 
-from optim.runtime.cache.full import Layer, LayeredCache
+from optim.runtime.cache.full import Layer, LayerCache, LayeredCache
 from optim.runtime.kernels.compile import NoKernel, library, team
 from optim.runtime.kernels.cpu import attention_prompt, dense, skip_int4, w4a8
 from optim.runtime.kernels.cpu import step as cpu_step
@@ -80,6 +81,17 @@ class CReader(Struct):
     )
 
 
+class CAngles(Struct):
+    """`Angles` of decode.c."""
+
+    NAME = "Angles"
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("cos", "sin")),
+        ("rotary", ctypes.c_int64),
+    )
+
+
 class CBlock(Struct):
     """`Block` of decode.c."""
 
@@ -89,7 +101,7 @@ class CBlock(Struct):
         *((name, ctypes.c_void_p) for name in NORMS),
         *((name, CReader) for name in LINEARS),
         ("middle", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("cos", "sin")),
+        ("angles", ctypes.c_void_p),
         ("window", ctypes.c_int64),
     )
 
@@ -139,12 +151,25 @@ class Places:
         self._array = (CPlace * len(layers))()
         self._places = list(self._array)  # what `point` keeps is kept by these
         self._layers = layers
+        self._plain = [layer for layer in layers if isinstance(layer, LayerCache)]
+        self._shown: list[Tensor] = []
         self.address = ctypes.addressof(self._array)
 
     def follow(self, position: int, count: int, rows: int, dim: int) -> None:
         """Look where the layers, with room for `count` positions from `position` on, lie now."""
+        if self._lie_as_shown(position + count):
+            return
         for place, layer in zip(self._places, self._layers, strict=True):
             cpu_step.point(place, layer, position, rows, dim, count)
+        if len(self._plain) == len(self._layers):
+            self._shown, self._room = self._tensors(), min(p.capacity for p in self._places)
+
+    def _lie_as_shown(self, end: int) -> bool:
+        """Whether nothing has moved, as in nearly every step; packed layers are always looked at."""
+        return bool(self._shown) and end <= self._room and all(map(is_, self._tensors(), self._shown))
+
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for layer in self._plain for tensor in (layer.keys, layer.values)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +190,7 @@ class Blocks:
         self._array = (CBlock * len(weights))()
         self._blocks = list(self._array)  # what `point` keeps is kept by these
         self._sizes = sizes
+        self._angles = {of.rope: CAngles() for of in weights if of.rope is not None}
         self._whole = all(
             isinstance(reader.weight, w4a8.Weight) and reader.threshold == skip_int4.NOTHING
             for block in weights
@@ -172,13 +198,15 @@ class Blocks:
         )
         for block, of in zip(self._blocks, weights, strict=True):
             _fill(block, of, sizes)
+            if of.rope is not None:
+                block.angles = ctypes.addressof(self._angles[of.rope])
         self._decoder = CDecoder(
             hidden=sizes.hidden,
             tanh_gelu=sizes.tanh_gelu,
             eps=sizes.eps,
             residual=sizes.residual,
         )
-        self._step = step = self._decoder.step
+        step = self._decoder.step
         step.batch, step.heads, step.kv_heads, step.dim = 1, sizes.heads, sizes.kv_heads, sizes.dim
         step.scale, step.cap = sizes.scale, sizes.cap
         self._address = ctypes.addressof(self._decoder)
@@ -218,14 +246,12 @@ class Blocks:
 
     def _show(self, h: Tensor, parts: Sequence[Part], angles: dict[str, Angles]) -> None:
         """Let C see the tokens, and where their texts are."""
-        step, sizes = self._step, self._sizes
-        tokens = sum(part.count for part in parts)
-        for block, weights in zip(self._blocks, self._weights, strict=True):
-            if weights.rope is not None:
-                turned = angles[weights.rope]
-                step.rotary = cpu_step.turns(block, turned, tokens, sizes.dim)
-                if turned[0].numel() != tokens * step.rotary:
-                    raise WrongTensor(f"angles {list(turned[0].shape)} for {tokens} tokens")
+        sizes, tokens = self._sizes, sum(part.count for part in parts)
+        for kind, shown in self._angles.items():
+            cos = angles[kind][0]
+            shown.rotary = cpu_step.turns(shown, angles[kind], tokens, sizes.dim)
+            if cos.numel() != tokens * shown.rotary:
+                raise WrongTensor(f"angles {list(cos.shape)} for {tokens} tokens")
         texts, first = (CText * len(parts))(), 0
         for text, part in zip(texts, parts, strict=True):
             places = _places(part.cache)
@@ -280,7 +306,7 @@ def load() -> ctypes.CDLL:
     if not cpu_step.usable():
         raise NoKernel("the kernels of a decode step do not work here")
     structs = (
-        *(CDecoder, CBlock, CPlace, CText, CReader, cpu_step.CStep, CPacked, CSide),
+        *(CDecoder, CBlock, CAngles, CPlace, CText, CReader, cpu_step.CStep, CPacked, CSide),
         *(w4a8.CLinear, skip_int4.CColumns, CPlanes, dense.CDense, attention_prompt.CPrompt),
     )
     others = (
