@@ -14,9 +14,13 @@ from optim.runtime.decoder.decoder import Block
 from optim.runtime.decoder.layers import Norm, RMSNorm
 from optim.runtime.decoder.linears.base import Linear
 from optim.runtime.kernels.compile import NoKernel
-from optim.runtime.kernels.cpu import decode
+from optim.runtime.kernels.cpu import decode, shortlist
+from optim.runtime.kernels.cpu.dense import Dense
 
 ACTIVATIONS = {"silu": False, "swish": False, "gelu_pytorch_tanh": True, "gelu_new": True}
+
+WORTH = 0.1
+"""A head's share of what a token reads, below which an 8-bit copy is not worth its memory."""
 
 
 class _Other(Exception):
@@ -43,6 +47,18 @@ def one_call(blocks: Sequence[Block], shape: Shape) -> decode.Blocks | None:
         return decode.Blocks(weights, sizes)
     except (_Other, NoKernel):
         return None
+
+
+def shortlist_of(head: Linear, shape: Shape, others: int) -> shortlist.Shortlist | None:
+    """`head` for steps that need its largest outputs only; None where that cannot be, or gains
+    little. `others`: bytes of the other weights that a token reads."""
+    reader = head.c_reader
+    if reader is None or not isinstance(reader.weight, Dense) or reader.weight.biased:
+        return None
+    changed = shape.logit_cap is not None or shape.logit_scale != 1  # two may become equal by it
+    if changed or head.nbytes < WORTH * (head.nbytes + others) or not shortlist.usable():
+        return None
+    return shortlist.Shortlist(reader.weight)
 
 
 def _need(fact: bool) -> None:

@@ -25,6 +25,7 @@ from optim.runtime.decoder.layers import FeedForward, Norm
 from optim.runtime.decoder.linears.base import Linear, Table
 from optim.runtime.kernels.cpu import decode
 from optim.runtime.kernels.cpu import step as cpu_step
+from optim.runtime.kernels.cpu.shortlist import MOST, Shortlist
 
 Work = tuple[LayeredCache, Sequence[int]]
 """A text's cache and the tokens that follow what it holds."""
@@ -101,6 +102,8 @@ class Decoder:
     dtype: torch.dtype
     cache_dtype: torch.dtype
     one_call: decode.Blocks | None
+    shortlist: Shortlist | None = None
+    """The head, where only its largest outputs are asked for."""
     prefix: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """Keys and values `[1, P, kv_heads, D]` of each block that every text begins with."""
 
@@ -116,7 +119,11 @@ class Decoder:
     @property
     def skipped_bytes(self) -> float:
         """Bytes of weights that a token did not read, on average over those decoded so far."""
-        return sum(self.blocks[i].skipped_bytes for i in range(len(self.blocks)))
+        in_blocks = sum(self.blocks[i].skipped_bytes for i in range(len(self.blocks)))
+        if self.shortlist is None or not self.shortlist.tokens:
+            return in_blocks
+        rows = self.shortlist.rows_read / self.head.out_features
+        return in_blocks + self.head.nbytes * (1 - rows) - self.shortlist.nbytes
 
     def new_cache(
         self,
@@ -261,14 +268,15 @@ class Decoder:
         """Whether a token's angles depend on the length of the text."""
         return any(rope.scaled for rope in self.ropes.values())
 
-    def step_many(self, work: Sequence[Work]) -> list[Tensor]:
+    def step_many(self, work: Sequence[Work], best: int = 0) -> list[Tensor]:
         """fp32 logits `[k, vocab]` after each token of each text: its cache and k tokens.
 
-        In every bit those of a step a token; in one call where `steps_at_once`.
+        In every bit those of a step a token; in one call where `steps_at_once`. If only the `best`
+        largest of each row matter, smaller ones may be minus infinity; 0: all do.
         """
         if not work or not all(self.steps_at_once(cache) for cache, _ in work):
             return [torch.cat([self._alone(i, cache) for i in ids]) for cache, ids in work]
-        logits = self._rows(torch.cat(self._steps(work)))
+        logits = self._rows(torch.cat(self._steps(work)), best)
         return list(torch.split(logits, [len(ids) for _, ids in work]))
 
     def _alone(self, token: int, cache: LayeredCache) -> Tensor:
@@ -302,9 +310,11 @@ class Decoder:
             left = [i for i in left if sum(map(len, done[i])) < len(work[i][1])]
         return [rows[0] if len(rows) == 1 else torch.cat(rows) for rows in done]
 
-    def _rows(self, h: Tensor) -> Tensor:
-        """fp32 logits of `h` `[n, hidden]`, each row in every bit as alone."""
+    def _rows(self, h: Tensor, best: int = 0) -> Tensor:
+        """fp32 logits of `h` `[n, hidden]`, each row in every bit as alone; `best`: step_many."""
         h, head = _norm(self.norm, h), self.head
+        if self.shortlist is not None and 0 < best <= MOST:
+            return self.shortlist(h, best)
         parts = [head(part) for part in torch.split(h, min(head.alike, len(h)))]
         logits = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.shape.logit_cap is None:

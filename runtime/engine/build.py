@@ -12,7 +12,7 @@ from optim.runtime.architecture.table import FAMILIES, Family
 from optim.runtime.architecture.table import Decoder as Facts
 from optim.runtime.cache.attention import Rule
 from optim.runtime.decoder.attention import Attention
-from optim.runtime.decoder.c_decode import one_call
+from optim.runtime.decoder.c_decode import one_call, shortlist_of
 from optim.runtime.decoder.decoder import Block, Decoder
 from optim.runtime.decoder.layers import MLP, FeedForward, Mixture, Norm
 from optim.runtime.decoder.linears.base import Linear, Table
@@ -80,6 +80,8 @@ def build(
         cache_dtype=_cache_dtype(loader, _stored_dtype(checkpoint, facts)),
         one_call=one_call(blocks, shape),
     )
+    if decoder.one_call is not None:
+        decoder.shortlist = shortlist_of(head, shape, weight_bytes)
     ends = (project_in, project_out, head)
     weight_bytes += sum(linear.nbytes for linear in ends if linear is not None)
     if (static := loader.once(static_reader)) is not None:

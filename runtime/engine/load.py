@@ -183,18 +183,19 @@ class Model:
         return self.decoder(tokens, cache, False)
 
     @torch.inference_mode()
-    def step_many(self, work: Sequence[tuple[Cache, Sequence[int]]]) -> list[Tensor]:
+    def step_many(self, work: Sequence[tuple[Cache, Sequence[int]]], best: int = 0) -> list[Tensor]:
         """Logits after every token of several texts: their caches, and the few tokens that follow.
 
         fp32 `[k, vocab]` a text, in every bit what `forward` gives for one token after the other,
         whatever else is in `work`; so are the caches. `truncate` takes tokens back. A cache, of one
         row, stands in `work` once. Prompts are for `forward`: this computes logits for every token.
+        If only the `best` largest of a row matter, smaller ones may be minus infinity; 0: all do.
         Raises OptimError (2), and changes nothing, where the limit of a cache would be passed.
         """
         for cache, tokens in work:
             self._check_room(cache, len(tokens))
         if isinstance(self.decoder, Decoder):
-            return self.decoder.step_many(cast(Sequence[Work], work))
+            return self.decoder.step_many(cast(Sequence[Work], work), best)
         return [torch.cat([self._one(token, cache) for token in ids]) for cache, ids in work]
 
     @torch.inference_mode()

@@ -65,6 +65,12 @@ class Sampling:
             _check(name, getattr(self, name), abs(getattr(self, name)) <= 2, "give one in -2..2")
 
     @property
+    def best(self) -> int:
+        """So many of the largest logits decide which token is drawn; 0: all of them."""
+        changed = self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty
+        return 0 if changed else self.top_k if self.temperature else 1
+
+    @property
     def summary(self) -> str:
         """In a few words: `greedy`, or `temperature 0.7, top_k 40`."""
         off = Sampling()
@@ -153,15 +159,13 @@ BLOCK = 64
 
 
 def likeliest(logits: Array, count: int) -> Array:
-    """The places of the `count` largest of `logits` `[V]`, the largest first.
+    """The places of the `count` largest of `logits` `[V]`, largest first, without minus infinity.
 
     The `count` largest of the maxima of blocks are among the logits, so no smaller one is needed.
     """
     blocks = logits[: logits.size // BLOCK * BLOCK].reshape(-1, BLOCK).max(1)
-    if len(blocks) < count:
-        places = np.arange(logits.size)
-    else:
-        places = np.flatnonzero(logits >= np.partition(blocks, -count)[-count])
+    enough = np.partition(blocks, -count)[-count] if len(blocks) >= count else -np.inf
+    places = np.flatnonzero(logits >= max(enough, np.finfo(logits.dtype).min))
     return places[np.argsort(-logits[places], kind="stable")[:count]]
 
 

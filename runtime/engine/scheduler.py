@@ -7,7 +7,7 @@ wait does not depend on the length of a piece, nor a text's numbers on how other
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from collections.abc import Sequence as Row
 
 import torch
@@ -133,7 +133,7 @@ class Scheduler:
         held = [_cache(slot).length for slot in slots]
         work = [(_cache(slot), [_owner(slot).history[-1]]) for slot in slots]
         try:
-            rows = self.model.step_many(work)
+            rows = self.model.step_many(work, _best(map(_owner, slots)))
         except Exception as problem:
             if len(slots) == 1 or not is_memory_error(problem):
                 raise
@@ -154,7 +154,7 @@ class Scheduler:
         guesses = guesses[: self.model.undoable(cache, 1 + len(guesses)) - 1]
         start = time.perf_counter()
         tokens = [sequence.history[-1], *(guess.token for guess in guesses)]
-        (rows,) = self.model.step_many([(cache, tokens)])
+        (rows,) = self.model.step_many([(cache, tokens)], sequence.best)
         seconds = time.perf_counter() - start
         events = self._taken(slot, rows, guesses)
         drafts.learn(len(guesses), len(events) - 1, seconds)
@@ -238,6 +238,12 @@ def answer_all(
             pieces[number].append(event.piece)
             if event.reason:
                 yield number, Answer("".join(pieces[number]), event.sequence.count, event.reason)
+
+
+def _best(sequences: Iterable[Sequence]) -> int:
+    """So many of the largest logits decide for every one of them; 0: all."""
+    counts = [sequence.best for sequence in sequences]
+    return max(counts) if all(counts) else 0
 
 
 def _owner(slot: Slot) -> Sequence:

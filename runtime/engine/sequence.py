@@ -137,6 +137,12 @@ class Sequence:
             self.context, len(self.request.ids) + (self.request.sampling.max_tokens or 1 << 40)
         )
 
+    @property
+    def best(self) -> int:
+        """So many of the largest logits decide which token comes next; 0: all of them."""
+        others = self.grammar or self.request.bias or self.request.logprobs is not None
+        return 0 if others else self.request.sampling.best
+
     def late(self) -> bool:
         """Whether it has waited too long."""
         return time.monotonic() > self.deadline

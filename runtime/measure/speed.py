@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from optim.recipes.errors import OptimError
-from optim.runtime.cache.full import Policy
+from optim.runtime.cache.full import Cache, Policy
 from optim.runtime.engine.load import load_model
 from optim.runtime.engine.sampling import require_finite
 from optim.runtime.measure.job import Job
@@ -96,16 +96,29 @@ class OptimEngine:
         cache = model.new_cache(batch=batch, length=length, policy=self._policy)
         start = time.perf_counter()
         logits = model.forward(ids, cache)
-        token = logits.argmax(-1, keepdim=True)
+        token = _largest(logits)
         _wait(model.device)
         middle = time.perf_counter()
         for _ in range(new):
-            logits = model.forward(token, cache)
-            token = logits.argmax(-1, keepdim=True)
+            logits = self._after(token, cache)
+            token = _largest(logits)
         _wait(model.device)
         end = time.perf_counter()
         require_finite(logits)
         return middle - start, end - middle
+
+    def _after(self, token: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Logits `[B, V]`; on a CPU, of one text, sure of the largest alone, as in `run`."""
+        if len(token) > 1 or self._model.device.type != "cpu":
+            return self._model.forward(token, cache)
+        return self._model.step_many([(cache, token[0].tolist())], best=1)[0]
+
+
+def _largest(logits: torch.Tensor) -> torch.Tensor:
+    """int64 `[B, 1]`; on a CPU numpy's, which takes a tenth of torch's time."""
+    if not logits.is_cpu:
+        return logits.argmax(-1, keepdim=True)
+    return torch.from_numpy(logits.numpy().argmax(-1, keepdims=True))
 
 
 def _wait(device: torch.device) -> None:

@@ -142,7 +142,6 @@ static void expand(const Planes *p, int64_t row, uint16_t *out) {
     patch(p, &e, p->escapes[row + 1], first, first + p->cols, out);
 }
 
-/* Rows from..end as bf16: out [end - from][cols]. */
 void optim_bf12_rows(const Planes *p, int64_t from, int64_t end, uint16_t *out) {
     for (int64_t row = from; row < end; row++) expand(p, row, out + (row - from) * p->cols);
 }

@@ -65,6 +65,11 @@ class BlockWeights:
     window: int | None
 
 
+SOURCES = (
+    *("decode", "w4a8", "skip_int4", "bf16", "bf12", "shortlist"),
+    *("step", "attention_quantized", "attention_prompt"),
+)
+"""The files of one library: each takes a compiler a while, and most of these call one another."""
 NORMS = ("before_attention", "after_attention", "before_mlp", "after_mlp", "query_norm", "key_norm")
 HEAD_NORMS = ("query_norm", "key_norm")
 LINEARS = ("qkv", "out", "up", "down")
@@ -165,8 +170,9 @@ class Places:
             self._shown, self._room = self._tensors(), min(p.capacity for p in self._places)
 
     def _lie_as_shown(self, end: int) -> bool:
-        """Whether nothing has moved, as in nearly every step; packed layers are always looked at."""
-        return bool(self._shown) and end <= self._room and all(map(is_, self._tensors(), self._shown))
+        """Whether nothing has moved, as in nearly every step; packed layers always may."""
+        fits = bool(self._shown) and end <= self._room
+        return fits and all(map(is_, self._tensors(), self._shown))
 
     def _tensors(self) -> list[Tensor]:
         return [tensor for layer in self._plain for tensor in (layer.keys, layer.values)]
@@ -309,10 +315,6 @@ def load() -> ctypes.CDLL:
         *(CDecoder, CBlock, CAngles, CPlace, CText, CReader, cpu_step.CStep, CPacked, CSide),
         *(w4a8.CLinear, skip_int4.CColumns, CPlanes, dense.CDense, attention_prompt.CPrompt),
     )
-    others = (
-        *("w4a8", "skip_int4", "bf16", "bf12"),
-        *("step", "attention_quantized", "attention_prompt"),
-    )
-    lib = library("decode", *others, structs=structs)
+    lib = library(*SOURCES, structs=structs)
     lib.optim_decode.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
     return lib

@@ -40,4 +40,5 @@ class Dense:
             self._dense.point("weight", weight, torch.bfloat16, weight.numel())
         self._dense.inputs, self._dense.outputs = self.inputs, self.outputs
         self._dense.point("bias", bias, torch.float32, self.outputs)
+        self.biased = bias is not None
         self.address = ctypes.addressof(self._dense)

@@ -95,6 +95,7 @@ void optim_round(const Linear *l, const float *x, Activations *a, int64_t token)
 /* Outputs of the blocks from..end of `l`, for all tokens: y [tokens][outputs]. */
 void optim_blocks(const Linear *l, const Activations *a, float *y, int64_t from, int64_t end);
 int optim_rows(void); /* outputs of a block */
+int optim_flip(void); /* what the bits of 8-bit weights are turned by in memory */
 
 /* One linear in 4 bits held input by input, skip_int4.c. */
 typedef struct {
@@ -150,6 +151,8 @@ void optim_bf16_products(const Dense *d, const float *x, float *y, int64_t token
                          int64_t end);
 void optim_bf12_products(const Dense *d, const float *x, float *y, int64_t tokens, int64_t from,
                          int64_t end);
+/* Rows from..end as bf16: out [end - from][cols]. */
+void optim_bf12_rows(const Planes *p, int64_t from, int64_t end, uint16_t *out);
 
 /* Keys, or values, of a packed cache (cache/quantized.py). */
 typedef struct {

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from optim.runtime.formats.pack_quantized import exact
 from optim.runtime.formats.schemes import Scheme
+from optim.runtime.kernels import huge_pages
 from optim.runtime.kernels.compile import NoKernel, library, team
 from optim.runtime.kernels.door import Struct, WrongTensor, address
-from optim.runtime.kernels.huge_pages import use_huge_pages
 
 ALIKE = 1 << 30  # tokens at once that each get what they get alone: any
 SCALES = (torch.float32, torch.bfloat16, torch.float16)  # by their number in C
@@ -201,10 +201,8 @@ def _blocks(q: Tensor, bits: int, columns: int, flip: int) -> Tensor:
     outputs, stored = q.shape[0], q.shape[1] * q.element_size()
     if stored > words * (8 if q.dtype == torch.uint8 and bits == 4 else 4):
         raise WrongTensor(f"{list(q.shape)} of {q.dtype} in {columns} columns")
-    blocks = torch.empty(
-        -(-outputs // lib.optim_rows()), words, lib.optim_rows(), dtype=torch.int32
-    )
-    use_huge_pages(blocks)  # before it is written: its pages come as large ones
+    shape = -(-outputs // lib.optim_rows()), words, lib.optim_rows()
+    blocks = huge_pages.empty(shape, torch.int32)
     packed = q.dtype == torch.int32
     given = address(q, torch.int32 if packed else torch.uint8, q.numel())
     made = address(blocks, torch.int32, blocks.numel())
@@ -216,4 +214,5 @@ def _blocks(q: Tensor, bits: int, columns: int, flip: int) -> Tensor:
 def _per_block(values: Tensor, rows: int) -> Tensor:
     """[out, groups] -> [blocks, groups, rows]."""
     padded = torch.nn.functional.pad(values, (0, 0, 0, -values.shape[0] % rows))
-    return padded.view(-1, rows, values.shape[1]).transpose(1, 2).contiguous()
+    blocks = padded.view(-1, rows, values.shape[1]).transpose(1, 2)
+    return huge_pages.empty(blocks.shape, values.dtype).copy_(blocks)
