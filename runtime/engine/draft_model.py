@@ -1,9 +1,12 @@
 """Drafts of a smaller model: mostly a 4-bit artifact of the very model that checks them.
 
-How many it drafts depends on the text alone, on how many were right so far and on the bytes that
-both models read: the same seed gives the same text again.
+It drafts one token more as long as that promises more than its time gives otherwise. How likely the
+token is right follows from how sure the model was of those before it, and from how often it was
+right when it was as sure. Nothing is timed: what a step takes follows from the bytes that both
+models read, so the same seed gives the same text again.
 """
 
+from bisect import bisect
 from collections.abc import Sequence
 from itertools import takewhile
 
@@ -11,11 +14,17 @@ import torch
 from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
-from optim.runtime.engine.drafts import MOST, Odds, worth
+from optim.runtime.engine.drafts import GAIN, MOST, Odds
 from optim.runtime.engine.load import Model
 from optim.runtime.engine.sampling import Guess, Sampler
 
-RIGHT = 0.8  # the chance of a token, before any was tried
+SURE = (0.3, 0.5, 0.7, 0.85, 0.95)
+RIGHT = (0.5, 0.65, 0.8, 0.9, 0.95, 0.98)
+"""The chance of a token that was drafted with one below the first of SURE, between the first two,
+and so on; before any was tried."""
+USUAL = 0.8  # the same of all together
+RATE, STEPS = 1.3, 10.0  # tokens in the time of a plain step: a first guess, worth so many steps
+LASTING = 0.98  # what was gained before a step counts less after it
 VERIFIED = 0.08  # what a token more adds to a step of the model that checks
 
 
@@ -29,7 +38,10 @@ class ModelDrafts:
         """
         check(model, target)
         self.drafted = self.accepted = 0
-        self._model, self._odds = model, Odds(RIGHT)
+        self._model, self._usual = model, Odds(USUAL)
+        self._odds = [Odds(chance) for chance in RIGHT]
+        self._sure: list[int] = []  # of the last drafts, places in _odds
+        self._tokens, self._time = RATE * STEPS, STEPS  # in plain steps
         self._cache = model.new_cache(length=min(context, model.max_context))
         self._each = VERIFIED + model.weight_bytes / target.weight_bytes
         self._held: list[int] = []  # what the cache holds
@@ -37,13 +49,18 @@ class ModelDrafts:
 
     def propose(self, history: Sequence[int], most: int, sampler: Sampler) -> list[Guess]:
         """See Drafts. Drawn as `sampler` draws."""
-        room = self._cache.limit - len(history) + 1
-        count = worth(self._odds.fade(), self._each, min(most, MOST, room))
+        most = min(most, MOST, self._cache.limit - len(history) + 1)
+        needed = self._each * max(self._tokens / self._time, GAIN)
+        usual, alive = self._usual.fade(), 1.0  # the chance that all so far are right
         guesses: list[Guess] = []
-        text = list(history)
-        while len(guesses) < count:
-            guesses.append(sampler.guess(self._after(text), text))
-            text.append(guesses[-1].token)
+        text, self._sure = list(history), []
+        while len(guesses) < most and alive * usual > needed:
+            logits = self._after(text)
+            guess = sampler.guess(logits, text)
+            guesses.append(guess)
+            text.append(guess.token)
+            self._sure.append(bisect(SURE, _chance(guess, logits)))
+            alive *= self._odds[self._sure[-1]].fade()
         self._read = len(history)
         return guesses
 
@@ -51,8 +68,13 @@ class ModelDrafts:
         """See Drafts."""
         self.drafted += drafted
         self.accepted += accepted
-        if drafted:
-            self._odds.learn(drafted, accepted)
+        self._tokens = self._tokens * LASTING + accepted + 1
+        self._time = self._time * LASTING + 1 + self._each * drafted
+        if not drafted:
+            return
+        self._usual.learn(drafted, accepted)
+        for place, sure in enumerate(self._sure[: min(accepted + 1, drafted)]):
+            self._odds[sure].learn(1, int(place < accepted))
 
     def _after(self, text: list[int]) -> Tensor:
         """Logits `[V]` after `text`, of which the cache keeps what it holds already."""
@@ -65,6 +87,13 @@ class ModelDrafts:
         logits = self._model.forward(torch.tensor([rest]), self._cache)
         self._held = text[:]
         return logits[0]
+
+
+def _chance(guess: Guess, logits: Tensor) -> float:
+    """What `logits` `[V]`, or the chances made of them, gave the token."""
+    if guess.chances is None:
+        return float(torch.softmax(logits, -1)[guess.token])
+    return guess.chances.share(guess.token)
 
 
 def check(model: Model, target: Model) -> None:

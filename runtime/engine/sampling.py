@@ -136,6 +136,11 @@ class Chances:
         whole /= whole.sum()
         return whole
 
+    def share(self, id: int) -> float:
+        """The chance of one of them, of 1 in all."""
+        own = self.chances[id] if self.ids is None else self.chances[self.ids == id].sum()
+        return float(own / self.chances.sum())
+
 
 def distribution(logits: Array, sampling: Sampling) -> Chances:
     """What `sampling` leaves of `logits` `[V]` fp32, penalty applied; temperature above 0.

@@ -72,14 +72,24 @@ def likely(
             yield (token, *rest), chance * float(chances[token])
 
 
+@pytest.mark.parametrize("each", [0.0, 0.35])
 @pytest.mark.parametrize("limits", [{"top_k": 3}, {"top_k": 4, "min_p": 0.4}], ids=str)
 def test_first_tokens_are_as_likely(
-    limits: dict[str, Any], target: Model, draft: Model, monkeypatch: pytest.MonkeyPatch
+    limits: dict[str, Any],
+    each: float,
+    target: Model,
+    draft: Model,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Over twenty seeds of sixty texts each, beside what the model's own logits say."""
-    monkeypatch.setattr(draft_model, "worth", lambda right, each, most: min(2, most))
+    """Over twenty seeds of sixty texts each, beside what the model's own logits say.
+
+    A token costs nothing, so there are always two drafts; or the second one is drawn only where the
+    first was likely.
+    """
+    monkeypatch.setattr(draft_model, "MOST", 2)
     ids, count, new = [5, 6, 7, 8, 9], 20 * 60, 3
     drafts = ModelDrafts(draft, target, 20)
+    drafts._each = each
     monkeypatch.setattr(target.tokenizer, "eos_ids", set())
     drawn: Counter[tuple[int, ...]] = Counter()
     for seed in range(count):
