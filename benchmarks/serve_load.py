@@ -239,8 +239,10 @@ async def leaving(load: Load, rounds: int) -> dict[str, int]:
     return dict(more)
 
 
-async def soak(load: Load, clients: int, seconds: float) -> dict[str, Any]:
+async def soak(load: Load, options: argparse.Namespace) -> dict[str, Any]:
     """All kinds of clients at once, for some time."""
+    files, seconds = load.files(), options.seconds
+    await alone(load, options.texts)
     end, sizes = time.monotonic() + seconds, list[int]()
     kinds: list[Callable[[int], Awaitable[None]]] = [load.one] * 7
     kinds += [load.leave, load.vanish, load.break_in, load.slow]
@@ -253,7 +255,7 @@ async def soak(load: Load, clients: int, seconds: float) -> dict[str, Any]:
             except (OSError, EOFError) as problem:
                 load.wrong.append(f"the server hung up: {problem!r}")
 
-    tasks = [asyncio.create_task(client(number)) for number in range(clients)]
+    tasks = [asyncio.create_task(client(number)) for number in range(options.clients)]
     while time.monotonic() < end:
         await asyncio.sleep(min(1.0, seconds / 20))
         sizes.append(load.resident())
@@ -261,39 +263,45 @@ async def soak(load: Load, clients: int, seconds: float) -> dict[str, Any]:
     await load.idle()
     early = statistics.median(sizes[len(sizes) // 5 : 2 * len(sizes) // 5])
     late = statistics.median(sizes[-len(sizes) // 5 :])
-    return {"seconds": seconds, "clients": clients, "done": dict(load.done),
-            "resident": {"early": early, "late": late, "growth": late / early - 1}}  # fmt: skip
-
-
-async def measure(options: argparse.Namespace, load: Load) -> dict[str, Any]:
-    """All of it, in turns."""
-    files = load.files()
-    await alone(load, options.texts)
-    told: dict[str, Any] = {"burst": await burst(load)}
-    told["gap"] = await gaps(load, options.prompt, options.rounds)
-    told["tokens after leaving"] = await leaving(load, options.rounds)
-    told["soak"] = await soak(load, options.clients, options.seconds)
     await asyncio.sleep(6)  # connections that are kept for another request are let go
-    told["open files"] = {"before": files, "after": load.files()}
-    told["wrong"] = load.wrong[:20]
-    return told
+    return {
+        "seconds": seconds,
+        "clients": options.clients,
+        "done": dict(load.done),
+        "resident": {"early": early, "late": late, "growth": late / early - 1},
+        "open files": {"before": files, "after": load.files()},
+    }
+
+
+async def measure(options: argparse.Namespace, load: Load) -> None:
+    """The stages that were asked for, each printed when it is done."""
+    stages: dict[str, Callable[[], Awaitable[Any]]] = {
+        "burst": lambda: burst(load),
+        "gap": lambda: gaps(load, options.prompt, options.rounds),
+        "leaving": lambda: leaving(load, options.rounds),
+        "soak": lambda: soak(load, options),
+    }
+    for stage in options.stages.split(","):
+        print(json.dumps({stage: await stages[stage]()}), flush=True)
+    print(json.dumps({"wrong": load.wrong[:20]}))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model")
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--texts", type=int, default=40, help="different requests")
+    parser.add_argument("--stages", default="burst,gap,leaving,soak")
+    parser.add_argument("--seconds", type=float, default=60, help="of the soak")
+    parser.add_argument("--clients", type=int, default=64, help="of the soak")
+    parser.add_argument("--texts", type=int, default=40, help="different requests of the soak")
     parser.add_argument("--rounds", type=int, default=10, help="of gaps, and of clients that leave")
     parser.add_argument("--prompt", type=int, default=2000, help="words of a long prompt")
     parser.add_argument("--context", type=int, default=4096)
     options = parser.parse_args()
     command = optim_server(options.model, options.context, SLOTS, 1)
     with started([*command, "--queue", str(QUEUE), "--send-timeout", "5"]) as (process, port):
-        told = asyncio.run(measure(options, Load(port, process.pid)))
-    print(json.dumps(told, indent=2))
-    return bool(told["wrong"])
+        load = Load(port, process.pid)
+        asyncio.run(measure(options, load))
+    return bool(load.wrong)
 
 
 if __name__ == "__main__":
