@@ -8,16 +8,24 @@
 
 Options of `run`, `eval` and `bench`, as they are typed, without the dashes. What is typed goes over
 them. Compression has recipes, and what replaces files or runs a model's code is typed each time.
+
+    models:
+      qwen: Qwen/Qwen3-0.6B
+
+Names that stand for models wherever one is given.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 COMMANDS = ("run", "eval", "bench")
+MODELS = "models"
+NAME = re.compile(r"(?!demo$)[A-Za-z0-9][A-Za-z0-9._:-]*")
 EACH_TIME = ("output", "batch", "record", "trust-remote-code", "help")
 MOST_BYTES = 64 << 10
 FIX = "correct that file, or set OPTIM_CONFIG= to do without it"
@@ -41,6 +49,37 @@ def defaults(app: Any) -> dict[str, Any]:
     """
     file = config_file()
     return {} if file is None else _checked(file, _read(file), app)
+
+
+def aliases() -> dict[str, str]:
+    """The user's names for models. Raises OptimError (2) for a file or a name that is none."""
+    file = config_file()
+    found = {} if file is None else _read(file).get(MODELS, {})
+    return {} if file is None else _names(file, found)
+
+
+def model(given: Any) -> Any:
+    """The model, or models, that were typed: a name of the user's is what it stands for.
+
+    A folder or file of that name goes before.
+    """
+    if isinstance(given, list):
+        return [model(one) for one in given]
+    if not isinstance(given, str) or os.path.exists(given):
+        return given
+    return aliases().get(given, given)
+
+
+def _names(file: Path, found: Any) -> dict[str, str]:
+    if not isinstance(found, dict):
+        raise _refuse(file, f"{MODELS} must have names, like `{MODELS}: {{qwen: Qwen/Qwen3-0.6B}}`")
+    for name, stands_for in found.items():
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            what = "is no name: letters, digits and . _ : - make one; `demo` is taken"
+            raise _refuse(file, f"{MODELS}.{name} {what}")
+        if not isinstance(stands_for, str) or not stands_for:
+            raise _refuse(file, f"{MODELS}.{name} must be a hub id, a folder or a file")
+    return found
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -69,10 +108,11 @@ def _checked(file: Path, found: dict[str, Any], app: Any) -> dict[str, Any]:
 
     commands: Any = getattr(get_command(app), "commands", {})
     made = {}
+    _names(file, found.pop(MODELS, {}))
     for name, options in found.items():
         if name not in COMMANDS:
             what = f"{name}: defaults are for {', '.join(COMMANDS)}"
-            raise _refuse(file, what, name, list(COMMANDS))
+            raise _refuse(file, what, name, [*COMMANDS, MODELS])
         if not isinstance(options, dict):
             raise _refuse(file, f"{name} must have options, like `{name}: {{threads: 2}}`")
         made[name] = _options(file, name, options, commands[name])

@@ -4,9 +4,12 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from optim.cli.defaults import model as named
+
 # What every command shares.
 Model = Annotated[
-    str, Argument(metavar="MODEL", help="A folder, a .gguf file, a hub id, or `demo`.")
+    str,
+    Argument(metavar="MODEL", callback=named, help="A folder, a .gguf file, a hub id, or `demo`."),
 ]
 Json = Annotated[bool, Option("--json", help="Print one JSON document instead of tables.")]
 Quiet = Annotated[bool, Option("--quiet", help="No progress and no notes; errors still show.")]
@@ -25,7 +28,11 @@ TrustCode = Annotated[
 # quantize, prune, pack: what is no key of a section (those are made from the schema).
 RecipeModel = Annotated[
     str | None,
-    Argument(metavar="MODEL", help="A folder, a .gguf file, a hub id, `demo`; or the recipe's."),
+    Argument(
+        metavar="MODEL",
+        callback=named,
+        help="A folder, a .gguf file, a hub id, `demo`; or the recipe's.",
+    ),
 ]
 QuantizeOutput = Annotated[
     str | None, Option("-o", "--output", help="Folder to write. Default: ./MODEL-METHOD-FORMAT.")
@@ -51,10 +58,20 @@ PruneOutput = Annotated[
 PackOutput = Annotated[
     str | None, Option("-o", "--output", help="Folder to write. Default: ./MODEL-LAYOUT.")
 ]
-Packed = Annotated[str, Argument(metavar="MODEL", help="A packed folder, or a hub id of one.")]
-Tunable = Annotated[str, Argument(metavar="ARTIFACT", help="A packed folder: integers and scales.")]
+Packed = Annotated[
+    str, Argument(metavar="MODEL", callback=named, help="A packed folder, or a hub id of one.")
+]
+Tunable = Annotated[
+    str, Argument(metavar="ARTIFACT", callback=named, help="A packed folder: integers and scales.")
+]
 Original = Annotated[
-    str, Option("--against", metavar="BASE", help="The original model, whose outputs are wanted.")
+    str,
+    Option(
+        "--against",
+        metavar="BASE",
+        callback=named,
+        help="The original model, whose outputs are wanted.",
+    ),
 ]
 TuneOutput = Annotated[
     str | None, Option("-o", "--output", help="Folder to write. Default: ARTIFACT-tuned.")
@@ -89,6 +106,9 @@ System = Annotated[str, Option("--system", help="System prompt.")]
 Raw = Annotated[bool, Option("--raw", help="Continue the prompt; no chat template.")]
 Chat = Annotated[bool, Option("--chat", help="A conversation even if input is piped.")]
 Stats = Annotated[bool, Option("--stats", help="Show speed after each reply.")]
+Markdown = Annotated[
+    bool, Option("--markdown/--no-markdown", help="At a terminal: bold headings, coloured code.")
+]
 Context = Annotated[int | None, Option("--context", min=1, help="Tokens kept. Default: model's.")]
 BatchFile = Annotated[
     str | None, Option("--batch", metavar="FILE", help="Answer a file of JSON lines; - is a pipe.")
@@ -113,6 +133,7 @@ Draft = Annotated[
     Option(
         "--draft",
         metavar="ARTIFACT",
+        callback=named,
         help="A smaller artifact of the same model, which guesses tokens ahead.",
     ),
 ]
@@ -167,7 +188,9 @@ Revision = Annotated[str | None, Option("--revision", help="A branch, tag or com
 
 # inspect, eval, bench.
 Verify = Annotated[bool, Option("--verify", help="Hash the files; exit 3 if one has changed.")]
-Against = Annotated[str | None, Option("--against", metavar="BASE", help="The original model.")]
+Against = Annotated[
+    str | None, Option("--against", metavar="BASE", callback=named, help="The original model.")
+]
 Tensors = Annotated[bool, Option("--tensors", help="List packed tensors beside the entropy limit.")]
 Text = Annotated[
     str, Option("--text", metavar="SPEC", help="builtin:NAME, a file or folder, or a hub id.")
@@ -192,7 +215,10 @@ Repo = Annotated[str, Argument(metavar="REPO", help="OWNER/NAME; made, private, 
 Yes = Annotated[bool, Option("--yes", help="Do not ask before --push sends anything.")]
 FewWindows = Annotated[int, Option("--max-windows", min=1, help="Windows measured.")]
 Models = Annotated[
-    list[str], Argument(metavar="MODEL...", help="Models of one vocabulary; the first is the base.")
+    list[str],
+    Argument(
+        metavar="MODEL...", callback=named, help="Models of one vocabulary; the first is the base."
+    ),
 ]
 NoSpeed = Annotated[bool, Option("--no-speed", help="Do not measure how fast each decodes.")]
 Plot = Annotated[

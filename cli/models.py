@@ -2,29 +2,34 @@
 
 from optim.cli import ui
 from optim.cli.compress import following
+from optim.cli.defaults import aliases
 from optim.recipes.errors import USAGE, OptimError
 
 
 def list_models(*, as_json: bool) -> None:
-    """Print what is in the caches: the demo, and models of the hub."""
+    """Print what is in the caches: the demo, and models of the hub; then the user's names."""
     from optim.runtime.storage.demo import kept_demo
     from optim.runtime.storage.hub import cached
 
-    demo = kept_demo()
+    demo, names = kept_demo(), aliases()
     rows: list[tuple[str, list[str], int, str]] = []
     if demo is not None:
         rows.append(("demo", [], demo.stat().st_size, str(demo)))
     rows += [(m.name, list(m.revisions), m.nbytes, str(m.folder)) for m in cached()]
     if as_json:
-        names = ("model", "revisions", "bytes", "path")
-        ui.emit([dict(zip(names, row, strict=True)) for row in rows])
-    elif rows:
+        keys = ("model", "revisions", "bytes", "path", "aliases")
+        own = ([name for name, model in names.items() if model == row[0]] for row in rows)
+        ui.emit([dict(zip(keys, (*row, next(own)), strict=True)) for row in rows])
+        return
+    if rows:
         shown = [
             (name, "; ".join(revisions), ui.size(nbytes)) for name, revisions, nbytes, _ in rows
         ]
         ui.table(("model", "revisions", "size"), shown, left=2)
     else:
         ui.note("nothing is in the cache; `optim pull demo` fetches a model")
+    if names:
+        ui.table(("your name", "stands for"), list(names.items()), left=2)
 
 
 def pull(model: str, revision: str | None, *, quiet: bool) -> None:

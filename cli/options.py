@@ -81,6 +81,7 @@ class Asking(Running):
     raw: flags.Raw = False
     chat: flags.Chat = False
     stats: flags.Stats = False
+    markdown: flags.Markdown = True
 
 
 @dataclass(frozen=True, slots=True)

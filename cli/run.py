@@ -233,7 +233,7 @@ def _once(session: Session, text: str, asking: Asking) -> int:
     start = partial(session.complete if raw else session.reply, text)
     if asking.json:
         return _once_json(session, start)
-    stopped = chats.stream(session, start, sys.stdout)
+    stopped = chats.stream(session, start, sys.stdout, asking.markdown and not raw)
     ui.say("")
     if asking.stats or stopped:
         ui.note(chats.describe(session.stats, stopped))
@@ -276,7 +276,7 @@ def _talk(session: Session, asking: Asking) -> int:
     if not session.model.tokenizer.has_chat_template:
         fix = 'let it continue a text: optim run MODEL "TEXT"'
         raise OptimError("a model without a chat template cannot talk", fix, USAGE)
-    chat = chats.Chat(session, show_stats=asking.stats)
+    chat = chats.Chat(session, asking.stats, asking.markdown)
     facts, drawn = session.info(), session.sampling.summary
     title = [session.model.checkpoint.name, facts["weights"], facts["device"], drawn]
     ui.note(" · ".join([*title, "/help, Ctrl-C stops a reply, Ctrl-D leaves"]))

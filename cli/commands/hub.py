@@ -5,11 +5,17 @@ from typing import Annotated
 import typer
 
 from optim.cli import flags
+from optim.cli.defaults import model as named
 
 app = typer.Typer()
 
 CachedModel = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A hub id, owner/name or owner/name@revision; demo.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        callback=named,
+        help="A hub id, owner/name or owner/name@revision; demo.",
+    ),
 ]
 
 

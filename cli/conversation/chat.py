@@ -18,6 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
 from optim.cli import ui
+from optim.cli.conversation.markdown import styles
 from optim.cli.conversation.wrap import Wrapped
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Chat:
 
     session: Session
     show_stats: bool = False
+    markdown: bool = True
     file: Path | None = None
     done: bool = False
 
@@ -60,13 +62,13 @@ def stoppable() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def stream(session: Session, start: Start, out: TextIO) -> bool:
+def stream(session: Session, start: Start, out: TextIO, markdown: bool = True) -> bool:
     """Write the pieces of a reply as they come; returns whether Ctrl-C stopped it.
 
     It stops after the token at hand, or between two chunks of a prompt that is still read.
     """
     at_terminal, told = out.isatty(), False
-    shown = Wrapped(out)
+    shown = Wrapped(out, styles(out) if markdown else None)
     with stoppable() as stopped:
         pieces = start(partial(_reading, stopped))
         try:
@@ -80,6 +82,7 @@ def stream(session: Session, start: Start, out: TextIO) -> bool:
                 if stopped():
                     break
                 if session.stats.repeats and not told:
+                    shown.end()
                     ui.note(f"{NEW_LINE * at_terminal}{LOOP}")
                     shown.new_line()
                     told = True
@@ -87,6 +90,7 @@ def stream(session: Session, start: Start, out: TextIO) -> bool:
             return True
         finally:
             ui.status()
+            shown.end()
             pieces.close()
     return stopped()
 
@@ -127,7 +131,7 @@ def answer(chat: Chat, text: str) -> None:
     """Ask `text` and stream the reply."""
     session = chat.session
     asked = len(session.messages)
-    stopped = stream(session, partial(session.reply, text), sys.stdout)
+    stopped = stream(session, partial(session.reply, text), sys.stdout, chat.markdown)
     ui.say("")
     stats = session.stats
     if stopped and len(session.messages) == asked:

@@ -86,16 +86,26 @@ def _words(text: str) -> list[str]:
         raise OptimError(f"stop: {error}", fix='/set stop "text" "other"', code=USAGE) from None
 
 
-def _stats(chat: Chat, rest: str) -> None:
+def _switch(command: str, rest: str, now: bool) -> bool:
+    """What `on` or `off` asks for; without one, what is `now`."""
     if rest not in ("", "on", "off"):
-        raise OptimError(f"/stats takes on or off, not {rest!r}", code=USAGE)
+        raise OptimError(f"{command} takes on or off, not {rest!r}", code=USAGE)
+    return rest == "on" if rest else now
+
+
+def _stats(chat: Chat, rest: str) -> None:
+    chat.show_stats = _switch("/stats", rest, chat.show_stats)
     if rest:
-        chat.show_stats = rest == "on"
         ui.note(f"statistics after each reply: {rest}")
     elif chat.session.stats.new_tokens:
         ui.note(describe(chat.session.stats, stopped=False))
     else:
         ui.note("no reply yet")
+
+
+def _markdown(chat: Chat, rest: str) -> None:
+    chat.markdown = _switch("/markdown", rest, chat.markdown)
+    ui.note(f"styles for headings, strong words and code: {'on' if chat.markdown else 'off'}")
 
 
 def _take_back(chat: Chat) -> str:
@@ -208,6 +218,7 @@ COMMANDS = (
     Command("/system [TEXT]", 'show or set the system prompt; "" removes it', _system),
     Command("/set [KEY VALUE]", "show or set a sampling parameter", _set),
     Command("/stats [on|off]", "speed of the last reply, or after each one", _stats),
+    Command("/markdown [on|off]", "styles for headings, strong words and code", _markdown),
     Command("/retry", "ask the last question again", _retry),
     Command("/undo", "take back the last question and its reply", _undo),
     Command("/save [FILE]", "write the conversation to a JSON file", _save),
@@ -241,7 +252,7 @@ def endings(chat: Chat, typed: str) -> list[str]:
         return [command.name for command in COMMANDS if command.name.startswith(first)]
     if first == "/set":
         return [f.name for f in fields(chat.session.sampling) if f.name.startswith(rest)]
-    if first == "/stats":
+    if first in ("/stats", "/markdown"):
         return [word for word in ("on", "off") if word.startswith(rest)]
     if first in ("/save", "/load"):
         return _files(rest)

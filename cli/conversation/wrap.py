@@ -5,8 +5,9 @@ from typing import TextIO
 
 from rich.cells import cell_len
 
+from optim.cli.conversation.markdown import FENCE, Styles
+
 BACK = "\x1b[{}D\x1b[K"  # to the left by so many columns, and wipe what stands there
-FENCE = "```"
 
 
 class Wrapped:
@@ -17,8 +18,9 @@ class Wrapped:
     fences is left to the terminal.
     """
 
-    def __init__(self, out: TextIO) -> None:
-        self._out = out
+    def __init__(self, out: TextIO, styles: Styles | None = None) -> None:
+        """With `styles`, characters are drawn in them."""
+        self._out, self._styles = out, styles
         self._code = False
         self.new_line()
 
@@ -36,17 +38,25 @@ class Wrapped:
         if character == "\n":
             self._code ^= self._line.lstrip().startswith(FENCE)
             self.new_line()
-            return character
+            return self._drawn(character)
         before, cells = "", cell_len(character)
         self._line += character
         if self._column + cells > width and not self._code:
             if character.isspace():  # the next word begins a line, and shows that
                 self._word = ""
-                return ""
+                return self._drawn(character)[:-1]
             before = self._break(width)
         self._column += cells
         self._word = "" if character.isspace() or cells > 1 else self._word + character
-        return before + character
+        return before + self._drawn(character)
+
+    def _drawn(self, character: str) -> str:
+        return character if self._styles is None else self._styles.take(character)
+
+    def end(self) -> None:
+        """What comes next is no part of the text."""
+        if self._styles is not None:
+            self._out.write(self._styles.end())
 
     def _break(self, width: int) -> str:
         """End the line, before the word at hand if it is short."""

@@ -8,6 +8,7 @@ import pytest
 
 import optim.cli
 from optim.cli import run as module
+from optim.cli.defaults import model
 
 Captured = pytest.CaptureFixture[str]
 
@@ -83,3 +84,49 @@ def test_a_named_file_must_be_there(monkeypatch: pytest.MonkeyPatch, capsys: Cap
     monkeypatch.setenv("OPTIM_CONFIG", "/nowhere/at/all.yaml")
     assert asked(monkeypatch)[0] == 2
     assert "cannot read the defaults of /nowhere/at/all.yaml" in capsys.readouterr().err
+
+
+def test_a_name_of_the_user_stands_for_a_model(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    file.write_text("models:\n  qwen: owner/name@v1\n  here: other/one\n")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert [model(one) for one in ("qwen", "here", "owner/name", None)] == [
+        *("owner/name@v1", "here", "owner/name", None)
+    ]
+    assert model(["qwen", "demo"]) == ["owner/name@v1", "demo"]
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["optim", "list"])
+    assert optim.cli.main() == 0
+    assert "owner/name@v1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [("inspect", "gone"), ("eval", "demo", "--against", "gone"),
+                                   ("compare", "demo", "gone"), ("unpack", "gone", "-o", "x"),
+                                   ("rm", "gone"), ("quantize", "gone", "--dry-run")])  # fmt: skip
+def test_it_is_one_wherever_a_model_is_given(
+    words: tuple[str, ...], file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    file.write_text("models: {gone: ./no-such-folder}\n")
+    monkeypatch.setattr(sys, "argv", ["optim", *words])
+    assert optim.cli.main() != 0
+    assert "no-such-folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("models: [a]", "models must have names"),
+        ("models: {demo: a/b}", "models.demo is no name"),
+        ("models: {a/b: c/d}", "models.a/b is no name"),
+        ("models: {a: [b]}", "models.a must be a hub id"),
+        ("models: {a: ''}", "models.a must be a hub id"),
+    ],
+)
+def test_names_that_cannot_be_are_refused_at_once(
+    text: str, said: str, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    file.write_text(text)
+    assert asked(monkeypatch)[0] == 2
+    assert said in capsys.readouterr().err

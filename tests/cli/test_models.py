@@ -124,6 +124,7 @@ def test_a_model_is_pulled_run_listed_and_removed(optim: Optim) -> None:
     assert pulled.stderr.endswith("next: optim run me/tiny\n")
     assert optim("pull", "me/tiny", "--revision", "v1").returncode == 0
     answer = optim("run", "me/tiny@v1", "hi", "--temperature", "0", "--max-tokens", "2", "--json")
+    assert answer.returncode == 0, answer.stderr
     assert json.loads(answer.stdout)["model"] == "me/tiny@v1"
     (row,) = json.loads(optim("list", "--json").stdout)
     assert (row["model"], sorted(row["revisions"])) == ("me/tiny", ["main 11111111", "v1 22222222"])

@@ -135,7 +135,7 @@ def test_stats_line_after_each_reply_or_on_request(converse: Converse) -> None:
 
 def test_help_names_every_command(converse: Converse) -> None:
     _, err = converse(FakeSession([]), "/help")
-    names = ["/help", "/clear", "/system", "/set", "/stats", "/retry", "/undo"]
+    names = ["/help", "/clear", "/system", "/set", "/stats", "/markdown", "/retry", "/undo"]
     names += ["/save", "/load", "/info", "/quit"]
     assert [command.name for command in COMMANDS] == names
     assert [line.split()[0] for line in err.splitlines()[:-1]] == names
