@@ -1,4 +1,4 @@
-"""Many tokens in one step, and one text through the scheduler: ratios within one run.
+"""Many tokens in one step, one text through the scheduler, and a batch: ratios within one run.
 
     optim quantize demo -m rtn --group-size 64 --lm-head-bits 8 -o g64-head8
     python benchmarks/batch_step.py g64-head8
@@ -15,7 +15,7 @@ import torch
 
 from optim.runtime.engine.load import Model, load_model
 from optim.runtime.engine.sampling import Sampling
-from optim.runtime.engine.scheduler import write
+from optim.runtime.engine.scheduler import answer_all, write
 from optim.runtime.engine.sequence import Request, Sequence
 from optim.runtime.engine.slots import Slots
 
@@ -78,6 +78,20 @@ def scheduled(model: Model, new: int = 48) -> None:
     print(f"one text through the scheduler: {median(ratios):.3f}x a bare loop", flush=True)
 
 
+def batches(model: Model) -> None:
+    """Eight prompts of a few hundred tokens: side by side, beside one after the other."""
+    draw, seconds = torch.Generator().manual_seed(0), dict[int, float]()
+    prompts = [torch.randint(5, 4000, (300 + 13 * i,), generator=draw).tolist() for i in range(8)]
+    requests = [Request(ids, Sampling(max_tokens=24)) for ids in prompts]
+    for size in (1, 8):
+        start = time.process_time()
+        for _ in answer_all(model, requests, context=1024, size=size):
+            pass
+        seconds[size] = time.process_time() - start
+    print(f"8 prompts of 300 to 391 tokens, 24 more each: {seconds[8]:.2f} s,", end=" ")
+    print(f"{seconds[1] / seconds[8]:.2f}x one after the other", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model")
@@ -85,6 +99,7 @@ def main() -> None:
     model = load_model(options.model, device="cpu", threads=1)
     print(f"{options.model}: {model.place}")
     scheduled(model)
+    batches(model)
     steps(model)
 
 

@@ -5,6 +5,7 @@ A turn ends between two blocks of the model, wherever that is in the prompt: how
 wait does not depend on the length of a piece, nor a text's numbers on how others took their turns.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -30,8 +31,10 @@ class Scheduler:
     `submit` may be called, and `Sequence.cancelled` be set, by another thread than `step`'s.
     """
 
-    def __init__(self, slots: Slots) -> None:
+    def __init__(self, slots: Slots, turn: float | None = None) -> None:
+        """`turn`: seconds that a step reads in a prompt while others wait; None: TURN."""
         self.slots, self.model = slots, slots.model
+        self._turn = TURN if turn is None else turn
         self.waiting: deque[Sequence] = deque()
         self._running: list[Slot] = []
         self._reading: tuple[Slot, Generator[None, None, Tensor]] | None = None
@@ -110,7 +113,7 @@ class Scheduler:
         """Read on in a prompt; at its end, write the first token."""
         assert self._reading is not None
         slot, blocks = self._reading
-        cache, end = _cache(slot), time.perf_counter() + TURN
+        cache, end = _cache(slot), time.perf_counter() + self._turn
         before = cache.length
         try:
             next(blocks)
@@ -223,7 +226,7 @@ def answer_all(
     Raises what a step fails with.
     """
     slots = Slots(model, size, context, policy=policy)
-    loop, numbers = Scheduler(slots), dict[Sequence, int]()
+    loop, numbers = Scheduler(slots, turn=math.inf), dict[Sequence, int]()  # nobody waits
     for number in sorted(range(len(requests)), key=lambda i: -len(requests[i].ids)):
         sequence = Sequence(model, requests[number], slots.limit)
         numbers[sequence] = number
