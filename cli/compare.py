@@ -6,7 +6,8 @@ from typing import Any
 
 from optim.cli import ui
 from optim.cli.options import Comparing
-from optim.recipes.errors import MACHINE, USAGE, OptimError
+from optim.cli.plots import Axes, axes_for
+from optim.recipes.errors import USAGE, OptimError
 
 HEADS = ("model", "size", "bits/w", "perplexity", "change", "KL", "same top", "tok/s")
 
@@ -21,7 +22,7 @@ def compare(sources: Sequence[str], asked: Comparing) -> None:
         fix = "name another, or the original with --against"
         raise OptimError("there is only one model to compare", fix, USAGE)
     ui.notes.quiet = asked.quiet
-    draw = None if asked.plot is None else _plotter(Path(asked.plot))
+    draw = None if asked.plot is None else axes_for(asked.plot)
     from optim.runtime.measure.compare import compare as measure
 
     with ui.progress("compare") as step:
@@ -44,7 +45,7 @@ def compare(sources: Sequence[str], asked: Comparing) -> None:
         windows = f"{asked.max_windows} windows of {asked.window} tokens from {asked.text}"
         ui.say(f"{windows}; change and KL against {base}")
     if draw is not None:
-        draw(rows)
+        _draw(draw, rows)
         ui.done(f"{asked.plot}")
 
 
@@ -64,31 +65,12 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _plotter(path: Path) -> Any:
-    """What draws the picture; asked for before any work, since it may be missing.
-
-    Raises OptimError: 4 without matplotlib, 2 for a place that cannot be written.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        fix = "pip install matplotlib, or leave --plot out"
-        raise OptimError("--plot needs matplotlib, which is not installed", fix, MACHINE) from None
-    if path.suffix != ".png" or path.is_dir() or not path.absolute().parent.is_dir():
-        raise OptimError(f"{path} cannot be written as a picture", "--plot FILE.png", USAGE)
-
-    def draw(rows: list[dict[str, Any]]) -> None:
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        axes = figure.add_subplot(
-            xlabel="bytes of weights, MB", ylabel="KL from the original, nats a token"
-        )
-        for row in rows:
-            point = row["nbytes"] / 1e6, row["kl"] or 0.0
-            axes.errorbar(*point, yerr=row["kl_error"] or 0.0, fmt="o", capsize=3)
-            name = Path(row["model"]).name.replace("$", r"\$")
-            axes.annotate(name, point, xytext=(6, 6), textcoords="offset points")
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        figure.savefig(path, dpi=150)
-
-    return draw
+def _draw(draw: Axes, rows: list[dict[str, Any]]) -> None:
+    axes, save = draw("bytes of weights, MB", "KL from the original, nats a token")
+    for row in rows:
+        point = row["nbytes"] / 1e6, row["kl"] or 0.0
+        axes.errorbar(*point, yerr=row["kl_error"] or 0.0, fmt="o", capsize=3)
+        name = Path(row["model"]).name.replace("$", r"\$")
+        axes.annotate(name, point, xytext=(6, 6), textcoords="offset points")
+    axes.set_ylim(bottom=0)
+    save()

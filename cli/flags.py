@@ -84,6 +84,33 @@ TuneText = Annotated[
 TuneSamples = Annotated[int, Option("--num-samples", help="Windows of text.")]
 TuneLength = Annotated[int, Option("--seq-len", help="Tokens of a window.")]
 TuneSeed = Annotated[int, Option("--seed", help="Seed of the windows and of their order.")]
+Fit = Annotated[str | None, Option("--fit", metavar="SIZE", help="Bytes of the weights: 6GB.")]
+AverageBits = Annotated[
+    float | None, Option("--bits", min=1, max=16, help="Bits a weight of the blocks, scales too.")
+]
+MaxKl = Annotated[float | None, Option("--max-kl", min=0, help="Divergence, nats a token.")]
+DeviceMemory = Annotated[
+    str | None,
+    Option("--device", metavar="SIZE", help="Memory for weights and for --context tokens: 24GB."),
+]
+PlanContext = Annotated[int, Option("--context", min=1, help="Tokens that --device has room for.")]
+PlanMethod = Annotated[str, Option("-m", "--method", help="awq, gptq or rtn, for the recipe.")]
+PlanGroup = Annotated[
+    int | None, Option("-g", "--group-size", help="Default: the largest that fits all linears.")
+]
+PlanSym = Annotated[
+    bool, Option("--sym/--asym", help="Without zero points: mixed widths that transformers loads.")
+]
+Widths = Annotated[str, Option("--widths", help="Bits that linears may get.")]
+PlanApart = Annotated[
+    bool, Option("--apart", help="q, k, v, gate, up each have their own width; vLLM loads no such.")
+]
+PlanLossless = Annotated[
+    bool, Option("--lossless", help="What stays 16 bits is packed in 12; only optim reads that.")
+]
+PlanOutput = Annotated[
+    str | None, Option("-o", "--output", help="Recipe to write. Default: ./MODEL-plan.yaml.")
+]
 UnpackOutput = Annotated[str | None, Option("-o", "--output", help="Folder to write.")]
 
 Applied = Annotated[str, Argument(metavar="RECIPE", help="A file or a built-in name.")]

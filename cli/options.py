@@ -179,3 +179,29 @@ class Tuning:
     num_samples: flags.TuneSamples = 64
     seq_len: flags.TuneLength = 512
     seed: flags.TuneSeed = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Planning:
+    """The budget of a plan, how linears may be stored, the text it looks at, and what is told."""
+
+    fit: flags.Fit = None
+    bits: flags.AverageBits = None
+    max_kl: flags.MaxKl = None
+    device: flags.DeviceMemory = None
+    context: flags.PlanContext = 4096
+    method: flags.PlanMethod = "awq"
+    group_size: flags.PlanGroup = None
+    sym: flags.PlanSym = False
+    widths: flags.Widths = "2,3,4,8"
+    apart: flags.PlanApart = False
+    lossless: flags.PlanLossless = False
+    calibration: flags.TuneText = "builtin:mixed"
+    num_samples: flags.TuneSamples = 64
+    seq_len: flags.TuneLength = 512
+    seed: flags.TuneSeed = 0
+    plot: flags.Plot = None
+    force: flags.Force = False
+    threads: flags.Threads = None
+    json: flags.Json = False
+    quiet: flags.Quiet = False

@@ -26,19 +26,21 @@ def artifact_rows(
     there = stored(checkpoint, as_read=True)
     rows = [t for t in there if t.name.removesuffix(".weight") not in schemes]
     for module, scheme in schemes.items():
-        out, columns = shapes[module]
-        if scheme.blocks is not None:
-            kind = BLOCKS[scheme.blocks]
-            packed = out * math.ceil(columns / kind.size) * kind.nbytes
-            rows.append(Stored(f"{module}.weight", str(scheme), out * columns, packed))
-            continue
-        size = columns if scheme.group_size == -1 else scheme.group_size
-        groups = math.ceil(columns / size)
-        packed = 4 * out * words(columns, scheme.bits) + 16 + 2 * out * groups
-        if not scheme.symmetric:
-            packed += 4 * words(out, scheme.bits) * groups
-        rows.append(Stored(f"{module}.weight", str(scheme), out * columns, packed))
+        packed = packed_bytes(shapes[module], scheme)
+        rows.append(Stored(f"{module}.weight", str(scheme), math.prod(shapes[module]), packed))
     return rows
+
+
+def packed_bytes(shape: tuple[int, int], scheme: Scheme) -> int:
+    """Bytes of a linear `(out, in)` that is stored so."""
+    out, columns = shape
+    if scheme.blocks is not None:
+        kind = BLOCKS[scheme.blocks]
+        return out * math.ceil(columns / kind.size) * kind.nbytes
+    size = columns if scheme.group_size == -1 else scheme.group_size
+    groups = math.ceil(columns / size)
+    packed = 4 * out * words(columns, scheme.bits) + 16 + 2 * out * groups
+    return packed if scheme.symmetric else packed + 4 * words(out, scheme.bits) * groups
 
 
 def state_bytes(method: Method, recipe: Recipe, checkpoint: Checkpoint) -> int:

@@ -1,11 +1,23 @@
 """Sizes, counts and durations as people read them."""
 
+import re
 from collections.abc import Sequence
+
+from optim.recipes.errors import USAGE, OptimError
 
 
 def size(nbytes: float) -> str:
     """Bytes in three figures: 490 MB, 1.40 GB."""
     return _scaled(nbytes, ("B", "kB", "MB", "GB", "TB"))
+
+
+def parse_size(text: str, what: str) -> int:
+    """`6GB`, `800 MB`, `4GiB` -> bytes; OptimError (2) for what is no size. `what` is the flag."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B\s*", text.upper())
+    if found is None:
+        raise OptimError(f"{what} {text}: must be a size", "like 6GB, 800MB or 4GiB", USAGE)
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit or " "))
 
 
 def sizes_apart(*nbytes: float) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from typing import Any
 import typer
 
 from optim.cli import flags
-from optim.cli.options import How, Tuning
+from optim.cli.options import How, Planning, Tuning
 from optim.cli.recipe_flags import with_keys
 from optim.cli.spread import spread
 
@@ -130,6 +130,15 @@ def apply(
 
     keys = {"model": model, "output": output}
     command.apply(recipe, keys, sets or [], how, keep_steps)
+
+
+@app.command(rich_help_panel="Compress", epilog="Example: optim plan demo --bits 3.5 -o small.yaml")
+@spread()
+def plan(model: flags.Model, output: flags.PlanOutput = None, *, asked: Planning) -> None:
+    """Choose a width for each linear so that the model fits a budget; writes a recipe."""
+    from optim.cli import plan as command
+
+    command.plan(model, output, asked)
 
 
 @app.command(
