@@ -32,7 +32,10 @@ def work(recipe: Recipe, how: How) -> None:
     made = plan(recipe, **replace(how, device=own_device(how.device)).given)
     if how.dry_run:
         made.check_text()
-    if only_planned(made.as_dict(), how, _show_plan):
+    facts: dict[str, Any] = made.as_dict()
+    if how.dry_run:
+        facts |= _estimated(facts["products"], how.device)
+    if only_planned(facts, how, _show_plan):
         return
     assert recipe.quantize is not None
     if not leads():
@@ -41,17 +44,35 @@ def work(recipe: Recipe, how: How) -> None:
     carry_out(title, partial(quantize, made), how, _facts, against=recipe.model)
 
 
+def _estimated(products: int, device: str) -> dict[str, Any]:
+    """Seconds that this machine needs for so many products now, and the memory that is free."""
+    from optim.runtime.system.devices import pick_device
+    from optim.runtime.system.memory import available_bytes
+    from optim.runtime.system.products import products_a_second
+
+    seconds = products / products_a_second(pick_device(own_device(device)))
+    return {"estimated_seconds": round(seconds, 1), "available_bytes": available_bytes()}
+
+
 def _show_plan(plan: dict[str, Any]) -> None:
     ui.say(f"{plan['model']} · {plan['blocks']} blocks · {ui.size(plan['source_bytes'])}")
     ui.size_table(plan["groups"])
     times, word = plan["source_bytes"] / plan["output_bytes"], "smaller"
     if times < 1:
         times, word = 1 / times, "larger"
+    free = plan["available_bytes"]
+    known = "" if free is None else f" of {ui.size(free)} free"
+    if free is not None and plan["peak_bytes"] > free:
+        known += ": too little"
     ui.say(
         f"output {ui.size(plan['output_bytes'])} ({times:.1f}x {word}) · "
-        f"peak memory about {ui.size(plan['peak_bytes'])} · disk {ui.size(plan['disk_bytes'])}"
+        f"peak memory about {ui.size(plan['peak_bytes'])}{known} · "
+        f"disk {ui.size(plan['disk_bytes'])}"
     )
     ui.say(f"calibration {plan['calibration']}")
+    if plan["products"]:
+        about = ui.seconds(plan["estimated_seconds"])
+        ui.say(f"time about {about}, an estimate: its matrix products at this moment's speed")
 
 
 def _facts(report: dict[str, Any]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -99,7 +99,7 @@ def _manifest(made: Plan, workspace: Workspace, windows: Tensor | None) -> Manif
         bits_per_weight=8 * nbytes / params,
         modules={module: str(scheme) for module, scheme in sorted(made.schemes.items())},
         blocks=blocks,
-        notes=[note for record in records for note in record["notes"]],
+        notes=alike([note for record in records for note in record["notes"]]),
         shards=shards_in(records),
         original_sha256={k: v for record in records for k, v in record["originals"].items()},
     )
@@ -137,3 +137,12 @@ def _card(made: Plan, manifest: Manifest) -> str:
     tags = ("optim",) if blocks else made.method.tags
     card = Card(made.output.name, about, tags, programs, remark, again, recipe)
     return card_of(card, made.checkpoint)
+
+
+def alike(notes: Iterable[str]) -> list[str]:
+    """Notes `block 3: ...` of several blocks that say the same, as one: `blocks 3, 4: ...`."""
+    blocks: dict[str, list[str]] = {}
+    for note in notes:
+        where, _, text = note.partition(": ")
+        blocks.setdefault(text, []).append(where.removeprefix("block "))
+    return [f"block{'s' * (len(at) > 1)} {', '.join(at)}: {text}" for text, at in blocks.items()]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from optim.quant.effort import products
 from optim.quant.methods import METHODS
 from optim.quant.needs import artifact_rows, guide_bytes, peak_bytes, state_bytes
 from optim.quant.solver import Method
@@ -62,6 +63,8 @@ class Plan:
     output_bytes: int
     peak_bytes: int
     disk_bytes: int
+    products: int
+    """Multiplications of the work, for an estimate of its time."""
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -74,6 +77,7 @@ class Plan:
             "output_bytes": self.output_bytes,
             "peak_bytes": self.peak_bytes,
             "disk_bytes": self.disk_bytes,
+            "products": self.products,
             "calibration": text if self.method.reads_text else "none",
             "groups": [asdict(row) for row in self.groups],
             "notes": list(self.notes),
@@ -145,12 +149,21 @@ def plan(
         output_bytes=output_bytes,
         peak_bytes=peak_bytes(method, recipe, checkpoint, shapes, walk),
         disk_bytes=disk,
+        products=products(method, recipe, shapes, _active(checkpoint)),
         notes=(
             *method.notes(recipe, shapes, schemes),
             *_notes(method, checkpoint, schemes, output_bytes),
             *([GUIDE_COSTS.format(guide / 1e9)] if guide else []),
         ),
     )
+
+
+def _active(checkpoint: Checkpoint) -> float:
+    """The share of the experts that a token runs through; 1 where there are none."""
+    config = checkpoint.text_config
+    chosen = config.get("num_experts_per_tok")
+    there = config.get("num_experts") or config.get("num_local_experts")
+    return chosen / there if chosen and there else 1.0
 
 
 def _output(recipe: Recipe, method: Method, checkpoint: Checkpoint, suffix: str) -> Path:

@@ -3,6 +3,7 @@
 import ctypes
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -23,6 +24,16 @@ def is_memory_error(problem: BaseException) -> bool:
     if isinstance(problem, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(problem, RuntimeError) and "allocate memory" in str(problem)
+
+
+def available_bytes() -> int | None:
+    """Memory that programs may still take without others giving theirs up; None where unknown."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found = {name: text for name, _, text in (line.partition(":") for line in lines)}
+        return 1024 * int(found["MemAvailable"].split()[0])
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def release_memory() -> None:

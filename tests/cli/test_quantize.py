@@ -22,6 +22,7 @@ PLAN = {
     "output_bytes": 100_000_000,
     "peak_bytes": 600_000_000,
     "disk_bytes": 110_000_000,
+    "products": 10**12,
     "calibration": "builtin:mixed · 64 x 512 tokens",
     "groups": [
         {"group": "mlp.*", "format": "4-bit g64 asym", "tensors": 6, "params": 1000, "nbytes": 500},
@@ -30,6 +31,7 @@ PLAN = {
     "notes": ["a note"],
     "output": "./out",
 }
+ESTIMATED = {"estimated_seconds": 100.0, "available_bytes": 500_000_000}
 REPORT = {
     "output": "./out",
     "output_bytes": 100_000_000,
@@ -57,6 +59,9 @@ class Work:
         self.planned.append((recipe, how))
         return SimpleNamespace(as_dict=lambda: PLAN, check_text=lambda: None)
 
+    def assist(self, _plan: SimpleNamespace) -> None:
+        raise AssertionError("this is the only process, so it leads")
+
     def quantize(
         self, _plan: SimpleNamespace, progress: ui.Step, *, prove: Prove | None
     ) -> SimpleNamespace:
@@ -75,6 +80,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
     monkeypatch.setitem(sys.modules, "optim.quant.run", made)  # type: ignore[arg-type]
     monkeypatch.setattr("optim.runtime.measure.proof.prove", lambda *_, **__: PROOF)
     monkeypatch.setattr("optim.runtime.engine.load.why_not", lambda _: None)
+    monkeypatch.setattr("optim.cli.quantize._estimated", lambda *_: ESTIMATED)
     monkeypatch.setattr(ui.notes, "quiet", False)
     return made
 
@@ -128,13 +134,17 @@ def test_dry_run_prints_the_plan_and_does_nothing(
         "mlp.* 4-bit g64 asym 6 1.00 k 4.00 500 B",
         "norms bf16 5 0 0.00 0 B",
         "total 11 1.00 k 4.00 500 B",
-        "output 100 MB (3.0x smaller) · peak memory about 600 MB · disk 110 MB",
+        "output 100 MB (3.0x smaller) · peak memory about 600 MB of 500 MB free: too little"
+        " · disk 110 MB",
         "calibration builtin:mixed · 64 x 512 tokens",
+        "time about 1m40s, an estimate: its matrix products at this moment's speed",
     ]
     assert err == "a note\nnothing was written; the output would be ./out\n"
 
 
-@pytest.mark.parametrize(("flags", "found"), [((), REPORT), (("--dry-run",), PLAN)])
+@pytest.mark.parametrize(
+    ("flags", "found"), [((), REPORT), (("--dry-run",), PLAN | ESTIMATED | {"replaces": None})]
+)
 def test_json_is_all_of_standard_output(
     work: Work,
     monkeypatch: pytest.MonkeyPatch,
