@@ -63,9 +63,14 @@ class Plan:
     output_bytes: int
     peak_bytes: int
     disk_bytes: int
-    products: int
-    """Multiplications of the work, for an estimate of its time."""
     notes: tuple[str, ...]
+
+    @property
+    def products(self) -> int:
+        """Multiplications of the work, for an estimate of its time."""
+        shapes = linear_shapes(self.checkpoint, self.walk)
+        solved = {name: shape for name, shape in shapes.items() if name in self.schemes}
+        return products(self.method, self.recipe, solved, _active(self.checkpoint))
 
     def as_dict(self) -> dict[str, Any]:
         """For the screen and for `--json`."""
@@ -149,7 +154,6 @@ def plan(
         output_bytes=output_bytes,
         peak_bytes=peak_bytes(method, recipe, checkpoint, shapes, walk),
         disk_bytes=disk,
-        products=products(method, recipe, shapes, _active(checkpoint)),
         notes=(
             *method.notes(recipe, shapes, schemes),
             *_notes(method, checkpoint, schemes, output_bytes),
