@@ -20,7 +20,7 @@ from optim.recipes.errors import MACHINE, USAGE, OptimError
 from optim.recipes.patterns import matches
 from optim.recipes.schema import Override, Recipe, Rounding
 from optim.runtime.architecture.table import FAMILIES
-from optim.runtime.formats.blocks import BLOCKS
+from optim.runtime.formats.blocks import BLOCKS, INSTEAD
 from optim.runtime.formats.pack_quantized import Scheme
 from optim.runtime.storage.checkpoint import Checkpoint, require_plain
 from optim.runtime.storage.join import MOST_BYTES
@@ -41,8 +41,6 @@ GUIDE_COSTS = (
     "then solves one block of sixteen both ways, to see on held-back text whether it pays"
 )
 AUTO_GROUPS = (128, 64, 32, 16)
-# Of inputs that 256 does not divide, as in llama-quantize.
-INSTEAD = {"q2_k": "iq4_nl", "q3_k": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

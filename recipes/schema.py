@@ -19,6 +19,7 @@ from optim.recipes.section import Patterns
 from optim.recipes.section import Section as Section
 from optim.recipes.section import Spelled as Spelled
 from optim.recipes.tuning import Tune as Tune
+from optim.recipes.writing import BlockType
 from optim.recipes.writing import Export as Export
 from optim.recipes.writing import Pack as Pack
 
@@ -27,10 +28,6 @@ VERSION = 1
 Bits = Literal[2, 3, 4, 8]
 # "auto" is the largest of 128, 64, 32 and 16 that divides every input; -1 is one group per row.
 GroupSize = Literal["auto", -1, 16, 32, 64, 128, 256]
-# Types of GGUF's blocks: bits, groups and scales are theirs.
-BlockType = Literal[
-    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"
-]
 
 
 class Calibration(Section):

@@ -6,6 +6,12 @@ from pydantic import Field
 
 from optim.recipes.section import Patterns, Section, Spelled
 
+# Types of GGUF's blocks: bits, groups and scales are theirs.
+BlockType = Literal[
+    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"
+]
+FileType = Literal["f32", "f16", "bf16"] | BlockType
+
 
 class Pack(Section):
     """The same bits in fewer bytes: DFloat11's codes, or fixed-rate planes."""
@@ -28,7 +34,7 @@ class Export(Section):
         Literal["gguf", "safetensors", "awq", "gptq", "mlx", "compressed-tensors"],
         Spelled(("-f", "--format")),
     ] = Field(default="gguf", description="what is written")
-    type: Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"] | None = Field(
+    type: FileType | None = Field(
         default=None, description="type of the weights that do not stay integers"
     )
     pre: str | None = Field(

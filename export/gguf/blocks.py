@@ -14,6 +14,7 @@ from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
 from optim.export.exporter import Moved
+from optim.runtime.formats.block_scales import rounded_rows
 from optim.runtime.formats.schemes import Scheme
 
 BLOCK = 32
@@ -27,7 +28,14 @@ KINDS = {
     "q4_1": Kind.Q4_1,
     "q5_0": Kind.Q5_0,
     "q5_1": Kind.Q5_1,
+    "iq4_nl": Kind.IQ4_NL,
+    "q2_k": Kind.Q2_K,
+    "q3_k": Kind.Q3_K,
+    "q4_k": Kind.Q4_K,
+    "q5_k": Kind.Q5_K,
+    "q6_k": Kind.Q6_K,
 }
+FITTED = ("iq4_nl", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
 
 
 def row_bytes(kind: Kind, inputs: int) -> int:
@@ -87,7 +95,11 @@ def carried(q: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> np
 
 
 def rounded(w: Tensor, kind: Kind) -> np.ndarray:
-    """Floats `[rows, in]` as llama.cpp rounds them: uint8 `[rows, bytes of a row]`."""
+    """Floats `[rows, in]` in blocks: uint8 `[rows, bytes of a row]`.
+
+    Rounded as llama.cpp does without an importance matrix, or where `gguf` has no packer (IQ4_NL, K
+    types) with the scales that fit them best.
+    """
     step = max(1, CHUNK // w.shape[-1])
     parts = [_rounded(rows, kind) for rows in torch.split(w, step)]
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -98,6 +110,8 @@ def _rounded(w: Tensor, kind: Kind) -> np.ndarray:
         made = w.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
     elif kind in (Kind.F16, Kind.F32):
         made = w.to(torch.float16 if kind == Kind.F16 else torch.float32).numpy().view(np.uint8)
+    elif (name := kind.name.lower()) in FITTED:
+        made = rounded_rows(w, name)
     else:
         made = gguf.quants.quantize(w.float().contiguous().numpy(), kind)
     return np.ascontiguousarray(made)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from optim.export.gguf.blocks import (
 from optim.export.gguf.families import PLAIN_MODEL, Row, gguf_name
 from optim.recipes.errors import USAGE, OptimError
 from optim.runtime.architecture.shape import Shape
+from optim.runtime.formats.blocks import INSTEAD
 from optim.runtime.formats.schemes import Scheme
 from optim.runtime.storage.dense_view import PlainView
 from optim.runtime.storage.gguf.store import INTERLEAVED, NORM_PLUS_ONE, TURNED
@@ -31,7 +33,7 @@ EMBED, HEAD, ROUTER = "model.embed_tokens.weight", "lm_head.weight", "mlp.gate.w
 HALF = torch.finfo(torch.float16).max
 FLOAT_KINDS = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
 STORED = {dtype: kind for kind, dtype in FLOAT_KINDS.items()}
-SMALL = (Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1)  # too coarse for embeddings and the head
+FINE = (*FLOAT_KINDS, Kind.Q8_0, Kind.Q6_K)  # others are too coarse for embeddings and the head
 ANEW = "rounded anew"
 
 
@@ -185,8 +187,10 @@ def _kind(
     if wanted is None:
         return Kind.F16 if scheme is not None else STORED.get(dtype, Kind.F32)
     kind = KINDS[wanted]
-    if kind in SMALL and name in (EMBED, HEAD):
+    if kind not in FINE and name in (EMBED, HEAD):
         kind = Kind.Q8_0
+    if wanted in INSTEAD and shape[-1] % GGML_QUANT_SIZES[kind][0]:
+        kind = KINDS[INSTEAD[wanted]]
     return kind if kind in FLOAT_KINDS or shape[-1] % BLOCK == 0 else Kind.F16
 
 

@@ -107,6 +107,8 @@ BLOCKS = {
         Blocks("q6_k", 6, (Q6_LOW, Plane(4, 2, 32), "steps", "d"), 256, 16, "8", 127, -128),
     )
 }
+# Of inputs that 256 does not divide, as in llama-quantize.
+INSTEAD = {"q2_k": "iq4_nl", "q3_k": "iq4_nl", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,8 @@ Make = Callable[..., Path]
 OLD = Path(__file__).parents[2] / "data" / "artifacts"
 TEXT = "Hello don't WON'T 12345 | 3.14\n\n  x\tÜber 日本語 <|im_end|> 🙂"
 
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+
 
 def run(*words: object) -> int:
     with pytest.MonkeyPatch.context() as patch, open(os.devnull) as nothing:
@@ -136,6 +138,29 @@ def test_experts_go_into_stacks(tmp_path: Path) -> None:
         name = f"model.layers.0.mlp.experts.{number}.up_proj.weight"
         _, scale, *_ = view.integers(name)
         assert (torch.from_numpy(w) - view.read(name)).abs().max() <= 0.0074 * scale.max()
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "kinds"),
+    [
+        ("iq4_nl", {}, {"IQ4_NL", "Q8_0", "F32"}),
+        ("q4_k", {}, {"Q5_0", "Q8_0", "F32"}),  # no input is a multiple of 256
+        *((kind, WIDE, {kind.upper(), "Q8_0", "F32"}) for kind in ("q2_k", "q3_k", "q4_k", "q5_k")),
+        ("q6_k", WIDE, {"Q6_K", "F32"}),
+    ],
+)
+def test_a_plain_model_is_rounded_into_the_blocks_of_any_type(
+    kind: str, sizes: dict[str, int], kinds: set[str], make_model: Make, tmp_path: Path
+) -> None:
+    folder = make_model("llama", **sizes)
+    found = read(written(folder, tmp_path / "out.gguf", type=kind))
+    assert {name for name, _ in found.values()} == kinds
+    view = PlainView(open_checkpoint(str(folder)))
+    for theirs, ours in (("ffn_up", "up_proj"), ("ffn_down", "down_proj")):
+        name, w = found[f"blk.0.{theirs}.weight"]
+        wanted = view.read(f"model.layers.0.mlp.{ours}.weight").float().numpy()
+        bits = int(name.strip("IQ")[0])
+        assert np.abs(w - wanted).max() <= np.abs(wanted).max() * 2.5 / 2**bits
 
 
 def test_what_no_block_holds_is_told(make_model: Make, tmp_path: Path) -> None:
