@@ -51,10 +51,9 @@ class Team:
 
     def average(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by its mean over the processes."""
-        if self.size > 1:
-            for tensor in tensors:
-                dist.all_reduce(tensor)
-                tensor /= self.size
+        for tensor in tensors:
+            self.add([tensor])
+            tensor /= self.size
 
     def share(self, value: Any) -> Any:
         """The leader's `value` (anything that pickles), on every process and its own device."""
