@@ -72,8 +72,9 @@ def likely(
             yield (token, *rest), chance * float(chances[token])
 
 
-@pytest.mark.parametrize("each", [0.0, 0.35])
-@pytest.mark.parametrize("limits", [{"top_k": 3}, {"top_k": 4, "min_p": 0.4}], ids=str)
+@pytest.mark.parametrize(
+    ("limits", "each"), [({"top_k": 3}, 0.0), ({"top_k": 4, "min_p": 0.4}, 0.35)], ids=str
+)
 def test_first_tokens_are_as_likely(
     limits: dict[str, Any],
     each: float,
