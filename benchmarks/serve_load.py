@@ -296,9 +296,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=10, help="of gaps, and of clients that leave")
     parser.add_argument("--prompt", type=int, default=2000, help="words of a long prompt")
     parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--speculate", default="auto", help="off: a token a step, for `leaving`")
     options = parser.parse_args()
     command = optim_server(options.model, options.context, SLOTS, 1)
-    with started([*command, "--queue", str(QUEUE), "--send-timeout", "5"]) as (process, port):
+    command += ["--queue", str(QUEUE), "--send-timeout", "5", "--speculate", options.speculate]
+    with started(command) as (process, port):
         load = Load(port, process.pid)
         asyncio.run(measure(options, load))
     return bool(load.wrong)
