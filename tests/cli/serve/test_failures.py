@@ -26,8 +26,8 @@ from optim.runtime.engine.load import Model
 
 step_many, read = Model.step_many, Model.read
 
-def short(self, work):
-    rows = step_many(self, work)
+def short(self, work, *more):
+    rows = step_many(self, work, *more)
     if len(work) > 2:
         raise MemoryError
     return rows
