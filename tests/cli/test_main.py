@@ -56,6 +56,15 @@ def test_every_help_has_an_example(
     assert f"Example: optim {' '.join(command)}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("typed", "offered"), [("optim qu", "quantize"), ("optim run demo --temp", "--temperature")]
+)
+def test_the_shell_completes_commands_and_flags(typed: str, offered: str) -> None:
+    asked = {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    done = optim_process(_OPTIM_COMPLETE="complete_bash", **asked)
+    assert done.stdout.split() == [offered]
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; from optim.cli.app import program; program(); "
