@@ -23,7 +23,8 @@ from optim.runtime.storage.companions import TOKENIZER, companions
 from optim.runtime.storage.dense_view import PlainView
 from optim.runtime.storage.gguf.pre_tokenizers import BY_NAME, GPT2, Rule
 from optim.runtime.storage.gguf.tokenizer import BYTE_LEVEL, PIECES
-from optim.runtime.system.files import damaged
+from optim.runtime.system.files import damaged, load_json
+from optim.runtime.text.chat_template import other_templates
 from optim.runtime.text.tokenizer import Tokenizer
 
 Pairs = dict[str, tuple[Any, Type, Type | None]]
@@ -31,6 +32,7 @@ Pairs = dict[str, tuple[Any, Type, Type | None]]
 OWN_FIELDS = ("GGUF.", "general.architecture", "general.file_type", "general.quantization_version")
 ADDED, PIECE_BYTE = -1000.0, re.compile(r"<0x[0-9A-F]{2}>")
 BLANK = "\u2581"  # SentencePiece's blank
+UNNAMED = re.compile(r"[^A-Za-z0-9_-]")
 MARKED = re.compile(r"<\|.*\|>")
 SAY = "--pre NAME says which rule cuts the text, one of: " + ", ".join(BY_NAME)
 
@@ -82,7 +84,21 @@ def made(model: PlainView, rows: int, pre: str | None) -> Pairs:
         pairs["tokenizer.ggml.add_space_prefix"] = (space, Type.BOOL, None)
     if tokenizer.template is not None:
         pairs["tokenizer.chat_template"] = (tokenizer.template, Type.STRING, None)
-    return pairs
+    return pairs | _other_templates(folder)
+
+
+def _other_templates(folder: Path) -> Pairs:
+    """Chat templates beside the default one, each under a key that has its name."""
+    path = folder / "tokenizer_config.json"
+    found = other_templates(folder, load_json(path) if path.is_file() else {})
+    if not found:
+        return {}
+    named = {UNNAMED.sub("_", name): template for name, template in found.items()}
+    pairs: Pairs = {"tokenizer.chat_templates": (list(named), Type.ARRAY, Type.STRING)}
+    return pairs | {
+        f"tokenizer.chat_template.{name}": (template, Type.STRING, None)
+        for name, template in named.items()
+    }
 
 
 def _kind(model: PlainView, facts: dict[str, Any]) -> str:

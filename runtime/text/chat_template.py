@@ -37,9 +37,23 @@ def chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
     if kept is None and (folder / "chat_template.json").is_file():
         kept = load_json(folder / "chat_template.json").get("chat_template")
     if isinstance(kept, list):
-        named = [item for item in kept if isinstance(item, dict)]
-        kept = {str(item.get("name")): item.get("template") for item in named}.get("default")
+        kept = _named(kept).get("default")
     return kept if isinstance(kept, str) else None
+
+
+def other_templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """The chat templates beside the default one, by name: `tool_use`, `rag`."""
+    files = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    found = {path.stem: _read(path) for path in files}
+    kept = settings.get("chat_template")
+    found = (_named(kept) if isinstance(kept, list) else {}) | found
+    return {name: template for name, template in found.items() if name != "default"}
+
+
+def _named(kept: list[Any]) -> dict[str, str]:
+    """Those of a list in tokenizer_config.json; what is no template is passed over."""
+    pairs = [(item.get("name"), item.get("template")) for item in kept if isinstance(item, dict)]
+    return {n: t for n, t in pairs if isinstance(n, str) and isinstance(t, str)}
 
 
 def _read(path: Path) -> str:

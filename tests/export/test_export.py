@@ -52,6 +52,24 @@ def test_the_plain_folder_is_what_the_integers_stand_for(name: str, tmp_path: Pa
     assert verify(tmp_path / "bf16") == []
 
 
+@pytest.mark.parametrize("form", ["awq", "gptq", "mlx", "compressed-tensors"])
+def test_each_format_of_integers_is_a_command(form: str, tmp_path: Path, capfd) -> None:
+    source, out = OLD / "awq4", tmp_path / "out"
+    words = (source, "--format", form, "-o", out, "--no-eval", "--quiet", "--json")
+    assert run(*words, "--dry-run") == 0
+    planned = json.loads(capfd.readouterr().out)
+    assert not out.exists()
+    assert run(*words) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert report["output"] == str(out) and report["output_bytes"] == planned["output_bytes"]
+    before, after = (PlainView(open_checkpoint(str(folder))) for folder in (source, out))
+    for tensor in (name for name in before.tensors if before.scheme(name) is not None):
+        assert torch.equal(before.integers(tensor)[0], after.integers(tensor)[0]), tensor
+    assert verify(out) == []
+    assert run(*words) == 2 and "exists" in capfd.readouterr().err
+    assert run(*words, "--force") == 0
+
+
 def test_transformers_loads_it(table_family: str, make_model: Make, tmp_path: Path) -> None:
     source = make_model(table_family)
     out = written(source, tmp_path / "out", type="f32")

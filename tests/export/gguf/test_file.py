@@ -187,6 +187,24 @@ def test_the_rule_that_cuts_is_found(name: str, make_model: Make, tmp_path: Path
     assert BY_NAME[metadata["tokenizer.ggml.pre"]].cuts == BY_NAME[name].cuts
 
 
+def test_named_chat_templates_go_along(make_model: Make, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(make_model("llama"), tmp_path / "model"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    listed = [{"name": "default", "template": "A"}, {"name": "tool use", "template": "B"}, 3]
+    settings["chat_template"] = listed
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("C")
+    fields = gguf.GGUFReader(written(folder, tmp_path / "out.gguf")).fields
+    found = {k: f.contents() for k, f in fields.items() if "chat_template" in k}
+    assert sorted(found.pop("tokenizer.chat_templates")) == ["rag", "tool_use"]
+    assert found == {
+        "tokenizer.chat_template": "A",
+        "tokenizer.chat_template.tool_use": "B",
+        "tokenizer.chat_template.rag": "C",
+    }
+
+
 def test_our_reader_finds_the_same_tokens(make_model: Make, tmp_path: Path) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
