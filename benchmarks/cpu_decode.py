@@ -11,6 +11,10 @@ CPU seconds of a process instead of the wall's: only for one thread, where other
 `--ik PATH` adds ik_llama.cpp by its own `llama-bench`, with Q4_0 repacked (`-rtr 1 -fa 1`).
 Build it with `-DGGML_NATIVE=ON`: without, it falls back to AVX2 in silence. It knows the clock on
 the wall only; each round is a process of its own, whose load and warm-up are not counted.
+
+Beside each rate of decode stand the bytes of weights that a token reads, of a .gguf file all of it,
+and what that makes a second; above the table, what a sum over 256 MB reads here. A model that the
+CPU's caches hold in part may be read faster than that.
 """
 
 import argparse
@@ -34,7 +38,7 @@ import transformers
 
 from optim.cli import WAITING
 from optim.runtime.measure.job import Job
-from optim.runtime.measure.speed import MARK, engines
+from optim.runtime.measure.speed import MARK, bandwidth, engines
 from optim.runtime.storage.demo import demo_file
 from optim.runtime.system.memory import peak_bytes
 
@@ -55,6 +59,8 @@ class Seconds:
 
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
+    token_bytes: int = 0
+    """Of weights, that a decoded token reads."""
 
 
 def make_artifacts(folder: Path, wanted: list[str]) -> dict[str, str]:
@@ -84,7 +90,8 @@ def make_ggufs(folder: Path) -> dict[str, str]:
 
 
 def serve(text: str, cpu_time: bool) -> None:
-    """The worker: loads a Job, then answers lines `prompt new` with `prefill decode` seconds."""
+    """The worker: loads a Job, then answers lines `prompt new` with `prefill decode` seconds and
+    the bytes of weights that a token reads."""
     if cpu_time:
         time.perf_counter = time.process_time  # the clock that engines ask
     job = Job(**json.loads(text))
@@ -95,7 +102,7 @@ def serve(text: str, cpu_time: bool) -> None:
     print(MARK + json.dumps(facts | {"loaded_bytes": peak_bytes()}), flush=True)
     for line in sys.stdin:
         prompt, new = map(int, line.split())
-        print(MARK + json.dumps(engine.run(prompt, new, 1)), flush=True)
+        print(MARK + json.dumps([*engine.run(prompt, new, 1), engine.weight_bytes]), flush=True)
 
 
 class Remote:
@@ -125,7 +132,7 @@ class Remote:
     def run(self, prompt: int, new: int) -> tuple[float, float]:
         assert self.process.stdin
         print(prompt, new, file=self.process.stdin, flush=True)
-        prefill, decode = self.answer()
+        prefill, decode, self.token_bytes = self.answer()
         return prefill, decode
 
 
@@ -136,6 +143,7 @@ class LlamaBench:
         flags = ["-t", str(threads), "-rtr", "1", "-fa", "1", "-r", "1", "-o", "json"]
         self._command = [program, "-m", path, *flags]
         self.facts = {"place": f"cpu, {threads} threads, {Path(path).name}", "load_seconds": 0.0}
+        self.token_bytes = Path(path).stat().st_size
 
     def run(self, prompt: int, new: int) -> tuple[float, float]:
         asked = ["-p", str(prompt), "-n", "0", "-gp", f"{prompt},{new}"]
@@ -172,6 +180,7 @@ def measure(
                 if at:
                     seconds[name].prefill.append(prefill)
                     seconds[name].decode.append(decode)
+                    seconds[name].token_bytes = engine.token_bytes
     return results
 
 
@@ -199,19 +208,21 @@ def run_memory(source: str) -> int:
     return usage.ru_maxrss * 1024
 
 
-def row(name: str, kind: str, rate: dict[str, float], peers: dict[str, float]) -> str:
+def row(name: str, rate: dict[str, float], peers: dict[str, float], token_bytes: int) -> str:
     spread = f"{rate['median']:7.1f} ({rate['low']:.1f}-{rate['high']:.1f})"
     ratios = "  ".join(f"{rate['median'] / peer:.2f}x" for peer in peers.values())
-    return f"{name:20s} {kind:8s} {spread:26s} {ratios}"
+    a_second = rate["median"] * token_bytes / 1e9
+    read = f"  {token_bytes / 1e6:.1f} MB a token, {a_second:.1f} GB/s" if token_bytes else ""
+    return f"{name:20s} {spread:26s} {ratios}{read}"
 
 
-def show(threads: int, context: int, found: dict[str, dict[str, dict[str, float]]]) -> None:
+def show(threads: int, context: int, found: dict[str, dict[str, Any]]) -> None:
     for kind in ("decode", "prefill"):
         peers = {n: r[kind]["median"] for n, r in found.items() if not n.startswith("optim")}
         print(f"\n{threads} threads, {context} tokens; {kind} tok/s (quartiles); against: ", end="")
         print(", ".join(peers) or "nobody")
         for name, rate in found.items():
-            print(row(name, kind, rate[kind], peers))
+            print(row(name, rate[kind], peers, rate["token_bytes"] if kind == "decode" else 0))
 
 
 def main() -> None:
@@ -263,7 +274,8 @@ def measure_at(
         engine = name.split()[0]
         return Job(source, engine, tuple(contexts), options.new, threads=threads, device="cpu")
 
-    before = os.getloadavg()
+    before, read = os.getloadavg(), bandwidth("cpu", threads)
+    print(f"{threads} threads read {read / 1e9:.1f} GB/s here")
     with remotes({n: job(n, s) for n, s in sources.items()}, options.cpu_time) as ours:
         engines: dict[str, Engine] = dict(ours)
         if options.ik:
@@ -274,12 +286,17 @@ def measure_at(
         facts = {name: engine.facts for name, engine in engines.items()}
     for context, seconds in results.items():
         found = {
-            name: {"prefill": rates(context, s.prefill), "decode": rates(options.new, s.decode)}
+            name: {
+                "prefill": rates(context, s.prefill),
+                "decode": rates(options.new, s.decode),
+                "token_bytes": s.token_bytes,
+            }
             for name, s in seconds.items()
         }
         show(threads, context, found)
         load = {"before": before, "after": os.getloadavg()}
         entry = {"threads": threads, "context": context, "load_average": load, "rates": found}
+        entry["read_bytes_per_second"] = read
         report["results"].append(entry | {"engines": facts})
     print(f"load average {before[0]:.1f} before, {os.getloadavg()[0]:.1f} after")
 
