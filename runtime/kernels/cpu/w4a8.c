@@ -121,8 +121,8 @@ INLINE void tile(const Linear *l, const Activations *a, const char *w, int64_t b
             EACH_TOKEN dot[m] = product(zero, splat(minus[m * next]));
 #pragma GCC unroll 2
             for (int part = 0; part < CHUNK; part += PART) {
-                ints narrow[MANY];
-                EACH_TOKEN narrow[m] = SHORT ? zeros() : dot[m];
+                ints narrow[MANY], other[MANY];
+                EACH_TOKEN narrow[m] = SHORT ? zeros() : dot[m], other[m] = zeros();
 #pragma GCC unroll 16
                 for (int k = part; k < part + PART; k += 32 / STORED, w += vector) {
                     const ints word = load(w);
@@ -135,11 +135,14 @@ INLINE void tile(const Linear *l, const Activations *a, const char *w, int64_t b
                             narrow[m] = dot4_at(narrow[m], word, x);
                         } else {
                             narrow[m] = dot4_at(narrow[m], low(word), x);
-                            narrow[m] = dot4_at(narrow[m], high(word), x + 4);
+                            if (SHORT)
+                                narrow[m] = dot4_at(narrow[m], high(word), x + 4);
+                            else /* a sum of its own: a product waits for the one before it */
+                                other[m] = dot4_at(other[m], high(word), x + 4);
                         }
                     }
                 }
-                EACH_TOKEN dot[m] = SHORT ? add(dot[m], widen(narrow[m])) : narrow[m];
+                EACH_TOKEN dot[m] = SHORT ? add(dot[m], widen(narrow[m])) : add(narrow[m], other[m]);
             }
             EACH_TOKEN {
                 const floats factor = mul(scale, constant(scales[m * next]));
