@@ -8,6 +8,8 @@ else the machine does falls on all of them. Our artifacts are made by plain roun
 llama.cpp's files from the demo's own GGUF: both say how fast, not how well. `--cpu-time` counts the
 CPU seconds of a process instead of the wall's: only for one thread, where others work too.
 
+`--ours bf16` runs the demo itself with dense bf16 weights, as transformers does.
+
 `--ik PATH` adds ik_llama.cpp by its own `llama-bench`, with Q4_0 repacked (`-rtr 1 -fa 1`).
 Build it with `-DGGML_NATIVE=ON`: without, it falls back to AVX2 in silence. It knows the clock on
 the wall only; each round is a process of its own, whose load and warm-up are not counted.
@@ -50,6 +52,7 @@ OURS = {
     "g64 head8": ["--group-size", "64", "--lm-head-bits", "8"],
     "g32 head8": ["--group-size", "32", "--lm-head-bits", "8"],
 }
+DENSE = "bf16"
 PROMPT = "What is the capital of France?"
 
 
@@ -64,10 +67,10 @@ class Seconds:
 
 
 def make_artifacts(folder: Path, wanted: list[str]) -> dict[str, str]:
-    for name in wanted:
+    for name in set(wanted) - {DENSE}:
         out = ["-o", str(folder / name), "--quiet"]
         subprocess.run(["optim", "quantize", "demo", "-m", "rtn", *OURS[name], *out], check=True)
-    return {f"optim {name}": str(folder / name) for name in wanted}
+    return {f"optim {name}": "demo" if name == DENSE else str(folder / name) for name in wanted}
 
 
 def make_ggufs(folder: Path) -> dict[str, str]:
@@ -271,8 +274,9 @@ def measure_at(
     threads: int, contexts: list[int], sources: dict[str, str], options: Any, report: dict[str, Any]
 ) -> None:
     def job(name: str, source: str) -> Job:
-        engine = name.split()[0]
-        return Job(source, engine, tuple(contexts), options.new, threads=threads, device="cpu")
+        engine, form = name.split()[0], "bf16" if name == f"optim {DENSE}" else "planes"
+        lengths, new = tuple(contexts), options.new
+        return Job(source, engine, lengths, new, threads=threads, device="cpu", form=form)
 
     before, read = os.getloadavg(), bandwidth("cpu", threads)
     print(f"{threads} threads read {read / 1e9:.1f} GB/s here")
