@@ -38,16 +38,18 @@ run MODEL --batch prompts.jsonl -o rows.jsonl --raw --max-tokens 8
 eval MODEL {LOOK}
 bench MODEL --prompt-tokens 64 --new-tokens 16 --repeat 1
 quantize MODEL --dry-run
+plan MODEL --bits 4 -m rtn --num-samples 4 --seq-len 128 -o mixed.yaml
 """
 EXACT, BYTE, FOUR, FEW, TRAINED = 1e-5, 0.02, 1.0, 5.0, float("inf")
 MADE: dict[str, tuple[str, float]] = {
     "rtn8": ("quantize MODEL -m rtn -b 8 --no-eval", BYTE),
     "rtn": ("quantize MODEL -m rtn --no-eval", FOUR),
+    "mixed": ("quantize MODEL --recipe mixed.yaml --no-eval", FOUR),
     "awq": ("quantize MODEL -m awq --num-samples 4 --seq-len 128", FOUR),
     "sym": (f"quantize MODEL -m awq --sym -g 32 {TEXT}", FOUR),
     "gptq": (f"quantize MODEL -m gptq {TEXT}", FOUR),
     "grid": (f"quantize MODEL -m awq --grid q4_0 {TEXT}", FOUR),
-    "static": (f"quantize MODEL -m mergequant {TEXT}", FEW),
+    "static": (f"quantize MODEL -m mergequant --no-rotate --act-bits 8 {TEXT}", FEW),
     "tuned": (f"tune awq --against MODEL --epochs 1 {TEXT}", FOUR),
     "threshold": (f"prune MODEL {TEXT}", FOUR),
     "core": (f"prune MODEL -m coreinfer {TEXT}", FEW),
