@@ -22,7 +22,11 @@ def map_library() -> None:
 
 
 def import_torch() -> None:
-    """Import torch without looking for garbage among modules that all stay, now and later."""
+    """Import torch without looking for garbage among modules that all stay, now and later.
+
+    All of it: what seems to be of no use here (`torch._meta_registrations`, a fifth of the time)
+    imports what `torch.Generator` needs.
+    """
     if "torch" in sys.modules:
         return
     collects = gc.isenabled()
