@@ -112,12 +112,13 @@ def test_every_layout(scheme: Scheme, dtype: torch.dtype, make_model: MakeModel)
 def test_bf16_weights(
     family: str, change: Callable[[DenseLinear], Linear], make_model: MakeModel
 ) -> None:
-    """With and without biases; only the order of other sums differs."""
+    """With and without biases; every sum is that of the linear itself."""
     model = load_model(str(make_model(family, torch.bfloat16)), device="cpu")
     assert model.decoder.one_call is not None  # type: ignore[attr-defined]
     decoder = with_linears(model, change)
     assert decoder.one_call is not None
-    compare(model, decoder, steps=24, within=5e-5)
+    decoder.cache_dtype = torch.float32  # a key that rounds to the next fp16 is no mistake
+    compare(model, decoder, steps=24, within=1e-5)
 
 
 def test_more_threads_than_work(make_model: MakeModel) -> None:
