@@ -10,7 +10,7 @@ from optim.recipes.section import Patterns, Section, Spelled
 BlockType = Literal[
     "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"
 ]
-FileType = Literal["f32", "f16", "bf16"] | BlockType
+FileType = Literal["f32", "f16", "bf16", BlockType]
 
 
 class Pack(Section):
