@@ -170,7 +170,7 @@ def test_starved_experts_are_rounded_plainly(
     base = make_model("mixtral")
     report = compress(base, tmp_path / "out", bits=8)
     starved = [note for note in report.notes if "too few tokens seen" in note]
-    assert len(starved) == 2 if tokens == 100 else len(starved) > 0
+    assert starved and (tokens < 100 or starved[0].startswith("blocks 0, 1: "))
     assert all(".experts." in note and "self_attn" not in note for note in starved)
     assert not [n for n in report.notes if "not folded" in n or "was no better" in n]
     _diverges_little(tmp_path / "out", base, most=0.01)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from optim.runtime.kernels import compile, door
-from optim.runtime.kernels.cpu import attention_prompt, bf12, decode, df11, skip_dense
+from optim.runtime.kernels.cpu import attention_prompt, bf12, decode, df11, shortlist, skip_dense
 from optim.runtime.kernels.door import Struct, WrongTensor, address, array_address, check_launch
 
 ROOT = Path(__file__).parent.parent.parent.parent
@@ -118,7 +118,7 @@ def test_every_structure_is_compared_with_c(monkeypatch: pytest.MonkeyPatch) -> 
         compared.update(structs)
         return compile.library(*names, structs=structs)
 
-    for module in (attention_prompt, bf12, decode, df11, skip_dense):
+    for module in (attention_prompt, bf12, decode, df11, shortlist, skip_dense):
         monkeypatch.setattr(module, "library", library)
         module.load.__wrapped__()
     assert compared == set(STRUCTS) and len(compared) > 10
