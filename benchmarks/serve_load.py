@@ -25,20 +25,9 @@ from typing import Any
 
 from optim.runtime.measure.clients import Timed, asked, request, timed
 from optim.runtime.measure.servers import optim_server, started
+from optim.runtime.measure.serving import WORDS
 
 SLOTS, QUEUE = 4, 16
-WORDS = [
-    "river",
-    "stone",
-    "bread",
-    "window",
-    "letter",
-    "garden",
-    "winter",
-    "engine",
-    "paper",
-    "silver",
-]
 BROKEN = [
     b"{",
     b"\xff\xfe",

@@ -1,6 +1,5 @@
 """What the commands that compress share: a recipe from flags, then its plan shown, or the work."""
 
-import os
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -40,6 +39,8 @@ def recipe_of(
 
     Raises OptimError (2) for a recipe that is wrong, or names no model.
     """
+    from optim.runtime.system.torchrun import leads
+
     recipe = build_recipe(file_or_name, keys, list(sets))
     if how.print_recipe:
         ui.say(to_yaml(recipe).rstrip("\n"))
@@ -53,21 +54,6 @@ def recipe_of(
         raise OptimError(what, f"`optim {there}` runs it", USAGE)
     ui.notes.quiet = how.quiet or not leads()
     return recipe
-
-
-def leads() -> bool:
-    """Whether this process speaks: under torchrun the first one does."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def own_device(asked: str) -> str:
-    """Under torchrun each process has its own GPU."""
-    rank = os.environ.get("LOCAL_RANK")
-    if rank is None or asked not in ("auto", "cuda"):
-        return asked
-    import torch
-
-    return f"cuda:{rank}" if torch.cuda.is_available() else asked
 
 
 def only_planned(plan: dict[str, Any], how: How, show: Callable[[dict[str, Any]], None]) -> bool:

@@ -18,8 +18,8 @@ def list_models(*, as_json: bool) -> None:
     rows += [(m.name, list(m.revisions), m.nbytes, str(m.folder)) for m in cached()]
     if as_json:
         keys = ("model", "revisions", "bytes", "path", "aliases")
-        own = ([name for name, model in names.items() if model == row[0]] for row in rows)
-        ui.emit([dict(zip(keys, (*row, next(own)), strict=True)) for row in rows])
+        own = [[name for name, model in names.items() if model == row[0]] for row in rows]
+        ui.emit([dict(zip(keys, (*row, a), strict=True)) for row, a in zip(rows, own, strict=True)])
         return
     if rows:
         shown = [

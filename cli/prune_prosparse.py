@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from optim.cli import ui
-from optim.cli.compress import leads, only_planned, own_device, prover
+from optim.cli.compress import only_planned, prover
 from optim.cli.options import How
 from optim.recipes.schema import Recipe
 
@@ -29,9 +29,12 @@ Progress = Callable[[int, int], None]
 
 def work(recipe: Recipe, how: How) -> None:
     """Plan, train and write; all processes of torchrun do this, the first one speaks."""
-    ui.notes.quiet = how.quiet or not leads()
     from optim.prune import plan
     from optim.prune.prosparse import run as prosparse
+    from optim.runtime.system.devices import own_device
+    from optim.runtime.system.torchrun import leads
+
+    ui.notes.quiet = how.quiet or not leads()
 
     made = plan.plan(recipe, **replace(how, device=own_device(how.device)).given)
     prosparse.check(made)

@@ -7,7 +7,7 @@ from typing import Any
 
 from optim.cli import ui
 from optim.cli.apply.several import several
-from optim.cli.compress import carry_out, leads, only_planned, own_device, recipe_of
+from optim.cli.compress import carry_out, only_planned, recipe_of
 from optim.cli.options import How
 from optim.recipes.meetings import sections
 from optim.recipes.schema import Recipe
@@ -28,6 +28,8 @@ def quantize(file_or_name: str | None, keys: dict[str, Any], sets: Sequence[str]
 def work(recipe: Recipe, how: How) -> None:
     """The plan, and the work unless it is a dry run."""
     from optim.quant.run import assist, plan, quantize
+    from optim.runtime.system.devices import own_device
+    from optim.runtime.system.torchrun import leads
 
     made = plan(recipe, **replace(how, device=own_device(how.device)).given)
     if how.dry_run:
@@ -46,7 +48,7 @@ def work(recipe: Recipe, how: How) -> None:
 
 def _estimated(products: int, device: str) -> dict[str, Any]:
     """Seconds that this machine needs for so many products now, and the memory that is free."""
-    from optim.runtime.system.devices import pick_device
+    from optim.runtime.system.devices import own_device, pick_device
     from optim.runtime.system.memory import available_bytes
     from optim.runtime.system.products import products_a_second
 

@@ -12,6 +12,9 @@ from optim.recipes.errors import USAGE, OptimError
 
 def tune(source: str, against: str, output: str | None, tuning: Tuning, how: How) -> None:
     """Train, write the tuned artifact, and say what it was worth on held-back text."""
+    from optim.runtime.system.torchrun import need_one
+
+    need_one("tune", "run it without torchrun")
     if tuning.epochs < 1:
         raise OptimError("--epochs must be at least 1", "3 passes are usual", USAGE)
     if not 0 < tuning.lr <= 1:

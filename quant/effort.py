@@ -6,7 +6,7 @@ Products of matrices are counted, nothing else: for a model of some size they ar
 from collections.abc import Mapping
 
 from optim.quant.solver import Method
-from optim.recipes.schema import Awq, Gptq, Guided, Recipe
+from optim.recipes.schema import Awq, Guided, Recipe
 
 WALKS = 3  # of the text through each block: as it was, to see its inputs, and compressed
 BACKWARDS = 3  # forwards once and backwards at twice the price, where the end loss guides
@@ -41,6 +41,6 @@ def products(
 def _tries(recipe: Recipe) -> int:
     """Outputs that are computed from a Gram matrix to compare scales."""
     section = recipe.quantize
-    if isinstance(section, Gptq) or not isinstance(section, Awq):
+    if not isinstance(section, Awq):
         return 0
     return (section.n_grid // 4 + 1 + NEAR) * (2 if section.duo == "both" else 1)

@@ -16,7 +16,7 @@ from optim.quant.finish import finish
 from optim.quant.plan import Plan, plan
 from optim.quant.solver import Progress, Task
 from optim.quant.stored import packed_head
-from optim.recipes.errors import USAGE, OptimError
+from optim.recipes.errors import OptimError
 from optim.recipes.schema import Guided, Recipe
 from optim.runtime.engine.load import Model, load_model
 from optim.runtime.engine.sampling import Sampling
@@ -29,7 +29,8 @@ from optim.runtime.storage.gate import read_finite
 from optim.runtime.storage.manifest import Cost
 from optim.runtime.storage.workspace import Prove, Workspace, identity
 from optim.runtime.system.hashes import file_sha256, tensor_sha256, tokens_sha256
-from optim.runtime.system.team import Team, join, need_share, processes
+from optim.runtime.system.team import Team, join, need_share
+from optim.runtime.system.torchrun import need_one, processes
 from optim.runtime.text.self_generated import Generate
 from optim.runtime.text.windows import windows_for
 from optim.runtime.walk.walk import HiddenStates, Walk
@@ -116,10 +117,10 @@ def assist(made: Plan) -> None:
 
 
 def _refuse_team(made: Plan) -> None:
-    if processes() > 1 and not isinstance(made.recipe.quantize, Guided):
-        method = made.recipe.quantize.method if made.recipe.quantize else ""
-        what = f"method {method} is the work of one process, and torchrun has started {processes()}"
-        raise OptimError(what, "run it without torchrun; awq and gptq can share theirs", USAGE)
+    section = made.recipe.quantize
+    if section is not None and not isinstance(section, Guided):
+        fix = "run it without torchrun; awq and gptq can share theirs"
+        need_one(f"method {section.method}", fix)
 
 
 def _given(recipe: Recipe, windows: Tensor) -> Recipe:

@@ -1,6 +1,5 @@
 """A recipe of several sections: its plan shown, or the work done."""
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from optim.cli.apply import steps
 from optim.cli.apply.plan import plan
 from optim.cli.compress import carry_out, only_planned
 from optim.cli.options import How
-from optim.recipes.errors import USAGE, OptimError
 from optim.recipes.meetings import sections
 from optim.recipes.schema import Recipe
 
@@ -21,10 +19,11 @@ def several(recipe: Recipe, file_or_name: str | None, how: How, keep: bool = Fal
     The output's default name ends like the recipe. Raises OptimError as the sections' commands do,
     what later steps would refuse before the first one.
     """
+    from optim.runtime.system.torchrun import need_one
+
     named = sections(recipe)
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        what = "a recipe of several sections is the work of one process"
-        raise OptimError(what, "under torchrun quantize alone, and do the rest afterwards", USAGE)
+    fix = "under torchrun quantize alone, and do the rest afterwards"
+    need_one("a recipe of several sections", fix)
     name = Path(file_or_name).stem if file_or_name else "-".join(named)
     job = plan(recipe, name, how, keep)
     if not only_planned(job.as_dict(), how, _show_plan):

@@ -1,5 +1,7 @@
 """Which device computes, and in what number type."""
 
+import os
+
 import torch
 
 from optim.recipes.errors import MACHINE, USAGE, OptimError
@@ -21,3 +23,10 @@ def pick_device(name: str) -> torch.device:
 def compute_dtype(device: torch.device) -> torch.dtype:
     """The dtype of activations and of dense weights: fp32 on every CPU (docs/engine.md)."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def own_device(asked: str) -> str:
+    """The device `asked` for; of several processes on a machine (torchrun) each has its own GPU."""
+    rank = os.environ.get("LOCAL_RANK")
+    mine = rank is not None and asked in ("auto", "cuda") and torch.cuda.is_available()
+    return f"cuda:{rank}" if mine else asked

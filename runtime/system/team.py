@@ -5,7 +5,6 @@ Sums are taken over all processes; everything else is the same on each, so that 
 what one does on the whole text, up to the order of a sum.
 """
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from optim.recipes.errors import USAGE, OptimError
+from optim.runtime.system.torchrun import processes
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -110,11 +110,6 @@ def _packed(value: Any) -> bytes:
     data = BytesIO()
     torch.save(value, data)
     return data.getvalue()
-
-
-def processes() -> int:
-    """How many processes torchrun has started for this work, this one included."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def need_share(team: Team, windows: int) -> None:

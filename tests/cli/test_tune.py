@@ -37,3 +37,12 @@ def test_tune(
     for wrong in (["--epochs", "0"], ["--lr", "2"]):
         assert main([*command, *TEXT, *wrong, "--force"]) == 2
         assert wrong[0] in capsys.readouterr().err
+
+
+def test_tune_is_the_work_of_one_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("sys.argv", ["optim", "tune", "packed", "--against", "base"])
+    assert optim.cli.main() == 2
+    assert "tune is the work of one process" in capsys.readouterr().err
