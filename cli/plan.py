@@ -50,8 +50,12 @@ def plan(model: str, output: str | None, asked: Planning) -> None:
     kind = (asked.method, asked.group_size, asked.sym, widths)
     form = Form(*kind, apart=asked.apart, lossless=asked.lossless)
     budget = Budget(_bytes(model, asked), asked.bits, asked.max_kl)
-    with ui.progress("plan") as step:
-        (made,) = make(model, text, form, [budget], step)
+    try:
+        with ui.progress("plan") as step:
+            (made,) = make(model, text, form, [budget], step)
+    except KeyboardInterrupt:
+        ui.note("stopped; nothing was written, and the same command begins anew")
+        raise
     replace_text(place, to_yaml(made.recipe))
     if asked.json:
         ui.emit(made.as_dict() | {"output": str(place)})

@@ -136,6 +136,23 @@ def test_the_plan_meets_its_budget_and_its_recipe_makes_that(
     assert build_recipe(str(tmp_path / "fit.yaml")) == build_recipe(str(place))
 
 
+def test_stopped_it_says_that_nothing_was_written(
+    make_model: Make,
+    words: tuple[object, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd,
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("optim.quant.mixed.run._plan", stopped)
+    loud = [word for word in words if word != "--quiet"]
+    assert run("plan", make_model("llama"), "--bits", 4, *loud, "-o", tmp_path / "p.yaml") == 130
+    assert "stopped; nothing was written" in capfd.readouterr().err
+    assert not (tmp_path / "p.yaml").exists() and not list((tmp_path / "cache").glob("tmp*"))
+
+
 def test_linears_that_are_computed_as_one_have_one_width(
     make_model: Make, words: tuple[object, ...], tmp_path: Path
 ) -> None:
